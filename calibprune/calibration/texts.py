@@ -1,0 +1,209 @@
+"""Documents from files, folders, URLs and the Hugging Face hub, streamed, and the held-out texts made of them.
+
+Knows nothing of tokens: cutting prefixes and windows happens elsewhere.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+
+from calibprune.config import HeldOutText
+from calibprune.errors import UserError
+
+PYTHON_DOCS = "python-docs"
+_TEXT = (".txt",)
+_LINES = (".jsonl", ".json", ".ndjson")
+_PARQUET = (".parquet",)
+_EXTENSIONS = (*_TEXT, *_LINES, *_PARQUET)
+
+
+def documents(
+    path: str, *, name: str | None = None, split: str = "train", column: str = "text"
+) -> Iterator[str]:
+    """Streams the documents of a text source in a fixed order, leaving blank ones out.
+
+    `path` is a file (.txt: a document per line; .jsonl, .json with an object per line; .parquet;
+    also .gz) or a folder of such files, local or at any fsspec URL; or a Hugging Face dataset id
+    (with `name` and `split`); or `python-docs`, the language documentation that Python carries.
+    Raises UserError where there is nothing at `path`, or while streaming where there is no such
+    column or no text at all.
+    """
+    return _at_least_one(path, _rows(path, name, split, column))
+
+
+def running_text(text: HeldOutText, *, characters: int | None = None) -> str:
+    """The held-out text in one piece: a .txt file as it is, documents joined by the separator.
+
+    Blank documents stay in, as in the usual way to measure on WikiText. With `characters`, reading
+    stops as soon as that many are there. Raises UserError as `documents` does.
+    """
+    pieces: list[str] = []
+    length = 0
+    for row in _rows(text.path, text.dataset_name, text.split, text.column, whole_files=True):
+        pieces.append(row)
+        length += len(row) + len(text.separator)
+        if characters is not None and length >= characters:
+            break
+    joined = text.separator.join(pieces)
+    if not joined.strip():
+        raise UserError(f"{text.path} holds no text")
+    return joined
+
+
+def _at_least_one(path: str, rows: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for row in rows:
+        if row.strip():
+            empty = False
+            yield row
+    if empty:
+        raise UserError(f"{path} holds no text")
+
+
+def _rows(
+    path: str, name: str | None, split: str, column: str, whole_files: bool = False
+) -> Iterator[str]:
+    """Every row, blank ones too. What `path` is gets settled at once, before the first row."""
+    if path == PYTHON_DOCS:
+        return _python_docs()
+    if _looks_like_hub_id(path):
+        return _hub_rows(path, name, split, column)
+    return _file_rows(*_files(path), column, whole_files)
+
+
+def _python_docs() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    return (topics[topic] for topic in sorted(topics))
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    if "://" in path or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        return False
+    return not _extension(path) and not Path(path).exists()
+
+
+def _extension(path: str) -> str | None:
+    return next((e for e in _EXTENSIONS if path.removesuffix(".gz").endswith(e)), None)
+
+
+def _files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
+    try:
+        fs, root = fsspec.url_to_fs(str(Path(path).expanduser()) if "://" not in path else path)
+    except ValueError as error:  # an unknown protocol
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if fs.isfile(root):
+        if not _extension(root):
+            raise UserError(f"{path} is of an unknown kind: {_known_extensions()} can be read")
+        return fs, [root]
+    if not fs.isdir(root):
+        raise UserError(f"no file or folder at {path}")
+    found = sorted(
+        file
+        for file in fs.find(root)
+        if _extension(file) and not Path(file).name.startswith((".", "_"))
+    )
+    if not found:
+        raise UserError(f"no text in the folder {path}: {_known_extensions()} files are looked for")
+    return fs, found
+
+
+def _known_extensions() -> str:
+    return ", ".join(_EXTENSIONS) + " (or .gz of these)"
+
+
+def _file_rows(
+    fs: fsspec.AbstractFileSystem, files: list[str], column: str, whole_files: bool
+) -> Iterator[str]:
+    for file in files:
+        extension = _extension(file)
+        compression = "gzip" if file.endswith(".gz") else None
+        with cast(BinaryIO, fs.open(file, "rb", compression=compression)) as stream:
+            if extension in _PARQUET:
+                yield from _parquet_rows(stream, file, column)
+            elif extension in _LINES:
+                yield from _json_rows(stream, file, column)
+            elif whole_files:
+                yield _decoded(stream.read(), file)
+            else:
+                yield from (_decoded(line, file).rstrip("\r\n") for line in stream)
+
+
+def _decoded(raw: bytes, file: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error}") from None
+
+
+def _json_rows(stream: Iterable[bytes], file: str, column: str) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {file}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object: one object per line is read")
+        yield _cell(row, column, where)
+
+
+def _parquet_rows(stream: BinaryIO, file: str, column: str) -> Iterator[str]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        parquet = ParquetFile(stream)
+    except ArrowInvalid as error:
+        raise UserError(f"{file} is not a parquet file: {error}") from None
+    names = parquet.schema_arrow.names
+    if column not in names:
+        raise _no_column(column, file, names)
+    for batch in parquet.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield _text(value, column, file)
+
+
+def _hub_rows(path: str, name: str | None, split: str, column: str) -> Iterator[str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        rows = load_dataset(path, name, split=split, streaming=True)
+    except DatasetNotFoundError:
+        raise UserError(
+            f"no text at {path}: no such file or folder here, and no such dataset on the "
+            "Hugging Face hub (or no access to it)"
+        ) from None
+    except (ConnectionError, OfflineModeIsEnabled):
+        raise UserError(
+            f"no text at {path}: no such file or folder here, "
+            "and the Hugging Face hub cannot be reached for a dataset of that name"
+        ) from None
+    except ValueError as error:  # no such configuration or split
+        raise UserError(f"dataset {path}: {' '.join(str(error).split())}") from None
+    return (_cell(row, column, f"dataset {path}") for row in rows)
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise _no_column(column, where, row)
+    return _text(row[column], column, where)
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f'column "{column}" of {where} holds {type(value).__name__}, not text')
+    return value
+
+
+def _no_column(column: str, where: str, names: Iterable[str]) -> UserError:
+    return UserError(f'no column "{column}" in {where}: it has {", ".join(names) or "none"}')

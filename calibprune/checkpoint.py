@@ -1,0 +1,205 @@
+"""Hugging Face safetensors checkpoints by URL: named tensors by byte range, and new checkpoints a layer at a time.
+
+Only safetensors: a pickle can run code when it is opened. Nothing here knows a model's architecture.
+"""
+
+import json
+import posixpath
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from calibprune import storage
+from calibprune.errors import CorruptionError, UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_SIDE_FILE = re.compile(r".+\.(json|jinja|txt|model|tiktoken|py)|LICENSE.*|NOTICE.*|USE_POLICY.*")
+_NOT_A_SIDE_FILE = re.compile(r".+\.index\.json|pruning\.json")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a tensor lies: bytes [start, stop) of a file."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, read by name.
+
+    Opening reads the headers only. Raises UserError when the folder is missing, gated, holds no safetensors
+    or lacks a file that its index names.
+    """
+
+    def __init__(self, path: str, hashes: Mapping[str, str] | None = None) -> None:
+        """`hashes`: sha256 by file name; such a file is read whole and verified when it is first used."""
+        self.url = model_url(path)
+        self._unverified = dict(hashes or {})
+        self.bytes_read = 0
+        try:
+            files = self._files()
+            headers = {file: self._header(file) for file in files}
+        except EOFError as error:
+            raise CorruptionError(str(error)) from None
+        except OSError as error:
+            raise UserError(f"cannot read the model at {path}: {_reason(error)}") from None
+        self.locations: dict[str, Location] = {}
+        for file, (header, offset) in headers.items():
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, stop = (offset + position for position in entry["data_offsets"])
+                    dtype = _DTYPES.get(entry["dtype"])
+                    if dtype is None:
+                        raise UserError(f"{file}: tensor {name} has the dtype {entry['dtype']}")
+                    shape = tuple(entry["shape"])
+                    self.locations[name] = Location(file, dtype, shape, start, stop)
+        self._headers = {file: header for file, (header, _) in headers.items()}
+
+    @property
+    def bytes(self) -> int:
+        return sum(location.bytes for location in self.locations.values())
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Reads tensors into aligned memory of their own, on the CPU, in their stored dtype."""
+        wanted = [(name, self.locations[name]) for name in names]
+        for file in {location.file for _, location in wanted} & self._unverified.keys():
+            self._verify(file)
+        filesystem, folder = storage.resolve(self.url)
+        chunks = filesystem.cat_ranges(
+            [posixpath.join(folder, location.file) for _, location in wanted],
+            [location.start for _, location in wanted],
+            [location.stop for _, location in wanted],
+            on_error="raise",
+        )
+        tensors = {}
+        for (name, location), chunk in zip(wanted, chunks, strict=True):
+            if len(chunk) != location.bytes:
+                raise CorruptionError(f"{self.url}/{location.file} is cut short at tensor {name}")
+            # torch allocates on 64-byte boundaries; results of products may depend on alignment
+            tensor = torch.empty(len(chunk), dtype=torch.uint8)
+            tensor.numpy()[:] = np.frombuffer(chunk, dtype=np.uint8)
+            tensors[name] = tensor.view(location.dtype).view(location.shape)
+            self.bytes_read += len(chunk)
+        return tensors
+
+    def identity(self) -> str:
+        """A hash of config, headers and a probe of every file's weights: cheap for any size of model."""
+        parts = [storage.read_bytes(storage.join(self.url, "config.json"))]
+        for file in sorted(self._headers):
+            parts.append(json.dumps([file, self._headers[file]], sort_keys=True).encode())
+            here = [location for location in self.locations.values() if location.file == file]
+            for location in {here[0], here[len(here) // 2], here[-1]} if here else ():
+                middle = (location.start + location.stop) // 2
+                start, stop = max(location.start, middle - 2048), min(location.stop, middle + 2048)
+                parts.append(storage.read_range(storage.join(self.url, file), start, stop))
+        return storage.sha256(b"".join(sorted(storage.sha256(part).encode() for part in parts)))
+
+    def _verify(self, file: str) -> None:
+        expected = self._unverified.pop(file)
+        if storage.sha256(storage.read_bytes(storage.join(self.url, file))) != expected:
+            raise CorruptionError(f"{self.url}/{file} is damaged: its sha256 is not {expected}")
+
+    def _files(self) -> list[str]:
+        present = storage.names(self.url)
+        if INDEX in present:
+            index = storage.read_json(storage.join(self.url, INDEX))
+            files = sorted(set(index["weight_map"].values()))
+            missing = [file for file in files if file not in present]
+            if missing:
+                raise UserError(f"{self.url}: the index names {missing[0]}, which is not there")
+            return files
+        if SINGLE in present:
+            return [SINGLE]
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
+            raise UserError(
+                f"{self.url} holds pickled weights only; save it as safetensors first "
+                f"(model.save_pretrained does), calibprune opens no pickle"
+            )
+        raise UserError(f"{self.url} is no model folder: no {INDEX} and no {SINGLE} in it")
+
+    def _header(self, file: str) -> tuple[dict[str, Any], int]:
+        url = storage.join(self.url, file)
+        length = int.from_bytes(storage.read_range(url, 0, 8), "little")
+        if length > 100_000_000:
+            raise CorruptionError(f"{url} is not a safetensors file")
+        try:
+            return json.loads(storage.read_range(url, 8, 8 + length)), 8 + length
+        except ValueError:
+            raise CorruptionError(f"{url} is not a safetensors file") from None
+
+
+def model_url(path: str) -> str:
+    """The URL of a model folder: a local folder, a URL, or a hub id `org/name` as hf://org/name."""
+    if "://" in path:
+        return path.rstrip("/")
+    if Path(path).is_dir():
+        return str(Path(path).resolve())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith((".", "~")):
+        return f"hf://{path}"
+    raise UserError(f"there is no model at {path}: give a folder, a URL or a hub id like org/name")
+
+
+def side_files(url: str) -> list[str]:
+    """Names of the small files beside the weights: config, generation config, tokenizer, licence."""
+    return [
+        name
+        for name in storage.names(url)
+        if _SIDE_FILE.fullmatch(name) and not _NOT_A_SIDE_FILE.fullmatch(name)
+    ]
+
+
+def local_side_files(url: str) -> str:
+    """A local folder with the small files of a checkpoint, for transformers' own loaders to read."""
+    if storage.is_local(url):
+        return url
+    folder = Path(tempfile.mkdtemp(prefix="calibprune-"))
+    for name in side_files(url):
+        (folder / name).write_bytes(storage.read_bytes(storage.join(url, name)))
+    return str(folder)
+
+
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file holding these tensors; equal tensors give equal bytes."""
+    contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    return safetensors.torch.save(contiguous, metadata={"format": "pt"})
+
+
+def from_bytes(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, each in aligned memory of its own."""
+    return {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
+
+
+def index_bytes(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
+    return storage.json_bytes(
+        {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
+    )
+
+
+def _reason(error: OSError) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return f"access denied; for a gated model accept its terms and run `hf auth login` ({text[:200]})"
+    return text[:300]

@@ -1,0 +1,341 @@
+"""Every setting of a run: frozen pydantic models, one per stage, read from YAML plus `key.path=value` overrides.
+
+`sparsity` is always the fraction of weights removed. In a pattern "N:M", N of every M consecutive
+input weights are kept. Defaults are the ones we would use ourselves; `None` means "off" or "decide by itself".
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from calibprune import storage
+from calibprune.errors import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Section):
+    """The causal language model: a local folder, an fsspec URL (s3://, gs://, hf://) or a hub id `org/name`."""
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """dtype of the forwards; `auto` is the checkpoint's own. The pruned checkpoint keeps the input's dtype."""
+    trust_remote_code: bool = False
+
+
+class ClusterSettings(Section):
+    """What to ask of Ray. Without an address: RAY_ADDRESS if set, else a Ray of its own on this machine."""
+
+    address: str | None = None
+    workers: PositiveInt = 1
+    gpus_per_worker: NonNegativeInt | None = None
+    """None: one where the cluster has GPUs, else none."""
+    cpus_per_worker: PositiveInt | None = None
+    """None: 1 beside a GPU; without GPUs an equal share of the largest node's CPUs."""
+    start_timeout_seconds: PositiveInt = 600
+    verbose: bool = False
+    """Show the workers' own logs in the driver's output."""
+
+
+class BosPrefixes(Section):
+    """Every sample starts from nothing but the model's start-of-text token."""
+
+    type: Literal["bos"]
+
+
+class VocabularyPrefixes(Section):
+    """Every sample starts from `tokens` ordinary tokens drawn uniformly from the vocabulary."""
+
+    type: Literal["vocabulary"]
+    tokens: PositiveInt = 1
+    bos: bool = True
+
+
+class DatasetPrefixes(Section):
+    """Every sample starts from the first `tokens` tokens of one document of a text source."""
+
+    type: Literal["dataset"]
+    path: str
+    """A text (one document a line), jsonl or parquet file or folder, local or by URL, or a Hugging Face dataset id."""
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    tokens: PositiveInt = 2
+    """Tokens of the document itself; a start-of-text token in front is not counted."""
+    bos: bool = True
+
+
+Prefixes = Annotated[
+    BosPrefixes | VocabularyPrefixes | DatasetPrefixes, Field(discriminator="type")
+]
+
+
+class GenerateSettings(Section):
+    prefixes: Prefixes = BosPrefixes(type="bos")
+    samples: PositiveInt = 5000
+    max_tokens: PositiveInt = 2048
+    """Most new tokens of a sample; one may end sooner with the end-of-text token."""
+    min_tokens: NonNegativeInt = 0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: PositiveInt | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    seed: NonNegativeInt = 0
+    shard_rows: PositiveInt = 500
+    """Samples in one unit of work: what a crash can cost."""
+    engines: PositiveInt | None = None
+    """vLLM engines; None: as many as the cluster section's workers have room for."""
+    tensor_parallel: PositiveInt = 1
+    max_concurrent: PositiveInt = 256
+    """Samples that one engine continues at the same time."""
+    shards_in_flight: PositiveInt = 2
+    attempts: PositiveInt = 3
+    shard_timeout_seconds: PositiveInt | None = None
+    """None: derived from the shards measured so far."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    cpu_kvcache_gib: PositiveInt = 2
+    enforce_eager: bool | None = None
+    """None: compiled on GPUs, eager on CPUs, where compiling costs more than it saves on short runs."""
+
+
+class PerplexityFilter(Section):
+    """Drops the fraction of samples that the model itself finds least likely (Ji et al. 2025, section 4)."""
+
+    type: Literal["perplexity"]
+    drop_worst: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+
+class LengthFilter(Section):
+    """Drops samples with fewer tokens than this, prefix included."""
+
+    type: Literal["length"]
+    min_tokens: PositiveInt = 32
+
+
+Filter = Annotated[PerplexityFilter | LengthFilter, Field(discriminator="type")]
+
+
+class CurateSettings(Section):
+    filters: tuple[Filter, ...] = (PerplexityFilter(type="perplexity"),)
+    sequences: PositiveInt = 128
+    sequence_tokens: Annotated[int, Field(ge=2)] = 2048
+    pack: Literal["concat", "document"] = "concat"
+    """concat: kept samples joined in random order and cut; document: the first tokens of long enough samples."""
+    seed: NonNegativeInt = 0
+
+
+class Magnitude(Section):
+    type: Literal["magnitude"]
+
+
+class Wanda(Section):
+    type: Literal["wanda"]
+
+
+class SparseGPT(Section):
+    type: Literal["sparsegpt"]
+    blocksize: PositiveInt = 128
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    """Fraction of the Gram matrix's mean diagonal that is added to its diagonal."""
+
+
+Method = Annotated[Magnitude | Wanda | SparseGPT, Field(discriminator="type")]
+
+
+class UniformAllocation(Section):
+    type: Literal["uniform"]
+
+
+class PruneSettings(Section):
+    method: Method = SparseGPT(type="sparsegpt")
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction of weights removed; None: 0.5, or what the pattern says."""
+    pattern: str = "unstructured"
+    """`unstructured`, or "N:M": N of every M consecutive input weights are kept."""
+    allocation: UniformAllocation = UniformAllocation(type="uniform")
+    inputs: Literal["pruned", "dense"] = "pruned"
+    """What a layer is calibrated on: outputs of the pruned layers before it, or of the dense ones."""
+    batch_sequences: PositiveInt = 4
+    """Sequences in one micro-batch."""
+    pool: str | None = None
+    """A calibration pool of your own (parquet folder with token_ids); None: the one `curate` made."""
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_is_text(cls, value: Any) -> Any:
+        if isinstance(value, int):  # YAML 1.1 reads an unquoted 2:4 as the number 124, in base 60
+            raise ValueError('write the pattern in quotes, as in pattern: "2:4"')
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.pattern != "unstructured":
+            kept, group = parse_pattern(self.pattern)
+            implied = 1 - kept / group
+            if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
+                raise ValueError(
+                    f'pattern "{self.pattern}" removes {implied:g} of the weights, '
+                    f"sparsity says {self.sparsity:g}: leave sparsity out"
+                )
+            blocksize = getattr(self.method, "blocksize", group)
+            if blocksize % group:
+                raise ValueError(
+                    f"method.blocksize {blocksize} is not a multiple of {group}, "
+                    f'as pattern "{self.pattern}" needs'
+                )
+        return self
+
+    @property
+    def target_sparsity(self) -> float:
+        if self.pattern != "unstructured":
+            kept, group = parse_pattern(self.pattern)
+            return 1 - kept / group
+        return 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(kept, group) of an N:M pattern, None when unstructured."""
+        return None if self.pattern == "unstructured" else parse_pattern(self.pattern)
+
+
+class HeldOutText(Section):
+    """A text that the perplexity is measured on; `path` as in the dataset prefixes, or `python-docs`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    path: str
+    dataset_name: str | None = None
+    split: str = "test"
+    column: str = "text"
+    separator: str = "\n\n"
+    """Put between documents before the text is cut into windows."""
+
+
+class EvaluateSettings(Section):
+    perplexity: tuple[HeldOutText, ...] = ()
+    sequence_tokens: Annotated[int, Field(ge=2)] = 2048
+    sequences: PositiveInt | None = None
+    """Most windows per text; None: all of it."""
+    batch_sequences: PositiveInt = 1
+
+    @field_validator("perplexity")
+    @classmethod
+    def _names_differ(cls, texts: tuple[HeldOutText, ...]) -> tuple[HeldOutText, ...]:
+        names = [text.name for text in texts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"every text needs a name of its own, these were given: {names}")
+        return texts
+
+
+class ReportSettings(Section):
+    sample_texts: NonNegativeInt = 3
+
+
+class Config(Section):
+    model: ModelSettings
+    output: str
+    """URL of the run folder; everything a run makes lies in there."""
+    cluster: ClusterSettings = ClusterSettings()
+    generate: GenerateSettings = GenerateSettings()
+    curate: CurateSettings = CurateSettings()
+    prune: PruneSettings = PruneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    report: ReportSettings = ReportSettings()
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """(kept, group) of "N:M". Raises ValueError unless 0 < N < M."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if match is None:
+        raise ValueError(f'pattern is "unstructured" or "N:M" such as "2:4", not "{pattern}"')
+    kept, group = int(match[1]), int(match[2])
+    if not 0 < kept < group:
+        raise ValueError(
+            f'pattern "{pattern}": N weights of every M are kept, so 0 < N < M, as in "2:4"'
+        )
+    return kept, group
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.path=value` overrides and validates.
+
+    Raises UserError naming the file, the key, the value and, for an unknown key, the nearest valid one.
+    """
+    try:
+        tree = OmegaConf.create(storage.read_bytes(path).decode())
+    except FileNotFoundError:
+        raise UserError(f"no configuration at {path}") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals or not key:
+                raise UserError(f"an override is key.path=value, not {override!r}")
+            parsed = OmegaConf.from_dotlist([f"value={value}"]).value
+            OmegaConf.update(tree, key, parsed, force_add=True)
+        content = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings: a mapping with model, output, ... is expected")
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a validation in one line: key, what is wrong, what would be right."""
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        valid = sorted(_valid_keys(Config, location[:-1]))
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(valid)}"
+        return f"unknown key {key}: {hint}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{key}: {message}{shown}"
+
+
+def _valid_keys(annotation: Any, location: Sequence[str]) -> set[str]:
+    models = list(_models_in(annotation))
+    if not location:
+        return {name for model in models for name in model.model_fields}
+    head, *tail = location
+    keys: set[str] = set()
+    for model in models:
+        if head in model.model_fields:
+            keys |= _valid_keys(model.model_fields[head].annotation, tail)
+        elif "type" in model.model_fields and head in typing.get_args(
+            model.model_fields["type"].annotation
+        ):  # a discriminated union puts the tag into the location
+            keys |= _valid_keys(model, tail)
+    if head.isdigit():  # an index into a list
+        keys |= _valid_keys(annotation, tail)
+    return keys
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for argument in typing.get_args(annotation):
+            yield from _models_in(argument)

@@ -1,0 +1,240 @@
+"""A causal language model without its weights: built on the meta device, filled and emptied module by module.
+
+No table of architectures: the decoder layers are the one list of modules as long as the config says, and
+what is pruned are the `torch.nn.Linear`s inside them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from calibprune.checkpoint import Checkpoint, local_side_files
+from calibprune.config import ModelSettings
+from calibprune.errors import UserError
+
+_TORCH_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device and where its tensors lie in the checkpoint."""
+
+    model: Any
+    """A transformers PreTrainedModel with a language modelling head."""
+    checkpoint: Checkpoint
+    layers_path: str
+    """Dotted path of the decoder layers, such as `model.layers`."""
+    dtype: torch.dtype
+    """dtype of the forwards."""
+    device: torch.device
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        return list(self.model.get_submodule(self.layers_path))
+
+    @cached_property
+    def outer_modules(self) -> dict[str, nn.Module]:
+        """Modules outside the decoder layers that hold parameters themselves: embedding, norm, head."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if not name.startswith(f"{self.layers_path}.")
+            and next(module.parameters(recurse=False), None) is not None
+        }
+
+    @cached_property
+    def _alias(self) -> dict[str, str]:
+        """Tied parameters that the checkpoint does not store -> the name it stores them under."""
+        first: dict[int, str] = {}
+        named = list(self.model.named_parameters(remove_duplicate=False))
+        for name, parameter in named:
+            if name in self.checkpoint.locations:
+                first.setdefault(id(parameter), name)
+        return {
+            name: first[id(parameter)]
+            for name, parameter in named
+            if name not in self.checkpoint.locations and id(parameter) in first
+        }
+
+    def stored_name(self, name: str) -> str:
+        return self._alias.get(name, name)
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.layers_path}.{index}."
+
+    def layer_tensors(self, index: int) -> list[str]:
+        """Checkpoint names of everything stored under one decoder layer."""
+        prefix = self.layer_prefix(index)
+        return sorted(name for name in self.checkpoint.locations if name.startswith(prefix))
+
+    def rest_tensors(self) -> list[str]:
+        """Checkpoint names of everything outside the decoder layers."""
+        prefixes = tuple(self.layer_prefix(index) for index in range(len(self.layers)))
+        return sorted(n for n in self.checkpoint.locations if not n.startswith(prefixes))
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The prunable linears of a decoder layer by their path inside it."""
+        found = self.layers[index].named_modules()
+        return {name: module for name, module in found if isinstance(module, nn.Linear)}
+
+    def place(self, module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Puts weights, given by checkpoint name, into a module, in the forwards' dtype, on the device."""
+        for path, owner in module.named_modules():
+            for leaf in list(owner._parameters):
+                if owner._parameters[leaf] is None:
+                    continue
+                name = f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}"
+                tensor = tensors[self.stored_name(name)].to(self.device, self.dtype)
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def place_outer(self, name: str) -> None:
+        """Reads one outer module's weights and puts them in place."""
+        module = self.outer_modules[name]
+        prefix = f"{name}." if name else ""
+        wanted = {
+            self.stored_name(prefix + leaf) for leaf, _ in module.named_parameters(recurse=False)
+        }
+        self.place(module, prefix, self.checkpoint.read(sorted(wanted)))
+
+    @staticmethod
+    def evict(module: nn.Module) -> None:
+        """Frees a module's weights."""
+        for owner in module.modules():
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    empty = torch.empty_like(parameter, device="meta")
+                    owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+
+def read_config(settings: ModelSettings, url: str) -> Any:
+    """The transformers config of a causal language model.
+
+    Raises UserError for a missing or unreadable config, an encoder, or an unknown architecture.
+    """
+    folder = local_side_files(url)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        hint = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in hint:
+            hint = "it needs code of its own; set model.trust_remote_code=true if you trust it"
+        raise UserError(f"cannot use the model at {settings.path}: {hint}") from None
+    architectures = list(config.architectures or ())
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    if not causal or encoder_decoder or not known:
+        raise UserError(
+            f"{settings.path} is not a causal language model that can be pruned here: its "
+            f"architecture is {', '.join(architectures) or config.model_type}"
+        )
+    return config
+
+
+def build_skeleton(
+    settings: ModelSettings,
+    device: torch.device | str = "cpu",
+    hashes: Mapping[str, str] | None = None,
+) -> Skeleton:
+    """Builds the model without weights and checks it against the checkpoint's headers.
+
+    Raises UserError when the architecture cannot be pruned or the checkpoint lacks tensors it needs.
+    """
+    checkpoint = Checkpoint(settings.path, hashes)
+    config = read_config(settings, checkpoint.url)
+    dtype = forward_dtype(settings, config, checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=settings.trust_remote_code,
+        )
+    model.eval()
+    model.tie_weights()
+    for module in model.modules():  # rotary tables and the like; parameters stay on meta
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to(device)
+    skeleton = Skeleton(model, checkpoint, _layers_path(model, config), dtype, torch.device(device))
+    _check_tensors(skeleton, settings.path)
+    return skeleton
+
+
+def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype asked for; `auto`: the one that most of the checkpoint's bytes have."""
+    if settings.dtype != "auto":
+        return _TORCH_DTYPES[settings.dtype]
+    bytes_of: dict[torch.dtype, int] = {}
+    for location in checkpoint.locations.values():
+        bytes_of[location.dtype] = bytes_of.get(location.dtype, 0) + location.bytes
+    dtype = max(bytes_of, key=lambda dtype: bytes_of[dtype])
+    if dtype not in _TORCH_DTYPES.values():
+        raise UserError(f"{settings.path} is stored in {dtype}: give float32, float16 or bfloat16")
+    return dtype
+
+
+def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a checkpoint. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            local_side_files(url), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot read the tokenizer of {url}: {reason}") from None
+
+
+def context_tokens(config: Any) -> int | None:
+    """The longest sequence that the model was made for; None where the config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _layers_path(model: nn.Module, config: Any) -> str:
+    count = config.get_text_config().num_hidden_layers
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"cannot tell the {count} decoder layers of {type(model).__name__}: {found}"
+        )
+    return found[0]
+
+
+def _check_tensors(skeleton: Skeleton, path: str) -> None:
+    named: Iterable[tuple[str, Tensor]] = skeleton.model.named_parameters(remove_duplicate=False)
+    for name, parameter in named:
+        location = skeleton.checkpoint.locations.get(skeleton.stored_name(name))
+        if location is None:
+            raise UserError(f"the checkpoint at {path} has no tensor {name}, which its model needs")
+        if location.shape != tuple(parameter.shape):
+            raise UserError(
+                f"tensor {name} of {path} has shape {location.shape}, "
+                f"its config says {tuple(parameter.shape)}"
+            )
+    for index, layer in enumerate(skeleton.layers):
+        fused = [n for n, p in layer.named_parameters() if p.dim() > 2]
+        if fused:
+            raise UserError(
+                f"{path}: layer {index} holds its experts as one fused tensor ({fused[0]}); "
+                f"mixture-of-experts models of this kind are not supported"
+            )
+        for name in skeleton.linears(index):
+            location = skeleton.checkpoint.locations[f"{skeleton.layer_prefix(index)}{name}.weight"]
+            if location.dtype not in _TORCH_DTYPES.values():
+                raise UserError(f"{path}: {name} of layer {index} is quantised ({location.dtype})")
+    if not skeleton.linears(0):
+        raise UserError(f"{path}: its decoder layers hold no torch.nn.Linear to prune")

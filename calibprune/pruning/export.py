@@ -1,0 +1,53 @@
+"""What makes a folder of pruned layers a Hugging Face checkpoint: the rest of the tensors, the index, the side files.
+
+`config.json` is copied as it is: vLLM refuses a `sparsity_config`, so the facts of the pruning go to `pruning.json`.
+"""
+
+from calibprune import __version__, storage
+from calibprune.checkpoint import INDEX, index_bytes, side_files, to_bytes
+from calibprune.config import PruneSettings
+from calibprune.model import Skeleton
+from calibprune.run import Record, Stage
+
+REST = "rest"
+FOLDER = "checkpoint"
+
+
+def copy_rest(skeleton: Skeleton, stage: Stage) -> Record:
+    """Commits every tensor outside the decoder layers, bit for bit, as one shard."""
+    tensors = skeleton.checkpoint.read(skeleton.rest_tensors())
+    published = stage.put(REST, to_bytes(tensors), "safetensors", FOLDER, "model")
+    facts = {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
+    return stage.commit(REST, published, facts)
+
+
+def finish_checkpoint(stage: Stage, source_url: str, settings: PruneSettings) -> None:
+    """Writes the index, the copied side files and `pruning.json` once every shard is committed."""
+    folder = storage.join(stage.url, FOLDER)
+    weight_map, total = {}, 0
+    layers = []
+    for record in stage.done().values():
+        assert record.file is not None
+        for name, size in record.facts["tensors"].items():
+            weight_map[name] = record.file.removeprefix(f"{FOLDER}/")
+            total += size
+        if record.unit != REST:
+            layers.append({"layer": record.facts["layer"], "linears": record.facts["linears"]})
+    for name in side_files(source_url):
+        storage.write(
+            storage.join(folder, name), storage.read_bytes(storage.join(source_url, name))
+        )
+    facts = {
+        "calibprune": __version__,
+        "settings": settings.model_dump(mode="json", exclude={"pool"}),
+        "sparsity": overall_sparsity([layer["linears"] for layer in layers]),
+        "layers": layers,
+    }
+    storage.write_json(storage.join(folder, "pruning.json"), facts)
+    storage.write(storage.join(folder, INDEX), index_bytes(weight_map, total))
+
+
+def overall_sparsity(layers: list[dict]) -> float:
+    """Zeros over parameters of all pruned linears, from their recorded facts."""
+    linears = [facts for layer in layers for facts in layer.values()]
+    return sum(f["zeros"] for f in linears) / max(1, sum(f["parameters"] for f in linears))

@@ -1,0 +1,131 @@
+"""Which weights stay: boolean keep masks from scores, with exact counts whatever the ties.
+
+Where scores are equal the lowest column is removed first. Scores are finite and compared in float32.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32
+from torch import Tensor
+
+
+def keep_lowest_removed(
+    scores: Float[Tensor, "out in"], sparsity: float, per: Literal["row", "matrix"] = "row"
+) -> Bool[Tensor, "out in"]:
+    """Removes the lowest int(in * sparsity) scores of every row, or int(out * in * sparsity) of the matrix."""
+    if per == "matrix":
+        return keep_all_but_lowest(scores, int(scores.numel() * sparsity))
+    removed = int(scores.shape[1] * sparsity)
+    if removed == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    scores = scores.detach().to(torch.float32)
+    threshold = _nth_lowest(scores, removed)[:, None]
+    keep = scores > threshold
+    rows = (keep.sum(1) != scores.shape[1] - removed).nonzero().squeeze(1)
+    if len(rows):
+        tied = scores[rows] == threshold[rows]
+        below = (scores[rows] < threshold[rows]).sum(1, keepdim=True)
+        keep[rows] |= tied & (tied.cumsum(1) > removed - below)
+    return keep
+
+
+def keep_all_but_lowest(scores: Float[Tensor, "out in"], removed: int) -> Bool[Tensor, "out in"]:
+    """Removes exactly `removed` of the matrix's scores, the lowest; equal ones by column, then by row."""
+    if not 0 <= removed <= scores.numel():
+        raise ValueError(f"cannot remove {removed} of {scores.numel()} weights")
+    if removed == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    scores = scores.detach().to(torch.float32)
+    threshold = _nth_lowest(scores.reshape(1, -1), removed)
+    keep = scores > threshold
+    surplus = removed - int((~keep).sum())
+    if surplus == 0:
+        return keep
+    tied = scores == threshold
+    kept_ties_from = tied.sum(0).cumsum(0)  # ties in this column and those before it
+    removed_ties = int(kept_ties_from[-1]) + surplus
+    column = int(torch.searchsorted(kept_ties_from, removed_ties))
+    keep[:, column + 1 :] |= tied[:, column + 1 :]
+    before = int(kept_ties_from[column - 1]) if column else 0
+    keep[:, column] |= tied[:, column] & (tied[:, column].cumsum(0) > removed_ties - before)
+    return keep
+
+
+def keep_n_of_m(scores: Float[Tensor, "out in"], kept: int, group: int) -> Bool[Tensor, "out in"]:
+    """Keeps the `kept` highest scores of every `group` consecutive columns.
+
+    Raises ValueError if the width is no multiple of `group`.
+    """
+    check_width(scores.shape[1], group)
+    scores = scores.detach().to(torch.float32).contiguous()
+    if scores.device.type != "cpu":
+        return _keep_n_of_m_torch(scores, kept, group)
+    keep = torch.empty(scores.shape, dtype=torch.bool)
+    grouped, flags = scores.view(-1, group).numpy(), keep.view(-1, group).numpy()
+    for_row_chunks(
+        lambda rows: _keep_groups(grouped[rows], group - kept, flags[rows]), len(grouped)
+    )
+    return keep
+
+
+def check_width(width: int, group: int) -> None:
+    """Raises ValueError if rows of this many inputs cannot be cut into groups."""
+    if width % group:
+        raise ValueError(
+            f"an N:{group} pattern needs rows of a multiple of {group} inputs, not {width}"
+        )
+
+
+def for_row_chunks(work: Callable[[slice], None], rows: int) -> None:
+    """Runs `work`, compiled code without the GIL, on slices of the rows, on as many threads as torch uses."""
+    threads = torch.get_num_threads()
+    if threads == 1 or rows < 2 * threads:
+        return work(slice(0, rows))
+    size = -(-rows // (2 * threads))
+    slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, slices):
+            pass
+    return None
+
+
+@numba.njit(nogil=True, cache=True)
+def mark_kept(scores: np.ndarray, removed: int, keep: np.ndarray) -> None:
+    """Writes into `keep` which scores of one group stay: all but the `removed` lowest, in compiled code."""
+    for i in range(scores.shape[0]):
+        lower = 0
+        for j in range(scores.shape[0]):
+            lower += scores[j] < scores[i] or (scores[j] == scores[i] and j < i)
+        keep[i] = lower >= removed
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep_groups(scores: np.ndarray, removed: int, keep: np.ndarray) -> None:
+    for row in range(scores.shape[0]):
+        mark_kept(scores[row], removed, keep[row])
+
+
+def _keep_n_of_m_torch(
+    scores: Float32[Tensor, "out in"], kept: int, group: int
+) -> Bool[Tensor, "out in"]:
+    grouped = scores.unflatten(1, (-1, group))
+    columns = torch.arange(group, device=scores.device)
+    lower = torch.zeros(grouped.shape, dtype=torch.uint8, device=scores.device)
+    for j in range(group):
+        other = grouped[..., j, None]
+        lower += (other < grouped) | ((other == grouped) & (columns > j))
+    return (lower >= group - kept).flatten(1)
+
+
+def _nth_lowest(scores: Float32[Tensor, "rows width"], n: int) -> Float32[Tensor, " rows"]:
+    """Every row's n-th lowest score, counted from 1."""
+    if scores.device.type == "cpu":  # far faster than torch.sort, topk or kthvalue
+        return torch.from_numpy(np.partition(scores.numpy(), n - 1, axis=1)[:, n - 1].copy())
+    if scores.shape[0] == 1:  # a GPU selects within one row on a single block
+        return scores.sort(dim=1).values[:, n - 1]
+    return scores.kthvalue(n, dim=1).values

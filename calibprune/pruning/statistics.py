@@ -1,0 +1,223 @@
+"""What a group's pruning needs to know of its inputs: raw sums over tokens, exact in any order.
+
+Sums are added as integers, so neither the order of the micro-batches nor their partition over workers
+changes a bit. Where the inputs come from and how sums travel between workers is decided elsewhere.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+Need = Literal["none", "sum_squares", "gram"]
+
+# More than 512 tokens in one product, and MKL's last bits depend on the number of threads.
+TOKENS_AT_ONCE = {"cpu": 512}
+COLUMNS_AT_ONCE = {"cpu": 256}
+GPU_TOKENS_AT_ONCE = 8192
+GPU_COLUMNS_AT_ONCE = 4096
+
+INTEGER_BITS = 62  # of int64's 63, so that rounding never overflows
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Raw sums over the calibration tokens of one input: sum of x_j^2 and sum of x x^T, in float32."""
+
+    tokens: int
+    sum_squares: Float32[Tensor, "in"] | None
+    gram: Float32[Tensor, "in in"] | None
+
+
+@dataclass(frozen=True)
+class IntegerSums:
+    """The same sums times 2^exponent, as integers. Of the Gram matrix only the lower triangle is filled.
+
+    Sums of one exponent add up exactly; `merge` does, and so does an all-reduce of the tensors.
+    """
+
+    tokens: int
+    exponent: int
+    sum_squares: Int64[Tensor, "in"] | None
+    gram: Int64[Tensor, "in in"] | None
+
+
+def magnitude_bound(inputs: list[Float[Tensor, "... in"]], need: Need) -> float:
+    """The largest sum of x_j^2 that any column reaches in any one of these micro-batches.
+
+    Take the maximum over all workers and pass it to `observe`: by Cauchy-Schwarz it bounds every entry of
+    every micro-batch's Gram matrix. Raises ValueError where an input is not finite.
+    """
+    if need == "none" or not inputs:
+        return 0.0
+    peaks = torch.stack([_column_squares(_rows(batch)).max() for batch in inputs]).tolist()
+    for index, peak in enumerate(peaks):
+        if not math.isfinite(peak):
+            raise ValueError(
+                f"the inputs of micro-batch {index} are not finite: a sum of squares is {peak}"
+            )
+    return max(peaks)
+
+
+def observe(
+    inputs: list[Float[Tensor, "... in"]], need: Need, bound: float, micro_batches: int
+) -> IntegerSums:
+    """Adds up the micro-batches' sums, each rounded to a multiple of one power of two.
+
+    `bound` is the maximum of `magnitude_bound` over all workers and `micro_batches` their number over all
+    workers: together they fix the power of two so that the grand total fits int64. Raises ValueError on
+    no input at all, on inputs beyond the bound and on more micro-batches than announced.
+    """
+    if not inputs:
+        raise ValueError("no micro-batch to observe")
+    if len(inputs) > micro_batches:
+        raise ValueError(f"{len(inputs)} micro-batches observed, of {micro_batches} in total")
+    tokens = sum(batch.numel() // batch.shape[-1] for batch in inputs)
+    if need == "none":
+        return IntegerSums(tokens, 0, None, None)
+
+    exponent = scale_exponent(bound, micro_batches)
+    width, device = inputs[0].shape[-1], inputs[0].device
+    shape = (width, width) if need == "gram" else (width,)
+    sums = torch.zeros(shape, dtype=torch.int64, device=device)
+    peaks = []
+    for batch in inputs:
+        if need == "gram":
+            peaks.append(_add_gram(sums, _rows(batch), 2.0**exponent))
+        else:
+            squares = _column_squares(_rows(batch))
+            peaks.append(squares.max())
+            sums += squares.mul_(2.0**exponent).round_().long()
+    peak = torch.stack(peaks).max().item()
+    if not peak <= bound * 1.001:  # the two are rounded differently
+        raise ValueError(f"inputs reach {peak:g}, beyond the bound {bound:g} of all micro-batches")
+    if need == "gram":
+        return IntegerSums(tokens, exponent, None, sums)
+    return IntegerSums(tokens, exponent, sums, None)
+
+
+def scale_exponent(bound: float, micro_batches: int) -> int:
+    """The largest e for which `micro_batches` sums of at most 2 * bound, times 2^e, stay below 2^62."""
+    if not (math.isfinite(bound) and bound >= 0):
+        raise ValueError(f"bound is a finite number of at least 0, not {bound}")
+    _, total = math.frexp(2 * bound * micro_batches)
+    return min(INTEGER_BITS - total, 126)  # 2^126 is still a float32
+
+
+def merge(a: IntegerSums, b: IntegerSums) -> IntegerSums:
+    """The sums over the tokens of both. Raises ValueError if they were scaled differently."""
+    if a.exponent != b.exponent or (a.gram is None) != (b.gram is None):
+        raise ValueError(
+            f"sums of unlike kinds cannot be merged: exponents {a.exponent} and {b.exponent}"
+        )
+    squares = None if a.sum_squares is None else a.sum_squares + _present(b.sum_squares)
+    gram = None if a.gram is None else a.gram + _present(b.gram)
+    return IntegerSums(a.tokens + b.tokens, a.exponent, squares, gram)
+
+
+def finish(sums: IntegerSums) -> Statistics:
+    """The sums in float32; the Gram matrix exactly symmetric, its diagonal being the sums of squares."""
+    scale = 2.0**-sums.exponent
+    if sums.gram is not None:
+        lower = sums.gram.to(torch.float32).mul_(scale).tril_()
+        squares = lower.diagonal().clone()
+        return Statistics(sums.tokens, squares, lower + lower.tril(-1).T)
+    if sums.sum_squares is not None:
+        return Statistics(sums.tokens, sums.sum_squares.to(torch.float32).mul_(scale), None)
+    return Statistics(sums.tokens, None, None)
+
+
+@torch.no_grad()
+def relative_output_error(
+    weight: Float[Tensor, "out in"],
+    pruned: Float[Tensor, "out in"],
+    inputs: Float[Tensor, "... in"],
+) -> float:
+    """||(W - W') X|| / ||W X|| in the Frobenius norm over these tokens; 0 where both are zero.
+
+    Products in the inputs' dtype, norms in float32.
+    """
+    difference = weight.to(torch.float32) - pruned.to(torch.float32)
+    error, size = (
+        torch.linalg.vector_norm(
+            torch.nn.functional.linear(inputs, matrix.to(inputs.dtype)), dtype=torch.float32
+        ).item()
+        for matrix in (difference, weight)
+    )
+    if size == 0:
+        return 0.0 if error == 0 else math.inf
+    return error / size
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keeps TF32 and bfloat16 out of float32 matrix products while it is open."""
+    on_cpu = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    backends = torch.backends.cuda.matmul, on_cpu
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _rows(batch: Float[Tensor, "... in"]) -> Float[Tensor, "tokens in"]:
+    return batch.detach().reshape(-1, batch.shape[-1])
+
+
+def _present(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError("sums of unlike kinds cannot be merged")
+    return value
+
+
+def _column_squares(tokens: Float[Tensor, "tokens in"]) -> Float32[Tensor, "in"]:
+    """Sum of x_j^2 over the rows, by chunks of rows so that no large temporary is made."""
+    at_once = TOKENS_AT_ONCE.get(tokens.device.type, GPU_TOKENS_AT_ONCE)
+    total = torch.zeros(tokens.shape[1], dtype=torch.float32, device=tokens.device)
+    for chunk in tokens.split(at_once):
+        total += chunk.to(torch.float32).square().sum(0)
+    return total
+
+
+def _add_gram(
+    sums: Int64[Tensor, "in in"], tokens: Float[Tensor, "tokens in"], scale: float
+) -> Float32[Tensor, ""]:
+    """Adds the scaled, rounded lower triangle of X^T X to `sums`; returns its largest diagonal entry."""
+    on_cpu = tokens.device.type == "cpu"
+    if on_cpu:
+        tokens = tokens.to(torch.float32)
+    width = tokens.shape[1]
+    columns = COLUMNS_AT_ONCE.get(tokens.device.type, GPU_COLUMNS_AT_ONCE)
+    peaks = []
+    with full_float32():
+        for start in range(0, width, columns):
+            stop = min(start + columns, width)
+            product = _gram_rows(tokens, start, stop)
+            peaks.append(product.diagonal(start).max())
+            sums[start:stop, :stop] += product.mul_(scale).round_().long()
+    return torch.stack(peaks).max()
+
+
+def _gram_rows(
+    tokens: Float[Tensor, "tokens in"], start: int, stop: int
+) -> Float32[Tensor, "rows stop"]:
+    """Rows [start, stop) of X^T X, up to and including the diagonal block, summed in float32."""
+    left, right = tokens[:, start:stop].T, tokens[:, :stop]
+    if tokens.device.type == "cpu":
+        at_once = TOKENS_AT_ONCE["cpu"]
+        product = torch.zeros(stop - start, stop)
+        for first in range(0, len(tokens), at_once):
+            product.addmm_(left[:, first : first + at_once], right[first : first + at_once])
+        return product
+    if tokens.dtype == torch.float32:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32)

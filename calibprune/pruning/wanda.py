@@ -1,0 +1,40 @@
+"""Wanda: weights are scored by their size times the norm of their input. No weight is updated."""
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from calibprune.config import Wanda
+from calibprune.pruning.masks import keep_lowest_removed, keep_n_of_m
+from calibprune.pruning.statistics import Statistics
+
+
+@torch.no_grad()
+def prune(
+    weights: list[Float[Tensor, "_ in"]],
+    statistics: Statistics,
+    sparsities: list[float],
+    n_of_m: tuple[int, int] | None,
+    settings: Wanda,
+) -> list[Float[Tensor, "_ in"]]:
+    """Zeroes the lowest scores of every output row, or of every N:M group.
+
+    Every row is its own comparison, so rows may be pruned anywhere. Needs `sum_squares`; sparsities are not
+    used where `n_of_m` is given. Raises ValueError if the width does not fit the pattern.
+    Sun et al. 2023 (arXiv 2306.11695), equation 1.
+    """
+    if statistics.sum_squares is None:
+        raise ValueError("Wanda needs the inputs' sums of squares")
+    pruned = []
+    for weight, sparsity in zip(weights, sparsities, strict=True):
+        scores = score(weight, statistics.sum_squares)
+        keep = keep_n_of_m(scores, *n_of_m) if n_of_m else keep_lowest_removed(scores, sparsity)
+        pruned.append(weight.masked_fill(~keep, 0))
+    return pruned
+
+
+def score(
+    weight: Float[Tensor, "out in"], sum_squares: Float32[Tensor, "in"]
+) -> Float32[Tensor, "out in"]:
+    """S_ij = |W_ij| * ||X_j||, the norm over all calibration tokens (arXiv 2306.11695, equation 1)."""
+    return weight.to(torch.float32).abs() * sum_squares.sqrt()

@@ -1,0 +1,143 @@
+"""The report's page: from the values of report.json to one self-contained HTML file.
+
+Collecting the values and writing the files is the report stage's work. Any section may be missing.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from calibprune.reporting import plots, units
+
+STAGES = ("generate", "curate", "prune", "evaluate", "report")
+SECTIONS = ("calibprune", "created_at", "config", "versions", "model", "generate", "curate",
+            "samples", "prune", "perplexity")  # fmt: skip
+SAME_SPARSITY = 5e-4
+"""Sparsities that lie within this are one number on the page, not a map."""
+
+
+def render_page(report: Mapping[str, Any]) -> str:
+    """The whole page as HTML; equal reports give equal pages, and any text in them is shown as text."""
+    report = _printable(report)
+    seconds = _in_order(report.get("stages") or {})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("calibprune.reporting", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=units.count, compact=units.compact, percent=units.percent, ppl=units.perplexity,
+        ratio=units.ratio, duration=units.duration, size=units.size, moment=_moment,
+        last_part=_last_part, split_prefix=_split_prefix, yaml=_yaml,
+    )  # fmt: skip
+    return environment.get_template("page.html.j2").render(
+        {section: report.get(section) or None for section in SECTIONS},
+        sparsity=report.get("sparsity"),
+        total_seconds=sum(stage["seconds"] for stage in seconds.values()),
+        change=units.change,
+        draw=_draw(report, seconds),
+        layers=_layers(report),
+        quantities=_quantities(_layers(report)),
+    )
+
+
+def _draw(report: Mapping[str, Any], seconds: Mapping[str, Any]) -> dict[str, Markup]:
+    """The figures that there are values for. Markup: our own drawings, with the names in them escaped."""
+    histogram, layers = (report.get("curate") or {}).get("perplexity"), _layers(report)
+    wanted = {
+        "perplexity": (plots.perplexity_bars, report.get("perplexity")),
+        "pool": (plots.pool_histogram, histogram),
+        "stages": (plots.stage_seconds, seconds),
+        "layers": (plots.layer_seconds, layers),
+    }
+    return {name: Markup(plot(values)) for name, (plot, values) in wanted.items() if values}
+
+
+def _layers(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    layers = (report.get("prune") or {}).get("layers") or []
+    return sorted(layers, key=lambda layer: layer["layer"])
+
+
+def _quantities(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Relative error and sparsity of the layers: range, map (unless it is one number) and table."""
+    quantities = {}
+    for quantity in ("relative_error", "sparsity"):
+        _, names, table, means = plots.layer_table(layers, quantity)
+        finite = table[np.isfinite(table)]
+        if not finite.size:
+            continue
+        low, high = float(finite.min()), float(finite.max())
+        same = quantity == "sparsity" and high - low < SAME_SPARSITY
+        quantities[quantity] = {
+            "low": low,
+            "high": high,
+            "map": None if same else Markup(plots.layer_map(layers, quantity)),
+            "names": names,
+            "rows": [
+                [None if np.isnan(value) else float(value) for value in (*column, mean)]
+                for column, mean in zip(table.T, means, strict=True)
+            ],
+        }
+    return quantities
+
+
+def _in_order(stages: Mapping[str, Any]) -> dict[str, Any]:
+    return {stage: stages[stage] for stage in sorted(stages, key=STAGES.index)}
+
+
+def _printable(value: Any) -> Any:
+    """The same values; characters that HTML or UTF-8 cannot hold become U+FFFD."""
+    if isinstance(value, str):
+        return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "�", value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return value
+
+
+def _split_prefix(sample: Mapping[str, Any]) -> tuple[str, str]:
+    """(prefix, continuation), whether or not the text repeats the prefix."""
+    return sample["prefix"], sample["text"].removeprefix(sample["prefix"])
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _moment(timestamp: str) -> str:
+    return datetime.fromisoformat(timestamp).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    return "\n".join(_yaml_lines(tree))
+
+
+def _yaml_lines(value: Any) -> Iterator[str]:
+    items = value.items() if isinstance(value, Mapping) else (("-", item) for item in value)
+    for key, item in items:
+        head = "-" if key == "-" else f"{key}:"
+        if isinstance(item, Mapping | list) and item:
+            inner = list(_yaml_lines(item))
+            if head == "-":
+                yield f"- {inner.pop(0)}"
+            else:
+                yield head
+            yield from (f"  {line}" for line in inner)
+        else:
+            yield f"{head} {_yaml_scalar(item)}"
+
+
+def _yaml_scalar(value: Any) -> str:
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_./][\w./:+@-]*(?<!:)", value)
+    if plain and value.lower() not in ("true", "false", "null", "yes", "no", "on", "off"):
+        return value
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,192 @@
+"""One stage of a run as a folder: its plan, its units of work, their done records, the manifest.
+
+_plan.json           once: the settings and inputs that determine the result, and the units
+data/<unit>-<sha8>…  one file per unit, named by content: a race of two attempts is harmless
+_done/<unit>.json    the commit point of a unit: file name, bytes, sha256, facts
+manifest.json        after the last unit: every record in order. Readers trust only this
+_SUCCESS             last
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from calibprune import storage
+from calibprune.errors import CorruptionError, DriftError, UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """The done record of one unit."""
+
+    unit: str
+    file: str | None
+    """Path of the unit's data file relative to the stage folder; None for a unit without data."""
+    bytes: int
+    sha256: str | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    finished_at: float = 0.0
+    """Seconds since the epoch."""
+
+
+class Published(NamedTuple):
+    """A file that is in place but not yet committed."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Stage:
+    """Reads and commits one stage folder. Cheap to make; holds no state but the URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
+
+    def plan(self, identity: Mapping[str, Any], units: Sequence[str]) -> list[str]:
+        """Fixes what this stage is to do, or checks that a resume means the same; returns the units not done yet.
+
+        Versions of libraries (keys under `versions`) matter only while units are missing.
+        Raises DriftError naming every setting or input that differs from the plan in the folder.
+        """
+        plan = {"identity": _flat(identity), "units": list(units), "created_at": time.time()}
+        if storage.create(storage.join(self.url, "_plan.json"), storage.json_bytes(plan)):
+            return list(units)
+        planned = self.read_plan()["identity"]
+        wanted = json.loads(storage.json_bytes(_flat(identity)))
+        done = self.done_units()
+        missing = [unit for unit in units if unit not in done]
+        if not missing:
+            wanted |= {k: v for k, v in planned.items() if k.startswith("versions.")}
+        keys = sorted(planned.keys() | wanted.keys())
+        changed = [key for key in keys if planned.get(key) != wanted.get(key)]
+        if changed:
+            listed = "; ".join(
+                f"{key} was {_short(planned.get(key))}, now {_short(wanted.get(key))}"
+                for key in changed
+            )
+            raise DriftError(
+                f"{self.url} was made with other settings: {listed}. "
+                f"Set them back to resume, choose another output, or remove that folder"
+            )
+        return missing
+
+    def read_plan(self) -> dict[str, Any]:
+        return storage.read_json(storage.join(self.url, "_plan.json"))
+
+    @property
+    def planned(self) -> bool:
+        return storage.exists(storage.join(self.url, "_plan.json"))
+
+    def put(self, unit: str, data: bytes, extension: str, folder: str, stem: str) -> Published:
+        """Publishes a unit's bytes under a name made from their hash; not yet a commit."""
+        digest = storage.sha256(data)
+        file = f"{folder}/{stem}-{unit}-{digest[:8]}.{extension}"
+        storage.write(storage.join(self.url, file), data)
+        return Published(file, len(data), digest)
+
+    def commit(self, unit: str, published: Published | None, facts: Mapping[str, Any]) -> Record:
+        """Writes the unit's done record, the commit point; returns the record that won.
+
+        A unit that another attempt committed first keeps that attempt's record, and this one's file, if it
+        differs, is never referred to.
+        """
+        _failpoint("between-data-and-done")
+        file, size, digest = published or (None, 0, None)
+        record = Record(unit, file, size, digest, dict(facts), time.time())
+        if storage.create(self._done_url(unit), storage.json_bytes(record.__dict__)):
+            return record
+        return self.record(unit)
+
+    def record(self, unit: str) -> Record:
+        return Record(**storage.read_json(self._done_url(unit)))
+
+    def done(self) -> dict[str, Record]:
+        """The committed units, in order."""
+        found = storage.names(storage.join(self.url, "_done"))
+        units = [name.removesuffix(".json") for name in found if name.endswith(".json")]
+        return {unit: self.record(unit) for unit in units}
+
+    def done_units(self) -> set[str]:
+        found = storage.names(storage.join(self.url, "_done"))
+        return {name.removesuffix(".json") for name in found if name.endswith(".json")}
+
+    def finish(self, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Writes the manifest and `_SUCCESS`. Raises RuntimeError when a planned unit is missing."""
+        units, done = self.read_plan()["units"], self.done()
+        missing = [unit for unit in units if unit not in done]
+        if missing:
+            raise RuntimeError(f"{self.url}: {len(missing)} units are missing: {missing[:5]}")
+        manifest = {
+            "records": [done[unit].__dict__ for unit in units],
+            "facts": dict(facts or {}),
+        }
+        storage.write_json(storage.join(self.url, "manifest.json"), manifest)
+        storage.write(storage.join(self.url, "_SUCCESS"), b"")
+        return manifest
+
+    @property
+    def finished(self) -> bool:
+        return storage.exists(storage.join(self.url, "_SUCCESS"))
+
+    def manifest(self) -> dict[str, Any]:
+        """Raises UserError when the stage is not finished."""
+        if not self.finished:
+            raise UserError(f"{self.url} is not finished: run the stage {self.name} first")
+        return storage.read_json(storage.join(self.url, "manifest.json"))
+
+    def records(self) -> list[Record]:
+        return [Record(**record) for record in self.manifest()["records"]]
+
+    def content_id(self) -> str:
+        """Hash of the hashes of all data of a finished stage: what the next stage is made from."""
+        hashes: Iterable[str | None] = (record.sha256 for record in self.records())
+        return storage.sha256(json.dumps(list(hashes)).encode())
+
+    def read(self, record: Record) -> bytes:
+        """The verified bytes of a unit. Raises CorruptionError when they are not those committed."""
+        if record.file is None:
+            return b""
+        url = storage.join(self.url, record.file)
+        try:
+            data = storage.read_bytes(url)
+        except FileNotFoundError:
+            raise CorruptionError(f"{url} is missing, though it was committed") from None
+        if storage.sha256(data) != record.sha256:
+            raise CorruptionError(
+                f"{url} is damaged: its sha256 is not the recorded {record.sha256}. Remove it and "
+                f"{self._done_url(record.unit)}, then run the same command to make it again"
+            )
+        return data
+
+    def _done_url(self, unit: str) -> str:
+        return storage.join(self.url, "_done", f"{unit}.json")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _failpoint(name: str) -> None:
+    """Kills this process at a named place when the tests ask for it: how crash safety is shown."""
+    if os.environ.get("CALIBPRUNE_FAILPOINT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,173 @@
+"""The paused forward: every micro-batch runs through the model's own forward as a coroutine, all at the same stop.
+
+A coroutine is a greenlet that is switched out from inside a forward pre-hook, so the model's code runs unmodified.
+Knows nothing of pruning, storage or devices: the caller puts weights in place at each stop.
+A greenlet belongs to the thread that made it: run a whole sweep on one thread.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+
+@dataclass
+class LayerStop:
+    """Every micro-batch is about to enter this decoder layer: put its weights in place now."""
+
+    layer: int
+    pause_at_groups: bool = True
+    """Set to False to run through this layer without stopping at its linears."""
+
+
+@dataclass(frozen=True)
+class GroupStop:
+    """Every micro-batch is about to enter linears that share one input: it is all at hand."""
+
+    layer: int
+    linears: tuple[str, ...]
+    """Paths inside the layer, in the order in which the forward calls them."""
+    inputs: list[Tensor]
+    """One per micro-batch, [sequences, tokens, in]."""
+
+
+class Sweep:
+    """One forward of every micro-batch, to be iterated over from stop to stop.
+
+    `results` holds what the forwards returned once the iteration has ended. Leaving the iteration early abandons
+    the forwards where they stand.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Any], Any],
+        layers: Sequence[nn.Module],
+        micro_batches: Sequence[Any],
+        *,
+        outer_modules: Mapping[str, nn.Module] | None = None,
+        enter_outer: Callable[[str], None] | None = None,
+        leave_outer: Callable[[str], None] | None = None,
+    ) -> None:
+        """`enter_outer(name)` is called before a module outside the layers is first used, `leave_outer(name)` when
+        the decoder layers have been reached and it may be freed; it is entered again if it is used again."""
+        self._forward = forward
+        self._layers = layers
+        self._micro_batches = micro_batches
+        self._outer_modules = outer_modules or {}
+        self._enter_outer = enter_outer or (lambda name: None)
+        self._leave_outer = leave_outer or (lambda name: None)
+        self._entered: set[str] = set()
+        self._groups: dict[tuple, list[tuple[str, ...]]] = {}
+        self.results: list[Any] = []
+
+    def __iter__(self) -> Iterator[LayerStop | GroupStop]:
+        driver = getcurrent()
+        handles, group_handles = [], []
+
+        def pause(key: Any) -> Callable:
+            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                driver.switch((key, args, kwargs))
+
+            return hook
+
+        def enter(name: str) -> Callable:
+            def hook(module: nn.Module, args: tuple) -> None:
+                if name not in self._entered:
+                    self._entered.add(name)
+                    self._enter_outer(name)
+
+            return hook
+
+        forwards = [greenlet(self._run) for _ in self._micro_batches]
+        try:
+            for name, module in self._outer_modules.items():
+                handles.append(module.register_forward_pre_hook(enter(name)))
+            for index, layer in enumerate(self._layers):
+                hook = pause(index)
+                handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            stops = [
+                forward.switch(batch)
+                for forward, batch in zip(forwards, self._micro_batches, strict=True)
+            ]
+            while not forwards[0].dead:
+                key, args, kwargs = stops[0]
+                if any(
+                    forward.dead or stop[0] != key
+                    for forward, stop in zip(forwards, stops, strict=True)
+                ):
+                    raise RuntimeError(
+                        f"micro-batches took different ways through the model at {key}"
+                    )
+                if isinstance(key, int):
+                    for handle in group_handles:
+                        handle.remove()
+                    if key == 0:
+                        for name in sorted(self._entered):
+                            self._leave_outer(name)
+                        self._entered.clear()
+                    stop = LayerStop(key)
+                    yield stop
+                    group_handles = []
+                    if stop.pause_at_groups:
+                        layer = self._layers[key]
+                        for group in self._input_groups(layer, args, kwargs):
+                            leader = layer.get_submodule(group[0])
+                            hook = pause((key, group))
+                            group_handles.append(
+                                leader.register_forward_pre_hook(hook, with_kwargs=True)
+                            )
+                else:
+                    yield GroupStop(key[0], key[1], [_only_input(s[1], s[2]) for s in stops])
+                del args, kwargs, stops  # let go of the inputs before the forwards move on
+                stops = [forward.switch() for forward in forwards]
+            self.results = stops
+        finally:
+            for handle in handles + group_handles:
+                handle.remove()
+            for forward in forwards:
+                if not forward.dead:
+                    forward.throw()
+
+    def _run(self, micro_batch: Any) -> Any:
+        return self._forward(micro_batch)
+
+    def _input_groups(self, layer: nn.Module, args: tuple, kwargs: dict) -> list[tuple[str, ...]]:
+        """The layer's linears grouped by the tensor they read, found by running one micro-batch through it.
+
+        Layers of the same make share the answer. `layer.forward` leaves out the layer's own pausing hook.
+        """
+        linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        make = (type(layer), *((name, type(m), m.weight.shape) for name, m in linears.items()))
+        if make not in self._groups:
+            seen: list[
+                tuple[Tensor, list[str]]
+            ] = []  # holds the tensors: a freed one's id is used again
+
+            def observe(name: str) -> Callable:
+                def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                    tensor = _only_input(args, kwargs)
+                    for known, group in seen:
+                        if known is tensor:
+                            group.append(name)
+                            return
+                    seen.append((tensor, [name]))
+
+                return hook
+
+            probes = [
+                linear.register_forward_pre_hook(observe(name), with_kwargs=True)
+                for name, linear in linears.items()
+            ]
+            try:
+                layer.forward(*args, **kwargs)
+            finally:
+                for probe in probes:
+                    probe.remove()
+            self._groups[make] = [tuple(group) for _, group in seen]
+        return self._groups[make]
+
+
+def _only_input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))

@@ -1,0 +1,144 @@
+"""One connection to Ray, and the actors of a stage: asked for with a deadline, and gone when the stage is."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from calibprune.config import ClusterSettings
+from calibprune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one worker asks of the cluster."""
+
+    cpus: int
+    gpus: int
+
+    def as_resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+@contextmanager
+def connect(settings: ClusterSettings) -> Iterator[None]:
+    """Joins the cluster at the address given or found, else starts a Ray on this machine for the time of the job."""
+    if ray.is_initialized():  # the caller's own session: left as it is
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            address=settings.address,
+            include_dashboard=False if settings.address is None else None,
+            logging_level=logging.INFO if settings.verbose else logging.ERROR,
+            log_to_driver=settings.verbose,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = settings.address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise UserError(f"cannot reach Ray at {where}: {' '.join(str(error).split())}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_bundle(settings: ClusterSettings, *, gpus_needed: int = 1) -> Bundle:
+    """The resources of one worker; where settings leave it open, decided by what the cluster has.
+
+    `gpus_needed` is taken where the cluster has GPUs and the settings do not say otherwise.
+    """
+    total = ray.cluster_resources()
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = gpus_needed if total.get("GPU", 0) else 0
+    cpus = settings.cpus_per_worker
+    if cpus is None:
+        largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        cpus = 1 if gpus else max(1, largest // settings.workers)
+    return Bundle(cpus, gpus)
+
+
+class Actors:
+    """`count` actors of one class, each on a bundle of its own; killed and their places freed on leaving.
+
+    `max_restarts=0`: the driver must see a death to decide what to do about it.
+    Raises UserError, saying what was asked and what the cluster has, when they do not fit or do not come in time.
+    """
+
+    def __init__(
+        self,
+        actor_class: Any,
+        count: int,
+        bundle: Bundle,
+        arguments: Sequence[Any],
+        *,
+        timeout_seconds: float,
+        concurrency: int | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self._bundle = bundle
+        self._check_capacity(count)
+        self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
+        if not self._group.wait(timeout_seconds):
+            remove_placement_group(self._group)
+            raise UserError(
+                f"{self._wanted(count)} did not become free within {timeout_seconds:g} s; "
+                f"the cluster has {_shown(ray.cluster_resources())}, "
+                f"free now {_shown(ray.available_resources())}"
+            )
+        self._class = ray.remote(actor_class)
+        self._arguments = arguments
+        self._options: dict[str, Any] = {
+            "num_cpus": bundle.cpus,
+            "num_gpus": bundle.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(bundle.cpus)} | (environment or {})},
+        }
+        if concurrency is not None:
+            self._options["max_concurrency"] = concurrency
+        self.handles = [self._start(index) for index in range(count)]
+
+    def __enter__(self) -> "Actors":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            ray.kill(handle)
+        remove_placement_group(self._group)
+
+    def replace(self, index: int) -> Any:
+        """Kills one actor, if it still lives, and starts another in its place."""
+        ray.kill(self.handles[index])
+        self.handles[index] = self._start(index)
+        return self.handles[index]
+
+    def _start(self, index: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return self._class.options(scheduling_strategy=place, **self._options).remote(
+            *self._arguments
+        )
+
+    def _check_capacity(self, count: int) -> None:
+        total = ray.cluster_resources()
+        for name, amount in self._bundle.as_resources().items():
+            if amount * count > total.get(name, 0):
+                raise UserError(
+                    f"{self._wanted(count)} were asked for, the cluster has {_shown(total)}: "
+                    f"lower cluster.workers, cluster.gpus_per_worker or cluster.cpus_per_worker"
+                )
+
+    def _wanted(self, count: int) -> str:
+        return f"{count} x ({_shown(self._bundle.as_resources())})"
+
+
+def _shown(resources: dict[str, float]) -> str:
+    wanted = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
+    return ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount or name == "CPU")

@@ -1,0 +1,139 @@
+"""Bad input gets a clear error before work starts; and what a run will need, told in advance."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from calibprune.config import Config, LengthFilter, PerplexityFilter
+from calibprune.errors import UserError
+from jobs.run_folder import Run
+
+
+def check_before_work(run: Run, stages: Sequence[str]) -> None:
+    """Checks everything that the given stages will use. Raises UserError for the first problem."""
+    from calibprune.model import context_tokens
+
+    run.check_folder()
+    if not set(stages) - {"report"}:
+        return
+    context = context_tokens(run.skeleton.model.config)
+    _check_lengths(run.config, stages, context)
+    _check_pattern(run)
+    if "generate" in stages and run.config.prune.pool is None and not run.stage("generate").finished:
+        _check_generate(run)
+    if "prune" in stages and run.config.prune.pool is not None:
+        from calibprune.calibration.pool import read_pool
+
+        tokens = read_pool(run.config.prune.pool).shape[1]
+        if context and tokens > context:
+            raise UserError(f"prune.pool holds sequences of {tokens} tokens, the model's context is {context}")
+    if "evaluate" in stages:
+        _ = run.windows
+
+
+def _check_lengths(config: Config, stages: Sequence[str], context: int | None) -> None:
+    generate, curate = config.generate, config.curate
+    prefix = prefix_tokens(config)
+    wanted = {"evaluate.sequence_tokens": config.evaluate.sequence_tokens} if config.evaluate.perplexity else {}
+    if config.prune.pool is None:
+        wanted["curate.sequence_tokens"] = curate.sequence_tokens
+        if "generate" in stages:
+            wanted["generate.max_tokens with its prefix"] = generate.max_tokens + prefix
+    for name, tokens in wanted.items():
+        if context and tokens > context:
+            raise UserError(f"{name} is {tokens}, the model's context is {context} tokens")
+    if generate.min_tokens > generate.max_tokens:
+        raise UserError(
+            f"generate.min_tokens {generate.min_tokens} is more than generate.max_tokens {generate.max_tokens}"
+        )
+    if config.prune.pool is None and {"generate", "curate"} & set(stages):
+        most = generate.max_tokens + prefix
+        samples = kept_at_most(config)
+        needed = curate.sequences * curate.sequence_tokens
+        if curate.pack == "concat" and samples * most < needed:
+            raise UserError(
+                f"curate asks for {curate.sequences} sequences of {curate.sequence_tokens} tokens = {needed} tokens; "
+                f"of {generate.samples} samples of at most {most} tokens the filters keep {samples}, at most "
+                f"{samples * most} tokens: raise generate.samples or generate.max_tokens"
+            )
+        if curate.pack == "document" and (most < curate.sequence_tokens or samples < curate.sequences):
+            raise UserError(
+                f"curate.pack=document asks for {curate.sequences} samples of {curate.sequence_tokens} tokens; "
+                f"generate makes at most {samples} that are kept, of at most {most} tokens"
+            )
+
+
+def _check_pattern(run: Run) -> None:
+    n_of_m = run.config.prune.n_of_m
+    if n_of_m is None:
+        return
+    for index in range(len(run.skeleton.layers)):
+        for name, linear in run.skeleton.linears(index).items():
+            if linear.in_features % n_of_m[1]:
+                raise UserError(
+                    f'prune.pattern "{run.config.prune.pattern}" does not fit {name} of layer {index}: '
+                    f"its {linear.in_features} inputs are not a multiple of {n_of_m[1]}"
+                )
+
+
+def _check_generate(run: Run) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            'vLLM is not installed, generate needs it: pip install "calibprune[cuda]" on a machine with '
+            'NVIDIA GPUs, "calibprune[cpu]" on one without'
+        )
+    from calibprune.calibration.prefixes import cut_prefixes
+
+    generate = run.config.generate
+    cut_prefixes(generate.prefixes, run.tokenizer, range(1), generate.seed)
+
+
+def prefix_tokens(config: Config) -> int:
+    """Tokens that every sample starts from."""
+    prefixes = config.generate.prefixes
+    if prefixes.type == "bos":
+        return 1
+    return prefixes.tokens + prefixes.bos
+
+
+def kept_at_most(config: Config) -> int:
+    """Samples left when every filter drops no more than it must."""
+    samples = config.generate.samples
+    for one in config.curate.filters:
+        match one:
+            case PerplexityFilter():
+                samples -= int(samples * one.drop_worst)
+            case LengthFilter():
+                pass
+    return samples
+
+
+def requirements(run: Run) -> dict[str, Any]:
+    """What a run will need: parameters, bytes to move, memory of one pruning worker."""
+    skeleton, config = run.skeleton, run.config
+    sizes = [
+        sum(skeleton.checkpoint.locations[name].bytes for name in skeleton.layer_tensors(index))
+        for index in range(len(skeleton.layers))
+    ]
+    linears = [linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()]
+    widest = max(linear.in_features for linear in linears)
+    settings = config.curate
+    tokens = settings.sequences * settings.sequence_tokens
+    element = skeleton.dtype.itemsize
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    # paused before the widest linear: its input and the residual stream of every micro-batch
+    held = tokens * (widest + 2 * hidden) * element
+    gram = widest**2 * (4 + 8 + 4) if config.prune.method.type == "sparsegpt" else 0
+    rest = sum(skeleton.checkpoint.locations[name].bytes for name in skeleton.rest_tensors())
+    return {
+        "model": type(skeleton.model).__name__,
+        "layers": len(skeleton.layers),
+        "parameters": sum(parameter.numel() for parameter in skeleton.model.parameters()),
+        "prunable_parameters": sum(linear.weight.numel() for linear in linears),
+        "dtype": run.dtype,
+        "generated_tokens_at_most": config.generate.samples * config.generate.max_tokens,
+        "calibration_tokens": tokens,
+        "checkpoint_bytes": skeleton.checkpoint.bytes,
+        "bytes_written": skeleton.checkpoint.bytes,
+        "worker_memory_bytes": 2 * max(sizes) + rest + held + gram,
+    }

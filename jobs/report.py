@@ -1,0 +1,168 @@
+"""report: gathers what the stages recorded into report.json and one self-contained page."""
+
+import datetime
+import time
+from typing import Any
+
+import numpy as np
+
+from calibprune import __version__, storage
+from calibprune.calibration.filters import perplexity
+from calibprune.calibration.pool import read_samples
+from calibprune.pruning.export import REST, overall_sparsity
+from calibprune.reporting.page import render_page
+from jobs.progress import say
+from jobs.run_folder import Run, versions
+
+SAMPLE_CHARACTERS = 4000
+
+
+def run(run: Run) -> None:
+    started = time.monotonic()
+    report = collect(run)
+    report["stages"]["report"] = {"seconds": time.monotonic() - started}
+    storage.write_json(run.url("report", "report.json"), report)
+    storage.write(run.url("report", "index.html"), render_page(report).encode())
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """Everything the report shows. Stages that are not finished are left out."""
+    stages = {name: run.stage(name) for name in ("generate", "curate", "prune", "evaluate")}
+    finished = {name: stage for name, stage in stages.items() if stage.finished}
+    report: dict[str, Any] = {
+        "calibprune": __version__,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": run.config.model_dump(mode="json"),
+        "versions": versions(),
+        "model": model_facts(run),
+        "stages": {
+            name: {"seconds": stage.manifest()["facts"]["seconds"]} for name, stage in finished.items()
+        },
+        "generate": generate_facts(run) if "generate" in finished else None,
+        "curate": stages["curate"].record("pool").facts if "curate" in finished else None,
+        "samples": sample_texts(run) if {"generate", "curate"} <= finished.keys() else [],
+        "prune": None,
+        "sparsity": None,
+        "perplexity": {},
+    }
+    if "prune" in finished:
+        report["prune"] = prune_facts(run)
+        report["sparsity"] = overall_sparsity(
+            [
+                record.facts["linears"]
+                for record in stages["prune"].records()
+                if record.unit != REST
+            ]
+        )
+    if "evaluate" in finished:
+        report["perplexity"] = perplexity_facts(run)
+    return report
+
+
+def model_facts(run: Run) -> dict[str, Any]:
+    skeleton = run.skeleton
+    linears = [linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()]
+    return {
+        "path": run.config.model.path,
+        "architecture": type(skeleton.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in skeleton.model.parameters()),
+        "prunable_parameters": sum(linear.weight.numel() for linear in linears),
+        "layers": len(skeleton.layers),
+        "dtype": run.dtype,
+    }
+
+
+def generate_facts(run: Run) -> dict[str, Any]:
+    stage = run.stage("generate")
+    records, facts = stage.records(), stage.manifest()["facts"]
+    reasons: dict[str, int] = {}
+    for record in records:
+        for reason, count in record.facts["finish_reasons"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return {
+        "samples": sum(record.facts["rows"] for record in records),
+        "tokens": sum(record.facts["tokens"] for record in records),
+        "tokens_per_second": facts["tokens"] / facts["seconds"] if facts["tokens"] else None,
+        "finish_reasons": reasons,
+    }
+
+
+def prune_facts(run: Run) -> dict[str, Any]:
+    settings, layers = run.config.prune, []
+    for record in run.stage("prune").records():
+        if record.unit == REST:
+            continue
+        facts = {key: value for key, value in record.facts.items() if key != "tensors"}
+        facts["linears"] = {
+            name: {
+                "sparsity": linear["zeros"] / linear["parameters"],
+                "relative_error": linear["relative_error"],
+                "parameters": linear["parameters"],
+            }
+            for name, linear in record.facts["linears"].items()
+        }
+        layers.append(facts)
+    return {"method": settings.method.type, "pattern": settings.pattern, "layers": layers}
+
+
+def perplexity_facts(run: Run) -> dict[str, Any]:
+    done = run.stage("evaluate").done()
+    dense, pruned = (done[unit].facts["perplexity"] for unit in ("dense", "pruned"))
+    return {
+        name: {
+            "dense": facts["perplexity"],
+            "pruned": pruned[name]["perplexity"],
+            "sequence_tokens": facts["sequence_tokens"],
+            "sequences": facts["sequences"],
+        }
+        for name, facts in dense.items()
+    }
+
+
+def sample_texts(run: Run) -> list[dict[str, Any]]:
+    """A few samples of the first shard: the likeliest, the median and the least likely, by perplexity."""
+    stage = run.stage("generate")
+    table = read_samples(stage, stage.records()[0])
+    prefix = table["prefix_length"].to_numpy()
+    tokens = table["token_ids"].combine_chunks().value_lengths().to_numpy()
+    values = perplexity(table["cumulative_logprob"].to_numpy(), tokens - prefix)
+    order = np.argsort(values, kind="stable")
+    count = min(run.config.report.sample_texts, len(order))
+    texts = []
+    for index in order[np.linspace(0, len(order) - 1, count).astype(int)] if count else ():
+        ids = table["token_ids"][int(index)].as_py()
+        decode = run.tokenizer.decode
+        texts.append(
+            {
+                "row": int(table["row"][int(index)].as_py()),
+                "perplexity": float(values[index]),
+                "tokens": len(ids),
+                "prefix": decode(ids[: prefix[index]]),
+                "text": decode(ids[prefix[index] :])[:SAMPLE_CHARACTERS],
+            }
+        )
+    return texts
+
+
+def say_result(report: dict[str, Any]) -> None:
+    """The result in a few lines on the terminal."""
+    from rich.table import Table
+
+    from jobs.progress import console
+
+    table = Table(title="held-out perplexity", title_justify="left")
+    for heading in ("text", "tokens a sequence", "dense", "pruned", "change"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for name, facts in report["perplexity"].items():
+        dense, pruned = facts["dense"], facts["pruned"]
+        table.add_row(
+            name, str(facts["sequence_tokens"]), f"{dense:.2f}", f"{pruned:.2f}", f"{pruned / dense - 1:+.1%}"
+        )  # fmt: skip
+    if report["perplexity"]:
+        console.print(table)
+    if report["sparsity"] is not None:
+        method = report["prune"]["method"]
+        say(f"{method}: {report['sparsity']:.2%} of {report['model']['prunable_parameters']:,} weights are zero")
+    seconds = {name: facts["seconds"] for name, facts in report["stages"].items()}
+    listed = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    say(f"time: {listed}; {sum(seconds.values()):.0f} s in all")

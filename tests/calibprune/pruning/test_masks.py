@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from calibprune.pruning.masks import (
+    _keep_n_of_m_torch,
+    _nth_lowest,
+    keep_all_but_lowest,
+    keep_lowest_removed,
+    keep_n_of_m,
+)
+
+
+def scores_with_ties(rows: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * width)
+    return torch.randint(0, 5, (rows, width), generator=generator).float()
+
+
+def reference_rows(scores: torch.Tensor, removed: int) -> torch.Tensor:
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    for i, row in enumerate(scores.tolist()):
+        for _, column in sorted((value, j) for j, value in enumerate(row))[:removed]:
+            keep[i, column] = False
+    return keep
+
+
+def reference_matrix(scores: torch.Tensor, removed: int) -> torch.Tensor:
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    places = sorted(
+        (value, j, i) for i, row in enumerate(scores.tolist()) for j, value in enumerate(row)
+    )
+    for _, j, i in places[:removed]:
+        keep[i, j] = False
+    return keep
+
+
+def reference_groups(scores: torch.Tensor, kept: int, group: int) -> torch.Tensor:
+    return reference_rows(scores.reshape(-1, group), group - kept).reshape(scores.shape)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.04, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (13, 50), (40, 64)])
+@pytest.mark.parametrize("ties", [True, False])
+def test_counts_and_choice(shape, sparsity, ties):
+    scores = scores_with_ties(*shape) if ties else torch.rand(shape)
+    per_row, per_matrix = int(shape[1] * sparsity), int(shape[0] * shape[1] * sparsity)
+    keep = keep_lowest_removed(scores, sparsity)
+    assert torch.equal(keep, reference_rows(scores, per_row))
+    keep = keep_lowest_removed(scores, sparsity, per="matrix")
+    assert torch.equal(keep, reference_matrix(scores, per_matrix))
+
+
+@pytest.mark.parametrize("removed", [0, 1, 57, 119, 120])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_all_scores_equal(removed, value):
+    scores = torch.full((10, 12), value)
+    keep = keep_all_but_lowest(scores, removed)
+    assert torch.equal(keep, reference_matrix(scores, removed))
+
+
+def test_impossible_counts_raise():
+    for removed in (-1, 121):
+        with pytest.raises(ValueError, match="120"):
+            keep_all_but_lowest(torch.zeros(10, 12), removed)
+
+
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 8), (5, 6)])
+@pytest.mark.parametrize("ties", [True, False])
+def test_n_of_m(kept, group, ties):
+    scores = scores_with_ties(11, 120) if ties else torch.rand(11, 120)
+    keep = keep_n_of_m(scores, kept, group)
+    assert (keep.reshape(-1, group).sum(1) == kept).all()
+    assert torch.equal(keep, reference_groups(scores, kept, group))
+    assert torch.equal(keep, _keep_n_of_m_torch(scores, kept, group))
+
+
+def test_n_of_m_of_columns_not_stored_in_order():
+    scores = torch.rand(24, 10)
+    assert torch.equal(keep_n_of_m(scores.T, 2, 4), keep_n_of_m(scores.T.contiguous(), 2, 4))
+
+
+def test_n_of_m_names_the_width_that_does_not_fit():
+    with pytest.raises(ValueError, match="not 30"):
+        keep_n_of_m(torch.rand(3, 30), 2, 4)
+
+
+def test_half_precision_scores():
+    scores = torch.rand(30, 40).bfloat16()
+    assert torch.equal(keep_lowest_removed(scores, 0.5), reference_rows(scores.float(), 20))
+
+
+def test_threshold_is_an_order_statistic():
+    scores = scores_with_ties(7, 33)
+    for n in (1, 16, 33):
+        expected = np.sort(scores.numpy(), axis=1)[:, n - 1]
+        assert (_nth_lowest(scores, n).numpy() == expected).all()
+
+
+def test_scores_are_not_modified():
+    scores = torch.rand(20, 40)
+    before = scores.clone()
+    keep_lowest_removed(scores, 0.5)
+    keep_lowest_removed(scores, 0.5, per="matrix")
+    keep_n_of_m(scores, 2, 4)
+    assert torch.equal(scores, before)

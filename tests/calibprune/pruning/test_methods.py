@@ -1,0 +1,130 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from calibprune import config
+from calibprune.pruning.methods import METHODS, prune_group
+from calibprune.pruning.statistics import Statistics
+from tests.calibprune.pruning.data import (
+    correlated_inputs,
+    plain_statistics,
+    random_weights,
+    relative_error,
+)
+
+MAGNITUDE = config.Magnitude(type="magnitude")
+WANDA = config.Wanda(type="wanda")
+SPARSEGPT = config.SparseGPT(type="sparsegpt")
+EVERY_METHOD = (MAGNITUDE, WANDA, SPARSEGPT)
+
+
+def lowest_in(scores: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(scores)), key=lambda j: (scores[j], j))[:count])
+
+
+def reference(weight, column_norms, sparsity, n_of_m, per_row):
+    """Scores |W_ij| * norm_j in float64, compared in plain Python."""
+    rows, width = weight.shape
+    scores = [
+        [abs(w) * n for w, n in zip(row, column_norms, strict=True)] for row in weight.tolist()
+    ]
+    pruned = weight.clone()
+    if n_of_m:
+        kept, group = n_of_m
+        for i, start in itertools.product(range(rows), range(0, width, group)):
+            for j in lowest_in(scores[i][start : start + group], group - kept):
+                pruned[i, start + j] = 0
+    elif per_row:
+        for i in range(rows):
+            for j in lowest_in(scores[i], int(width * sparsity)):
+                pruned[i, j] = 0
+    else:
+        by_column = [scores[i][j] for j in range(width) for i in range(rows)]
+        for place in lowest_in(by_column, int(rows * width * sparsity)):
+            pruned[place % rows, place // rows] = 0
+    return pruned
+
+
+@pytest.mark.parametrize("n_of_m", [None, (2, 4), (4, 8), (1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitude_and_wanda_equal_the_reference(n_of_m, dtype):
+    x = correlated_inputs(300, 48)
+    x[:, 5] = 0
+    weights = [weight.to(dtype) for weight in random_weights(20, 7, width=48)]
+    weights[0][3] = 0.25  # a row of ties
+    statistics = plain_statistics(x)
+    sparsities = [0.5, 0.7]
+    for settings, norms, per_row in (
+        (MAGNITUDE, [1.0] * 48, False),
+        (WANDA, x.double().square().sum(0).sqrt().tolist(), True),
+    ):
+        result = prune_group(weights, statistics, sparsities, n_of_m, settings)
+        for weight, sparsity, pruned in zip(weights, sparsities, result, strict=True):
+            expected = reference(weight, norms, sparsity, n_of_m, per_row)
+            assert pruned.dtype == dtype
+            assert torch.equal(pruned, expected)
+
+
+def test_statistics_that_a_method_does_not_need_may_be_missing():
+    weights = random_weights(6, width=8)
+    nothing = Statistics(10, None, None)
+    prune_group(weights, nothing, [0.5], None, MAGNITUDE)
+    with pytest.raises(ValueError, match="sums of squares"):
+        prune_group(weights, nothing, [0.5], None, WANDA)
+    with pytest.raises(ValueError, match="Gram"):
+        prune_group(weights, nothing, [0.5], None, SPARSEGPT)
+    assert [METHODS[type(m)].need for m in EVERY_METHOD] == ["none", "sum_squares", "gram"]
+
+
+@pytest.mark.parametrize("n_of_m", [None, (2, 4)])
+@pytest.mark.parametrize("settings", EVERY_METHOD)
+def test_arguments_stay_and_dtypes_too(settings, n_of_m):
+    statistics = plain_statistics(correlated_inputs(200, 40))
+    weights = random_weights(10, 6, 4, width=40)
+    weights = [
+        w.to(d)
+        for w, d in zip(weights, (torch.float32, torch.bfloat16, torch.float16), strict=True)
+    ]
+    before = [weight.clone() for weight in weights]
+    gram, squares = statistics.gram.clone(), statistics.sum_squares.clone()
+    result = prune_group(weights, statistics, [0.5, 0.5, 0.25], n_of_m, settings)
+    assert [r.dtype for r in result] == [w.dtype for w in weights]
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+    assert torch.equal(gram, statistics.gram)
+    assert torch.equal(squares, statistics.sum_squares)
+    for pruned, sparsity in zip(result, (0.5, 0.5, 0.25), strict=True):
+        removed = (pruned == 0).sum().item()
+        assert removed == int(pruned.numel() * (0.5 if n_of_m else sparsity))
+    storages = {r.untyped_storage().data_ptr() for r in [*result, *weights]}
+    assert len(storages) == len(result) + len(weights)
+
+
+@pytest.mark.parametrize("n_of_m", [None, (2, 4), (4, 8)])
+def test_output_error_falls_from_magnitude_to_wanda_to_sparsegpt(n_of_m):
+    for seed in range(3):
+        x = correlated_inputs(600, 96, seed)
+        weights = random_weights(64, width=96, seed=seed)
+        errors = [
+            relative_error(
+                weights[0], prune_group(weights, plain_statistics(x), [0.5], n_of_m, m)[0], x
+            )
+            for m in EVERY_METHOD
+        ]
+        assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_raise(value):
+    weights = random_weights(6, 6, width=8)
+    weights[1][2, 3] = value
+    with pytest.raises(ValueError, match="linear 1"):
+        prune_group(weights, plain_statistics(correlated_inputs(20, 8)), [0.5, 0.5], None, WANDA)
+
+
+@pytest.mark.parametrize("settings", EVERY_METHOD)
+def test_a_width_that_does_not_fit_the_pattern_raises(settings):
+    statistics = plain_statistics(correlated_inputs(100, 30))
+    with pytest.raises(ValueError, match="30"):
+        prune_group(random_weights(6, width=30), statistics, [0.5], (2, 4), settings)

@@ -1,0 +1,166 @@
+import math
+
+import pytest
+import torch
+
+from calibprune.pruning.statistics import (
+    IntegerSums,
+    finish,
+    full_float32,
+    magnitude_bound,
+    merge,
+    observe,
+    relative_output_error,
+    scale_exponent,
+)
+from tests.calibprune.pruning.data import correlated_inputs, random_weights
+
+
+def micro_batches(dtype=torch.float32, width=70):
+    return [correlated_inputs(tokens, width, seed=tokens).to(dtype) for tokens in (40, 25, 33, 700)]
+
+
+def same(a: IntegerSums, b: IntegerSums) -> bool:
+    return (
+        (a.tokens, a.exponent) == (b.tokens, b.exponent)
+        and (a.gram is None) == (b.gram is None)
+        and (a.gram is None or torch.equal(a.gram, b.gram))
+        and (a.sum_squares is None) == (b.sum_squares is None)
+        and (a.sum_squares is None or torch.equal(a.sum_squares, b.sum_squares))
+    )
+
+
+@pytest.mark.parametrize("need", ["none", "sum_squares", "gram"])
+def test_sums_do_not_depend_on_order_or_partition(need):
+    batches = micro_batches(torch.bfloat16)
+    bound = magnitude_bound(batches, need)
+    everything = observe(batches, need, bound, 4)
+    for order in ((3, 1, 0, 2), (2, 3, 0, 1), (1, 0, 3, 2)):
+        for cut in (1, 2, 3):
+            parts = [[batches[i] for i in order[:cut]], [batches[i] for i in order[cut:]]]
+            assert max(magnitude_bound(part, need) for part in parts) == bound
+            assert same(merge(*(observe(part, need, bound, 4) for part in parts)), everything)
+
+
+def test_the_number_of_threads_does_not_matter():
+    batch = [correlated_inputs(2100, 300).bfloat16()]
+    before = torch.get_num_threads()
+    sums = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            bounds = magnitude_bound(batch, "gram")
+            sums.append(observe(batch, "gram", bounds, 1))
+    finally:
+        torch.set_num_threads(before)
+    assert same(sums[0], sums[1])
+    assert same(sums[0], sums[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [5, 256, 300])
+def test_sums_equal_float64(dtype, width):
+    batches = micro_batches(dtype, width)
+    x = torch.cat(batches).double()
+    bound = magnitude_bound(batches, "gram")
+    statistics = finish(observe(batches, "gram", bound, 4))
+    gram = x.T @ x
+    assert statistics.tokens == len(x)
+    assert statistics.gram.dtype == torch.float32
+    assert torch.equal(statistics.gram, statistics.gram.T)
+    assert torch.equal(statistics.gram.diagonal(), statistics.sum_squares)
+    scale = (gram.diagonal()[:, None] * gram.diagonal()).sqrt()
+    assert ((statistics.gram - gram) / scale).abs().max() < 1e-6
+
+    squares = finish(observe(batches, "sum_squares", bound, 4))
+    assert squares.gram is None
+    torch.testing.assert_close(squares.sum_squares.double(), gram.diagonal(), rtol=1e-6, atol=0)
+
+
+def test_a_huge_column_leaves_small_ones_exact():
+    x = correlated_inputs(500, 20)
+    x[3, 7] = 3e4  # a massive activation, next to columns of size 1
+    bound = magnitude_bound([x], "gram")
+    gram = finish(observe([x], "gram", bound, 1000)).gram
+    torch.testing.assert_close(
+        gram.diagonal().double(), x.double().square().sum(0), rtol=1e-6, atol=0
+    )
+
+
+def test_leading_dimensions_are_tokens():
+    x = correlated_inputs(24, 8)
+    bound = magnitude_bound([x], "gram")
+    assert same(observe([x.reshape(4, 6, 8)], "gram", bound, 1), observe([x], "gram", bound, 1))
+
+
+def test_the_grand_total_fits_int64():
+    x = torch.full((1, 2), 3.0)
+    for micro_batch_count in (1, 7, 4096):
+        exponent = scale_exponent(magnitude_bound([x], "gram"), micro_batch_count)
+        sums = observe([x], "gram", 9.0, micro_batch_count)
+        assert sums.exponent == exponent
+        assert 2**59 <= int(sums.gram[0, 0]) * micro_batch_count < 2**62
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e12])
+def test_extreme_sizes(size):
+    x = correlated_inputs(50, 6) * size
+    bound = magnitude_bound([x], "gram")
+    gram = finish(observe([x], "gram", bound, 1)).gram
+    torch.testing.assert_close(gram.double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_inputs_that_are_not_finite_raise(value):
+    batches = micro_batches()
+    batches[2][3, 4] = value
+    with pytest.raises(ValueError, match="micro-batch 2"):
+        magnitude_bound(batches, "sum_squares")
+    with pytest.raises(ValueError, match="bound"):
+        observe(batches, "gram", 1e9, 4)
+
+
+def test_wrong_use_raises():
+    batches = micro_batches()
+    with pytest.raises(ValueError, match="beyond the bound"):
+        observe(batches, "gram", 1.0, 4)
+    with pytest.raises(ValueError, match="of 3 in total"):
+        observe(batches, "gram", 1e9, 3)
+    with pytest.raises(ValueError, match="no micro-batch"):
+        observe([], "gram", 1e9, 3)
+    with pytest.raises(ValueError, match="unlike"):
+        merge(observe(batches, "gram", 1e9, 4), observe(batches, "gram", 1e9, 400))
+    with pytest.raises(ValueError, match="unlike"):
+        merge(observe(batches, "gram", 1e9, 4), observe(batches, "sum_squares", 1e9, 4))
+
+
+def test_inputs_are_not_modified():
+    batches = micro_batches()
+    before = [batch.clone() for batch in batches]
+    bound = magnitude_bound(batches, "gram")
+    finish(observe(batches, "gram", bound, 4))
+    assert all(torch.equal(a, b) for a, b in zip(batches, before, strict=True))
+
+
+def test_relative_output_error():
+    x = correlated_inputs(90, 32)
+    (weight,) = random_weights(12, width=32)
+    pruned = weight * (torch.rand(12, 32) > 0.5)
+    expected = (x.double() @ (weight - pruned).double().T).norm() / (
+        x.double() @ weight.double().T
+    ).norm()
+    assert relative_output_error(weight, pruned, x) == pytest.approx(expected.item(), rel=1e-5)
+    in_bfloat16 = relative_output_error(weight.bfloat16(), pruned.bfloat16(), x.bfloat16())
+    assert in_bfloat16 == pytest.approx(expected.item(), rel=0.02)
+    assert relative_output_error(weight, weight, x) == 0
+    assert relative_output_error(0 * weight, 0 * weight, x) == 0
+
+
+def test_full_float32_puts_the_setting_back():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_float32():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

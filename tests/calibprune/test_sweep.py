@@ -1,0 +1,146 @@
+"""The paused forward against the model's own forward."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from calibprune.config import ModelSettings, PruneSettings
+from calibprune.model import build_skeleton
+from calibprune.pruning import layerwise
+from calibprune.pruning.export import copy_rest, finish_checkpoint
+from calibprune.run import Stage
+from calibprune.sweep import LayerStop, Sweep
+from tests.tiny import write_tiny_llama
+
+TOKENS = torch.randint(0, 258, (6, 48), generator=torch.Generator().manual_seed(1))
+
+
+def streamed(skeleton, *, pause_at_groups=True):
+    """Sweeps without pruning; returns (final hidden states, stops, most layers in memory at once)."""
+    base = skeleton.model.base_model
+    sweep = Sweep(
+        lambda ids: base(input_ids=ids, use_cache=False).last_hidden_state,
+        skeleton.layers,
+        TOKENS.split(2),
+        outer_modules=skeleton.outer_modules,
+        enter_outer=skeleton.place_outer,
+        leave_outer=lambda name: skeleton.evict(skeleton.outer_modules[name]),
+    )
+    stops, most = [], 0
+    with torch.no_grad():
+        for stop in sweep:
+            if isinstance(stop, LayerStop):
+                stop.pause_at_groups = pause_at_groups
+                if stop.layer:
+                    skeleton.evict(skeleton.layers[stop.layer - 1])
+                tensors = skeleton.checkpoint.read(skeleton.layer_tensors(stop.layer))
+                prefix = skeleton.layer_prefix(stop.layer)
+                skeleton.place(skeleton.layers[stop.layer], prefix, tensors)
+                held = [any(not p.is_meta for p in layer.parameters()) for layer in skeleton.layers]
+                most = max(most, sum(held))
+                stops.append(stop.layer)
+            else:
+                assert [x.shape[:2] for x in stop.inputs] == [(2, 48)] * 3
+                stops.append((stop.layer, stop.linears))
+    return torch.cat(sweep.results), stops, most
+
+
+@torch.no_grad()
+def plain(path, dtype):
+    """The model's own forward, over the same micro-batches."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).base_model
+    return torch.cat([model(ids, use_cache=False).last_hidden_state for ids in TOKENS.split(2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_final_hidden_states_are_the_plain_models_bit_for_bit(tmp_path, dtype):
+    path = write_tiny_llama(tmp_path / "model", dtype=dtype, tied=dtype == torch.bfloat16)
+    hidden, _, most = streamed(build_skeleton(ModelSettings(path=str(path))))
+    assert torch.equal(hidden, plain(path, dtype))
+    assert most == 1, "more than one layer's weights were held at once"
+
+
+def test_stops_come_layer_by_layer_with_the_groups_that_share_an_input(tiny_llama):
+    _, stops, _ = streamed(build_skeleton(ModelSettings(path=str(tiny_llama))))
+    groups = [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ]
+    assert stops == [s for i in range(3) for s in (i, *((i, group) for group in groups))]
+
+
+def test_layers_are_run_through_without_pausing_when_asked(tiny_llama):
+    skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
+    assert streamed(skeleton, pause_at_groups=False)[1] == [0, 1, 2]
+
+
+def test_every_checkpoint_byte_is_read_once(tiny_llama):
+    skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
+    head = skeleton.checkpoint.locations["lm_head.weight"].bytes
+    streamed(skeleton)  # the last hidden state does not need the head
+    assert skeleton.checkpoint.bytes_read == skeleton.checkpoint.bytes - head
+
+
+def test_an_error_of_the_model_comes_through_and_leaves_no_hook_behind(tiny_llama):
+    skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
+    with pytest.raises(ZeroDivisionError):
+        list(Sweep(lambda ids: 1 / 0, skeleton.layers, [TOKENS]))
+    assert not any(layer._forward_pre_hooks for layer in skeleton.layers)
+
+
+def test_leaving_early_abandons_the_forwards(tiny_llama):
+    skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
+    unwound = []
+
+    def forward(ids):
+        try:
+            return skeleton.model(input_ids=ids, use_cache=False)
+        finally:
+            unwound.append(True)
+
+    sweep = Sweep(
+        forward,
+        skeleton.layers,
+        TOKENS.split(2),
+        outer_modules=skeleton.outer_modules,
+        enter_outer=skeleton.place_outer,
+    )
+    stops = iter(sweep)
+    assert isinstance(next(stops), LayerStop)
+    stops.close()
+    assert len(unwound) == 3
+    assert not any(layer._forward_pre_hooks for layer in skeleton.layers)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sweeps_hidden_states_are_those_of_the_saved_pruned_checkpoint(
+    tmp_path, method, dtype, monkeypatch
+):
+    path = write_tiny_llama(tmp_path / "model", dtype=dtype)
+    stage = Stage(str(tmp_path / "prune"))
+    settings = PruneSettings.model_validate({"method": {"type": method}, "batch_sequences": 2})
+    skeleton = build_skeleton(ModelSettings(path=str(path)))
+    copy_rest(skeleton, stage)
+    seen = []  # what the last layer's gate and up projections saw while the model was being pruned
+    prune = layerwise.LayerInWork.prune
+
+    def watch(self, stop):
+        if (stop.layer, stop.linears) == (2, ("mlp.gate_proj", "mlp.up_proj")):
+            seen.extend(x.clone() for x in stop.inputs)
+        prune(self, stop)
+
+    monkeypatch.setattr(layerwise.LayerInWork, "prune", watch)
+    assert len(list(layerwise.prune_layers(skeleton, TOKENS, settings, stage))) == 3
+    finish_checkpoint(stage, str(path), settings)
+
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "prune" / "checkpoint")
+    assert saved.dtype == dtype
+    inputs = []
+    saved.model.layers[2].mlp.gate_proj.register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
+    with torch.no_grad():
+        for ids in TOKENS.split(2):
+            saved(ids, use_cache=False)
+    assert torch.equal(torch.cat(seen), torch.cat(inputs))

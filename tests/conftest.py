@@ -1,0 +1,17 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from tests.tiny import write_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A 3-layer float32 random Llama checkpoint with a byte-level tokenizer."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
