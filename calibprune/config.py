@@ -11,10 +11,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from yaml import YAMLError
 
 from calibprune import storage
 from calibprune.errors import UserError
@@ -173,13 +173,6 @@ class PruneSettings(Section):
     pool: str | None = None
     """A calibration pool of your own (parquet folder with token_ids); None: the one `curate` made."""
 
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _pattern_is_text(cls, value: Any) -> Any:
-        if isinstance(value, int):  # YAML 1.1 reads an unquoted 2:4 as the number 124, in base 60
-            raise ValueError('write the pattern in quotes, as in pattern: "2:4"')
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.pattern != "unstructured":
@@ -268,40 +261,58 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     return kept, group
 
 
+class _PlainNumbers(yaml.SafeLoader):
+    """YAML whose numbers are what they look like: 2:4 is a pattern, not 124 in base 60, and 1e-3 is a number."""
+
+
+_PlainNumbers.yaml_implicit_resolvers = {
+    sign: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":int", ":float"))]
+    for sign, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainNumbers.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789")
+)
+_PlainNumbers.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$",
+        re.I,
+    ),
+    list("-+.0123456789"),
+)
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `key.path=value` overrides and validates.
 
     Raises UserError naming the file, the key, the value and, for an unknown key, the nearest valid one.
     """
     try:
-        tree = OmegaConf.create(storage.read_bytes(path).decode())
+        tree = OmegaConf.create(yaml.load(storage.read_bytes(path).decode(), _PlainNumbers) or {})
     except FileNotFoundError:
         raise UserError(f"no configuration at {path}") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     try:
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not key:
                 raise UserError(f"an override is key.path=value, not {override!r}")
-            parsed = OmegaConf.from_dotlist([f"value={value}"]).value
-            OmegaConf.update(tree, key, parsed, force_add=True)
+            OmegaConf.update(tree, key, yaml.load(value, _PlainNumbers), merge=False, force_add=True)
         content = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no settings: a mapping with model, output, ... is expected")
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error)}") from None
+        raise UserError(f"{path}: {explain(error, content)}") from None
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, content: Any) -> str:
     """The first problem of a validation in one line: key, what is wrong, what would be right."""
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    key = _written_key(problem["loc"], content)
     if problem["type"] == "extra_forbidden":
         valid = sorted(_valid_keys(Config, location[:-1]))
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
@@ -313,6 +324,20 @@ def explain(error: ValidationError) -> str:
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{key}: {message}{shown}"
+
+
+def _written_key(location: Sequence[int | str], content: Any) -> str:
+    """The dotted key as it stands in the file: without the tags that discriminated unions put in between."""
+    parts = []
+    for position, part in enumerate(location):
+        last = position == len(location) - 1
+        try:
+            content = content[part]
+        except (KeyError, IndexError, TypeError):
+            if not last:
+                continue
+        parts.append(str(part))
+    return ".".join(parts)
 
 
 def _valid_keys(annotation: Any, location: Sequence[str]) -> set[str]:

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from calibprune.errors import UserError
 from calibprune.run import Record
-from cluster.session import Actors
+from cluster.session import Actors, death
 
 HANG_FACTOR = 10.0
 POLL_SECONDS = 1.0
@@ -62,8 +62,10 @@ def dispatch(
             try:
                 record = ray.get(reference)
             except RayActorError as error:
-                requeued = [unit, *_take(running, index)]
-                _requeue(queue, tries, requeued, attempts, error)
+                cause = death(error)
+                if isinstance(cause, UserError):
+                    raise cause from None
+                _requeue(queue, tries, [unit, *_take(running, index)], attempts, cause)
                 actors.replace(index)
                 break
             except RayTaskError as error:
@@ -90,5 +92,5 @@ def _requeue(
     for unit in units:
         if tries[unit] >= attempts:
             reason = " ".join(str(cause).split())[-500:]
-            raise UnitFailed(f"unit {unit} failed {tries[unit]} times, last by {type(cause).__name__}: {reason}")
+            raise UnitFailed(f"unit {unit} failed {tries[unit]} times, the last time: {reason}")
         queue.appendleft(unit)

@@ -17,14 +17,19 @@ from calibprune.run import Record, Stage
 
 class Generator:
     def __init__(
-        self, model: ModelSettings, folder: str, dtype: str, context_tokens: int,
+        self, model: ModelSettings, folder: str, dtype: str, most_tokens: int,
         settings: GenerateSettings, stage_url: str, cpus: int,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._stage = Stage(stage_url)
         self._tokenizer = load_tokenizer(folder, model.trust_remote_code)
         self._engine = Engine(
-            folder, dtype, settings, context_tokens, cpus, model.trust_remote_code
+            folder,
+            dtype,
+            settings,
+            most_tokens,
+            cpus,
+            trust_remote_code=model.trust_remote_code,
         )
 
     async def ready(self) -> None:
@@ -57,4 +62,6 @@ class Generator:
             "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
         }
         data = parquet_bytes(pa.table(columns, schema=SAMPLE_SCHEMA))
-        return self._stage.commit(unit, self._stage.put(unit, data, "parquet", "data", "part"), facts)
+        return self._stage.commit(
+            unit, self._stage.put(unit, data, "parquet", "data", "part"), facts
+        )

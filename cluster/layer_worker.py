@@ -37,7 +37,10 @@ class LayerWorker:
         yield from prune_layers(skeleton, read_pool(pool_url), settings, stage)
 
     def evaluate(
-        self, model: ModelSettings, windows: dict[str, Tensor], batch_sequences: int,
+        self,
+        model: ModelSettings,
+        windows: dict[str, Tensor],
+        batch_sequences: int,
         hashes: dict[str, str] | None,
     ) -> Iterator[int | dict[str, Perplexity]]:
         """Yields the number of layers swept so far, and last the perplexity of every text."""

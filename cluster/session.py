@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -100,7 +101,9 @@ class Actors:
             "num_gpus": bundle.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(bundle.cpus)} | (environment or {})},
+            "runtime_env": {
+                "env_vars": {"OMP_NUM_THREADS": str(bundle.cpus)} | (environment or {})
+            },
         }
         if concurrency is not None:
             self._options["max_concurrency"] = concurrency
@@ -139,6 +142,19 @@ class Actors:
         return f"{count} x ({_shown(self._bundle.as_resources())})"
 
 
+def death(error: RayActorError) -> Exception:
+    """Why an actor died, in one line; what its constructor raised, where that is known, as a UserError if it was one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    for line in reversed(lines):
+        kind, colon, text = line.partition(": ")
+        if colon and kind.rsplit(".", 1)[-1] in ("UserError", "CorruptionError", "DriftError"):
+            return UserError(text)
+    return RuntimeError(last)
+
+
 def _shown(resources: dict[str, float]) -> str:
     wanted = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
-    return ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount or name == "CPU")
+    return ", ".join(
+        f"{amount:g} {name}" for name, amount in wanted.items() if amount or name == "CPU"
+    )

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from calibprune.calibration.prefixes import longest_prefix
 from calibprune.config import Config, LengthFilter, PerplexityFilter
 from calibprune.errors import UserError
 from jobs.run_folder import Run
@@ -19,22 +20,32 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     context = context_tokens(run.skeleton.model.config)
     _check_lengths(run.config, stages, context)
     _check_pattern(run)
-    if "generate" in stages and run.config.prune.pool is None and not run.stage("generate").finished:
+    if (
+        "generate" in stages
+        and run.config.prune.pool is None
+        and not run.stage("generate").finished
+    ):
         _check_generate(run)
     if "prune" in stages and run.config.prune.pool is not None:
         from calibprune.calibration.pool import read_pool
 
         tokens = read_pool(run.config.prune.pool).shape[1]
         if context and tokens > context:
-            raise UserError(f"prune.pool holds sequences of {tokens} tokens, the model's context is {context}")
+            raise UserError(
+                f"prune.pool holds sequences of {tokens} tokens, the model's context is {context}"
+            )
     if "evaluate" in stages:
         _ = run.windows
 
 
 def _check_lengths(config: Config, stages: Sequence[str], context: int | None) -> None:
     generate, curate = config.generate, config.curate
-    prefix = prefix_tokens(config)
-    wanted = {"evaluate.sequence_tokens": config.evaluate.sequence_tokens} if config.evaluate.perplexity else {}
+    prefix = longest_prefix(generate.prefixes)
+    wanted = (
+        {"evaluate.sequence_tokens": config.evaluate.sequence_tokens}
+        if config.evaluate.perplexity
+        else {}
+    )
     if config.prune.pool is None:
         wanted["curate.sequence_tokens"] = curate.sequence_tokens
         if "generate" in stages:
@@ -56,7 +67,9 @@ def _check_lengths(config: Config, stages: Sequence[str], context: int | None) -
                 f"of {generate.samples} samples of at most {most} tokens the filters keep {samples}, at most "
                 f"{samples * most} tokens: raise generate.samples or generate.max_tokens"
             )
-        if curate.pack == "document" and (most < curate.sequence_tokens or samples < curate.sequences):
+        if curate.pack == "document" and (
+            most < curate.sequence_tokens or samples < curate.sequences
+        ):
             raise UserError(
                 f"curate.pack=document asks for {curate.sequences} samples of {curate.sequence_tokens} tokens; "
                 f"generate makes at most {samples} that are kept, of at most {most} tokens"
@@ -88,14 +101,6 @@ def _check_generate(run: Run) -> None:
     cut_prefixes(generate.prefixes, run.tokenizer, range(1), generate.seed)
 
 
-def prefix_tokens(config: Config) -> int:
-    """Tokens that every sample starts from."""
-    prefixes = config.generate.prefixes
-    if prefixes.type == "bos":
-        return 1
-    return prefixes.tokens + prefixes.bos
-
-
 def kept_at_most(config: Config) -> int:
     """Samples left when every filter drops no more than it must."""
     samples = config.generate.samples
@@ -115,7 +120,9 @@ def requirements(run: Run) -> dict[str, Any]:
         sum(skeleton.checkpoint.locations[name].bytes for name in skeleton.layer_tensors(index))
         for index in range(len(skeleton.layers))
     ]
-    linears = [linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()]
+    linears = [
+        linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
+    ]
     widest = max(linear.in_features for linear in linears)
     settings = config.curate
     tokens = settings.sequences * settings.sequence_tokens

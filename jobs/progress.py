@@ -68,7 +68,9 @@ class Steps:
             self._bar.update(self._task, completed=done, detail=detail)
         elif time.monotonic() - self._said_at >= LOG_SECONDS or done == self._total:
             self._said_at = time.monotonic()
-            say(f"{self._stage}: {done} of {self._total} {self._unit}{self._pace()} {detail}".rstrip())
+            say(
+                f"{self._stage}: {done} of {self._total} {self._unit}{self._pace()} {detail}".rstrip()
+            )
 
     def add(self, detail: str = "") -> None:
         self.to(self._done + 1, detail)

@@ -6,11 +6,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from calibprune.calibration.pool import pool_identity
+from calibprune.errors import UserError
 from calibprune.pruning.export import REST, finish_checkpoint
 from calibprune.pruning.layerwise import layer_unit
 from calibprune.run import Stage
 from cluster.layer_worker import LayerWorker
-from cluster.session import Actors, Bundle, worker_bundle
+from cluster.session import Actors, Bundle, death, worker_bundle
 from jobs.progress import Steps, say
 from jobs.run_folder import Run, versions
 
@@ -61,11 +62,15 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, units: int, missing: list[str
                     steps.add(f"{settings.method.type} {record.unit}")
                 return
             except RayActorError as error:
+                cause = death(error)
+                if isinstance(cause, UserError):
+                    raise cause from None
                 deaths += 1
                 done = len(stage.done_units())
                 if deaths >= ATTEMPTS:
-                    cause = " ".join(str(error).split())[-300:]
-                    raise RuntimeError(f"prune: the worker died {deaths} times after {done} units: {cause}") from None
+                    raise RuntimeError(
+                        f"prune: the worker died {deaths} times after {done} units: {cause}"
+                    ) from None
                 say(f"prune: the worker died after {done} units, starting another")
                 steps.to(done)
                 actors.replace(0)

@@ -36,7 +36,8 @@ def collect(run: Run) -> dict[str, Any]:
         "versions": versions(),
         "model": model_facts(run),
         "stages": {
-            name: {"seconds": stage.manifest()["facts"]["seconds"]} for name, stage in finished.items()
+            name: {"seconds": stage.manifest()["facts"]["seconds"]}
+            for name, stage in finished.items()
         },
         "generate": generate_facts(run) if "generate" in finished else None,
         "curate": stages["curate"].record("pool").facts if "curate" in finished else None,
@@ -48,11 +49,7 @@ def collect(run: Run) -> dict[str, Any]:
     if "prune" in finished:
         report["prune"] = prune_facts(run)
         report["sparsity"] = overall_sparsity(
-            [
-                record.facts["linears"]
-                for record in stages["prune"].records()
-                if record.unit != REST
-            ]
+            [record.facts["linears"] for record in stages["prune"].records() if record.unit != REST]
         )
     if "evaluate" in finished:
         report["perplexity"] = perplexity_facts(run)
@@ -61,7 +58,9 @@ def collect(run: Run) -> dict[str, Any]:
 
 def model_facts(run: Run) -> dict[str, Any]:
     skeleton = run.skeleton
-    linears = [linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()]
+    linears = [
+        linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
+    ]
     return {
         "path": run.config.model.path,
         "architecture": type(skeleton.model).__name__,
@@ -162,7 +161,9 @@ def say_result(report: dict[str, Any]) -> None:
         console.print(table)
     if report["sparsity"] is not None:
         method = report["prune"]["method"]
-        say(f"{method}: {report['sparsity']:.2%} of {report['model']['prunable_parameters']:,} weights are zero")
+        say(
+            f"{method}: {report['sparsity']:.2%} of {report['model']['prunable_parameters']:,} weights are zero"
+        )
     seconds = {name: facts["seconds"] for name, facts in report["stages"].items()}
     listed = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     say(f"time: {listed}; {sum(seconds.values()):.0f} s in all")

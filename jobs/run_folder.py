@@ -67,9 +67,7 @@ class Run:
     def tokenizer(self) -> Any:
         from calibprune.model import load_tokenizer
 
-        return load_tokenizer(
-            self.skeleton.checkpoint.url, self.config.model.trust_remote_code
-        )
+        return load_tokenizer(self.skeleton.checkpoint.url, self.config.model.trust_remote_code)
 
     @property
     def dtype(self) -> str:

@@ -40,7 +40,9 @@ def describe(url: str) -> list[str]:
         if "units" in status:
             text += f", {status['done']} of {status['units']} units"
         if "seconds_each" in status:
-            text += f", {status['seconds_each']:.3g} s each, {duration(status['left_seconds'])} left"
+            text += (
+                f", {status['seconds_each']:.3g} s each, {duration(status['left_seconds'])} left"
+            )
         if "since_last_seconds" in status:
             text += f", last commit {duration(status['since_last_seconds'])} ago"
         lines.append(text)

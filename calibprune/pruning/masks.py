@@ -5,7 +5,7 @@ Where scores are equal the lowest column is removed first. Scores are finite and
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, no_type_check
 
 import numba
 import numpy as np
@@ -68,7 +68,9 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], kept: int, group: int) -> Bool[
     keep = torch.empty(scores.shape, dtype=torch.bool)
     grouped, flags = scores.view(-1, group).numpy(), keep.view(-1, group).numpy()
     for_row_chunks(
-        lambda rows: _keep_groups(grouped[rows], group - kept, flags[rows]), len(grouped)
+        lambda rows: _keep_groups(grouped[rows], group - kept, flags[rows]),
+        len(grouped),
+        torch.get_num_threads(),
     )
     return keep
 
@@ -81,9 +83,8 @@ def check_width(width: int, group: int) -> None:
         )
 
 
-def for_row_chunks(work: Callable[[slice], None], rows: int) -> None:
-    """Runs `work`, compiled code without the GIL, on slices of the rows, on as many threads as torch uses."""
-    threads = torch.get_num_threads()
+def for_row_chunks(work: Callable[[slice], None], rows: int, threads: int) -> None:
+    """Runs `work`, compiled code that needs no GIL, on slices of the rows, on so many threads."""
     if threads == 1 or rows < 2 * threads:
         return work(slice(0, rows))
     size = -(-rows // (2 * threads))
@@ -95,6 +96,7 @@ def for_row_chunks(work: Callable[[slice], None], rows: int) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
+@no_type_check  # jaxtyping cannot look into compiled code
 def mark_kept(scores: np.ndarray, removed: int, keep: np.ndarray) -> None:
     """Writes into `keep` which scores of one group stay: all but the `removed` lowest, in compiled code."""
     for i in range(scores.shape[0]):
@@ -105,6 +107,7 @@ def mark_kept(scores: np.ndarray, removed: int, keep: np.ndarray) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
+@no_type_check
 def _keep_groups(scores: np.ndarray, removed: int, keep: np.ndarray) -> None:
     for row in range(scores.shape[0]):
         mark_kept(scores[row], removed, keep[row])

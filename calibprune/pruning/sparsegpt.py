@@ -5,7 +5,9 @@ row; elsewhere as tensor operations over all rows at once. Either way a row's re
 weights stay, does not depend on the rows beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import no_type_check
 
 import numba
 import numpy as np
@@ -119,18 +121,33 @@ def solve(
     column; `rows` the rows of each of the stacked linears. arXiv 2301.00774, algorithm 1.
     """
     weights = weights.clone(memory_format=torch.contiguous_format)
-    width = weights.shape[1]
-    solve_block = _solve_block_compiled if weights.device.type == "cpu" else _solve_block_tensors
-    for start in range(0, width, blocksize):
-        stop = min(start + blocksize, width)
-        if isinstance(chosen, tuple):
-            keep, n_of_m = torch.ones_like(weights[:, start:stop], dtype=torch.bool), chosen
-        else:
-            keep, n_of_m = chosen(weights, start, stop), None
-        solve_block(
-            weights, keep.contiguous(), upper, start, n_of_m=n_of_m, rows=rows or [len(weights)]
-        )
+    width, rows = weights.shape[1], rows or [len(weights)]
+    on_cpu = weights.device.type == "cpu"
+    solve_block = _solve_block_compiled if on_cpu else _solve_block_tensors
+    with _torch_threads_idle() as threads:
+        for start in range(0, width, blocksize):
+            stop = min(start + blocksize, width)
+            if isinstance(chosen, tuple):
+                keep, n_of_m = torch.ones_like(weights[:, start:stop], dtype=torch.bool), chosen
+            else:
+                keep, n_of_m = chosen(weights, start, stop).contiguous(), None
+            solve_block(weights, keep, upper, start, n_of_m=n_of_m, rows=rows, threads=threads)
     return weights
+
+
+@contextmanager
+def _torch_threads_idle() -> Iterator[int]:
+    """Runs torch on the calling thread alone; yields how many threads it had.
+
+    After every operation torch's threads spin for milliseconds, waiting for the next: that would take the
+    cores from the compiled code between two operations.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _reversed_cholesky(
@@ -154,6 +171,7 @@ def _solve_block_tensors(
     *,
     n_of_m: tuple[int, int] | None,
     rows: list[int],
+    threads: int,
 ) -> None:
     """Solves one block and updates the columns after it, in place; the block is held transposed."""
     stop = start + keep.shape[1]
@@ -187,6 +205,7 @@ def _solve_block_compiled(
     *,
     n_of_m: tuple[int, int] | None,
     rows: list[int],
+    threads: int,
 ) -> None:
     """The same in compiled code, a row at a time: no product spans rows, so any split gives the same bits."""
     pattern = n_of_m or (0, 0)
@@ -194,10 +213,12 @@ def _solve_block_compiled(
     for_row_chunks(
         lambda part: _solve_rows(values[part], flags[part], factor, start, pattern),
         len(weights),
+        threads,
     )
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+@no_type_check  # jaxtyping cannot look into compiled code
 def _solve_rows(
     weights: np.ndarray,
     keep: np.ndarray,
@@ -234,6 +255,7 @@ def _solve_rows(
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+@no_type_check
 def _subtract(
     target: np.ndarray, errors: np.ndarray, columns: np.ndarray, upper: np.ndarray
 ) -> None:

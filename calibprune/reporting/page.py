@@ -36,7 +36,7 @@ def render_page(report: Mapping[str, Any]) -> str:
     environment.filters.update(
         count=units.count, compact=units.compact, percent=units.percent, ppl=units.perplexity,
         ratio=units.ratio, duration=units.duration, size=units.size, moment=_moment,
-        last_part=_last_part, split_prefix=_split_prefix, yaml=_yaml,
+        last_part=_last_part, yaml=_yaml,
     )  # fmt: skip
     return environment.get_template("page.html.j2").render(
         {section: report.get(section) or None for section in SECTIONS},
@@ -51,10 +51,10 @@ def render_page(report: Mapping[str, Any]) -> str:
 
 def _draw(report: Mapping[str, Any], seconds: Mapping[str, Any]) -> dict[str, Markup]:
     """The figures that there are values for. Markup: our own drawings, with the names in them escaped."""
-    histogram, layers = (report.get("curate") or {}).get("perplexity"), _layers(report)
+    histogram, layers = (report.get("curate") or {}).get("perplexity") or {}, _layers(report)
     wanted = {
         "perplexity": (plots.perplexity_bars, report.get("perplexity")),
-        "pool": (plots.pool_histogram, histogram),
+        "pool": (plots.pool_histogram, histogram if histogram.get("counts") else None),
         "stages": (plots.stage_seconds, seconds),
         "layers": (plots.layer_seconds, layers),
     }
@@ -90,7 +90,8 @@ def _quantities(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def _in_order(stages: Mapping[str, Any]) -> dict[str, Any]:
-    return {stage: stages[stage] for stage in sorted(stages, key=STAGES.index)}
+    order = [*STAGES, *stages]
+    return {stage: stages[stage] for stage in sorted(stages, key=order.index)}
 
 
 def _printable(value: Any) -> Any:
@@ -102,11 +103,6 @@ def _printable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_printable(item) for item in value]
     return value
-
-
-def _split_prefix(sample: Mapping[str, Any]) -> tuple[str, str]:
-    """(prefix, continuation), whether or not the text repeats the prefix."""
-    return sample["prefix"], sample["text"].removeprefix(sample["prefix"])
 
 
 def _last_part(path: str) -> str:

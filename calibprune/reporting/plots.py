@@ -4,14 +4,16 @@ Equal input gives equal bytes. Layers and linears without a value are left blank
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -61,20 +63,21 @@ def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
 def pool_histogram(perplexity: Mapping[str, Any]) -> str:
     """How the perplexity of the generated samples is spread, and where the filter cut it.
 
-    `perplexity` holds n+1 `edges`, n `counts`, `cut` (or None) and `median`. The axis is logarithmic
-    where the edges are.
+    `perplexity` holds n+1 `edges`, n `counts`, `median` and `cut`, which is None without a filter and
+    infinite where only samples without a perplexity were dropped. The axis is logarithmic where the
+    edges are.
     """
     edges, cut = np.asarray(perplexity["edges"], dtype=float), perplexity.get("cut")
     figure = svg.canvas(HALF_WIDTH, 262)
     axes = svg.place(figure, 48, 44, HALF_WIDTH - 62, 168)
     for low, high, height in zip(edges[:-1], edges[1:], perplexity["counts"], strict=True):
         bounds = [low, cut, high] if cut is not None and low < cut < high else [low, high]
-        for left, right in zip(bounds, bounds[1:], strict=False):
+        for left, right in itertools.pairwise(bounds):
             kept = cut is None or left < cut
             bar = Rectangle((left, 0), right - left, height, edgecolor=svg.CARD, linewidth=0.7,
                             facecolor=svg.PRUNED if kept else svg.DROPPED)  # fmt: skip
             svg.tip(bar, f"{units.ratio(low)} to {units.ratio(high)}: {units.count(height)}")
-            axes.add_patch(bar)
+            axes.add_artist(bar)
     if _logarithmic(edges):
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
@@ -84,25 +87,31 @@ def pool_histogram(perplexity: Mapping[str, Any]) -> str:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, 1.02 * max([*perplexity["counts"], 1]))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.count(value)))
     axes.grid(axis="y")
     axes.set_xlabel("perplexity of a sample by the model itself", labelpad=6)
-    svg.write(figure, 41, 32, "samples", ha="right", color=svg.MUTED)
-    _mark(axes, f"median {units.ratio(perplexity['median'])}", perplexity["median"], svg.INK, 1.04)
-    if cut is not None:
-        _mark(axes, f"cut at {units.ratio(cut)}", cut, svg.DROPPED, 1.15)
-    return svg.serialise(figure, "pool", "Histogram of the samples' perplexity and the filter's cut")
+    svg.write(figure, 0, 14, "samples", color=svg.MUTED)
+    median = perplexity["median"]
+    _mark(axes, f"median {units.ratio(median)}", median, svg.INK, height=1.05, rightmost=0.2)
+    if cut is not None and edges[0] <= cut <= edges[-1]:
+        _mark(axes, f"cut at {units.ratio(cut)}", cut, svg.DROPPED, height=1.17, rightmost=0.75)
+    return svg.serialise(
+        figure, "pool", "Histogram of the samples' perplexity and the filter's cut"
+    )
 
 
-def _mark(axes: Axes, label: str, value: float, hue: str, height: float) -> None:
-    """A dashed line from the axis up to its label, which stands on the side that has more room."""
-    axes.plot([value, value], [0, height], transform=axes.get_xaxis_transform(), color=hue,
-              linewidth=1.3, dashes=(3, 2), clip_on=False)  # fmt: skip
+def _mark(
+    axes: Axes, label: str, value: float, hue: str, *, height: float, rightmost: float
+) -> None:
+    """A dashed line from the axis up to its label; beyond `rightmost` the label stands left of it."""
+    frame = axes.get_xaxis_transform()
+    axes.plot([value, value], [0, height], transform=frame, color=hue, linewidth=1.3,
+              dashes=(3, 2), clip_on=False)  # fmt: skip
     at = axes.transAxes.inverted().transform(axes.transData.transform((value, 0)))[0]
-    axes.annotate(label, (value, height), (-5 if at > 0.6 else 5, 0), va="center", fontsize=11.5,
-                  xycoords=axes.get_xaxis_transform(), textcoords="offset points",
-                  ha="right" if at > 0.6 else "left", annotation_clip=False)  # fmt: skip
+    offset, side = (-5, "right") if at > rightmost else (5, "left")
+    axes.annotate(label, (value, height), (offset, 0), xycoords=frame, textcoords="offset points",
+                  ha=side, va="center", fontsize=11.5, annotation_clip=False)  # fmt: skip
 
 
 def _logarithmic(edges: np.ndarray) -> bool:
@@ -127,42 +136,29 @@ def layer_map(
 ) -> str:
     """A cell per decoder layer and linear; above it the layers' means, weighted by parameters.
 
-    Linears whose names differ only in a number (experts) share a row. The full tone stands for the
-    98th percentile and above, so that one outlier does not bleach the rest.
+    Linears whose names differ only in a number (experts) share a row. In a large map the full tone
+    stands for the 98th percentile and above, so that one outlier does not bleach the rest.
     """
     error = quantity == "relative_error"
     say = units.ratio if error else units.percent
     positions, names, table, means = layer_table(layers, quantity)
     finite = table[np.isfinite(table)]
-    top = float(np.quantile(finite, 0.98)) if finite.size else 1.0
+    top = float(np.quantile(finite, 0.98 if finite.size > 50 else 1)) if finite.size else 1.0
     bottom = 0.0 if error else float(finite.min(initial=top))
     span, gutter = positions[-1] - positions[0] + 1, _gutter(names)
     column = min(MOST_COLUMN_WIDTH, (FULL_WIDTH - gutter - 12) / span)
     width, rows = column * span, CELL_HEIGHT * len(names)
     figure = svg.canvas(max(gutter + width + 12, gutter + 250), 48 + LINE_HEIGHT + 14 + rows + 44)
     upper = svg.place(figure, gutter, 48, width, LINE_HEIGHT)
-    lower = svg.place(figure, gutter, 48 + LINE_HEIGHT + 14, width, rows)
-
-    upper.plot(positions, means, color=svg.PRUNED, linewidth=1.7, marker="o", clip_on=False,
-               markersize=3.5 if column > 14 else 0)  # fmt: skip
-    if error:
-        upper.set_ylim(0, 1.1 * max(means[np.isfinite(means)].max(initial=0), 1e-9))
-    upper.set_xlim(positions[0] - 0.5, positions[-1] + 0.5)
-    upper.xaxis.set_major_locator(NullLocator())
-    upper.yaxis.set_major_locator(MaxNLocator(3))
-    upper.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:.4g}" if error else f"{100 * value:.4g}%")
-    )
-    upper.grid(axis="y")
-    upper.spines["bottom"].set_visible(False)
+    _mean_line(upper, positions, means, error, column)
     svg.write(figure, gutter, 34, "mean of the layer", color=svg.MUTED)
-
+    lower = svg.place(figure, gutter, 48 + LINE_HEIGHT + 14, width, rows)
     for row, index in np.ndindex(*table.shape):
         value, position = float(table[row, index]), positions[index]
         if math.isnan(value):
             continue
         tone = 1.0 if top <= bottom else min(1.0, max(0.0, (value - bottom) / (top - bottom)))
-        cell = _cell(lower, position - 0.5, row - 0.5, 1, 1, tone, min(1.5, 0.12 * column))
+        cell = _cell(lower, (position - 0.5, row - 0.5), (1, 1), tone, min(1.5, 0.12 * column))
         svg.tip(cell, f"layer {position}, {names[row]}: {say(value)}")
         if column >= 34:
             lower.text(position, row, say(value), ha="center", va="center", fontsize=10.5,
@@ -170,30 +166,52 @@ def layer_map(
     _rows(lower, names)
     _layer_axis(lower, positions, column)
 
-    scale = svg.place(figure, gutter + 44, 6, 120, 10)
-    scale.set_axis_off()
-    for step in range(8):
-        _cell(scale, step / 8, 0, 1 / 8, 1, step / 7, 0)
     above = "≥ " if finite.max(initial=top) > top else ""
-    svg.write(figure, gutter + 38, 11, say(bottom), ha="right", color=svg.MUTED)
-    svg.write(figure, gutter + 170, 11, above + say(top), color=svg.MUTED)
+    _tone_scale(figure, gutter, say(bottom) if bottom else "0", above + say(top))
     title = f"{quantity.replace('_', ' ').capitalize()} per decoder layer and linear"
     return svg.serialise(figure, quantity.replace("_", "-"), title)
 
 
+def _mean_line(
+    axes: Axes, positions: Sequence[int], means: np.ndarray, error: bool, column: float
+) -> None:
+    axes.plot(positions, means, color=svg.PRUNED, linewidth=1.7, marker="o", clip_on=False,
+              markersize=3.5 if column > 14 else 0)  # fmt: skip
+    if error:
+        axes.set_ylim(0, 1.1 * max(means[np.isfinite(means)].max(initial=0), 1e-9))
+    axes.set_xlim(positions[0] - 0.5, positions[-1] + 0.5)
+    axes.xaxis.set_major_locator(NullLocator())
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:.4g}" if error else f"{100 * value:.4g}%")
+    )
+    axes.grid(axis="y")
+    axes.spines["bottom"].set_visible(False)
+
+
+def _tone_scale(figure: Figure, left: float, low: str, high: str) -> None:
+    axes = svg.place(figure, left + 44, 6, 120, 10)
+    axes.set_axis_off()
+    for step in range(8):
+        _cell(axes, (step / 8, 0), (1 / 8, 1), step / 7, 0)
+    svg.write(figure, left + 38, 11, low, ha="right", color=svg.MUTED)
+    svg.write(figure, left + 170, 11, high, color=svg.MUTED)
+
+
 def _cell(
-    axes: Axes, x: float, y: float, width: float, height: float, tone: float, gap: float
+    axes: Axes, corner: tuple[float, float], extent: tuple[float, float], tone: float, gap: float
 ) -> Rectangle:
     """A rectangle in a tone from 0 (a trace of colour) to 1, with `gap` pixels to its neighbours."""
-    cell = Rectangle((x, y), width, height, edgecolor=svg.CARD, linewidth=gap,
+    cell = Rectangle(corner, *extent, edgecolor=svg.CARD, linewidth=gap,
                      facecolor=(svg.PRUNED, 0.07 + 0.93 * tone))  # fmt: skip
-    return cast(Rectangle, axes.add_patch(cell))
+    axes.add_artist(cell)
+    return cell
 
 
 def layer_table(
     layers: Sequence[Mapping[str, Any]], quantity: str
 ) -> tuple[list[int], list[str], np.ndarray, np.ndarray]:
-    """(layers, linears, values [linear, layer], mean of every layer), weighted by parameters; NaN where none."""
+    """(layers, linears, values [linear, layer], layer means): weighted by parameters, NaN where none."""
     layers = sorted(layers, key=lambda layer: layer["layer"])
     positions = [layer["layer"] for layer in layers]
     names = list(dict.fromkeys(_kind(name) for layer in layers for name in layer["linears"]))
@@ -251,7 +269,7 @@ def layer_seconds(layers: Sequence[Mapping[str, Any]]) -> str:
             svg.tip(bar, f"layer {position}, {part}: {units.duration(value)}")
         floor += seconds
     axes.set_xlim(first - 0.5, last + 0.5)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
     axes.grid(axis="y")
     _layer_axis(axes, positions, column)
@@ -275,7 +293,9 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 def _layer_axis(axes: Axes, positions: Sequence[int], column: float) -> None:
     """Layer numbers at round steps, as close as `column` pixels per layer allow."""
     first, last = min(positions), max(positions)
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if s * column >= 24 or s > last)
+    step = next(
+        s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if s * column >= 24 or s > last
+    )
     axes.xaxis.set_major_locator(
         FixedLocator([n for n in range(first, last + 1) if n % step == 0] or [first])
     )

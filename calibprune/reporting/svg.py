@@ -7,27 +7,29 @@ light scheme's value as fallback), so that a figure follows the reader's colour 
 import io
 import re
 from collections.abc import Iterable
+from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 # Colour -> CSS variable. page.html.j2 gives every variable a light and a dark value.
 INK, MUTED, RULE, CARD, ON_HEAT = "#1d2733", "#5a6675", "#dbe0e7", "#ffffff", "#fefefe"
 DENSE, PRUNED, DROPPED = "#8793a3", "#1c6a8d", "#c4702b"
-PARTS = ("#8b98a8", "#1d6b8e", "#4f9f93", "#c5712c", "#8d6fa8", "#a39253")
+PARTS = ("#8b98a8", "#1d6b8e", "#5fa8a0", "#b58d3d", "#8d6fa8", "#c5712c")
 VARIABLES = {
     INK: "ink", MUTED: "muted", RULE: "rule", CARD: "card", ON_HEAT: "on-heat",
     DENSE: "dense", PRUNED: "pruned", DROPPED: "dropped",
     **{hue: f"part-{i}" for i, hue in enumerate(PARTS)},
 }  # fmt: skip
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "calibprune",
     "text.parse_math": False,  # a "$" in a name is a "$"
     "axes.formatter.use_mathtext": False,
     "font.size": 12,
+    "font.sans-serif": ["DejaVu Sans"],  # what matplotlib measures with; the page sets its own face
     "text.color": INK,
     "axes.labelcolor": MUTED,
     "axes.labelsize": 11.5,
@@ -82,7 +84,7 @@ def legend(figure: Figure, left: float, top: float, entries: Iterable[tuple[str,
     for name, hue in entries:
         swatch = place(figure, left, top - 5, 10, 10)
         swatch.set_axis_off()
-        swatch.add_patch(matplotlib.patches.Rectangle((0, 0), 1, 1, color=hue, linewidth=0))
+        swatch.add_patch(Rectangle((0, 0), 1, 1, color=hue, linewidth=0))
         write(figure, left + 16, top, name)
         left += 16 + text_width(name) + 18
 
@@ -94,12 +96,10 @@ def serialise(figure: Figure, name: str, title: str) -> str:
     figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(rf'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", text)
+    text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(rf"<g id=([\"']){TIP}(.*?)\1>", r"<g><title>\2</title>", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
-    text = re.sub(
-        r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text
-    )
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _variable, text)
     width, height = figure.bbox.width, figure.bbox.height

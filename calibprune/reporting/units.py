@@ -2,6 +2,8 @@
 
 import math
 
+NO_VALUE, TIMES, MINUS = "\u2013", "\u00d7", "\u2212"
+
 
 def count(value: float) -> str:
     """1234567 -> "1,234,567"."""
@@ -18,13 +20,13 @@ def compact(value: float) -> str:
 
 def percent(share: float | None) -> str:
     """0.5 -> "50.0%"."""
-    return "–" if share is None else f"{100 * share:.1f}%"
+    return NO_VALUE if share is None else f"{100 * share:.1f}%"
 
 
 def perplexity(value: float | None) -> str:
     """12.345 -> "12.35"; four figures and more without decimals."""
     if value is None:
-        return "–"
+        return NO_VALUE
     if not math.isfinite(value):
         return "not finite"
     return f"{value:.2f}" if value < 999.995 else f"{value:,.0f}"
@@ -33,7 +35,7 @@ def perplexity(value: float | None) -> str:
 def ratio(value: float | None) -> str:
     """Three significant figures: a relative error, a factor."""
     if value is None:
-        return "–"
+        return NO_VALUE
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
@@ -42,10 +44,10 @@ def ratio(value: float | None) -> str:
 def change(dense: float | None, pruned: float | None) -> str:
     """What pruning made of a perplexity: "+22.8%", or "×3.40" from a doubling on."""
     if dense is None or pruned is None or not math.isfinite(pruned / dense):
-        return "–"
+        return NO_VALUE
     if pruned >= 2 * dense:
-        return f"×{ratio(pruned / dense)}"
-    return f"{100 * (pruned / dense - 1):+.1f}%".replace("-", "−")
+        return TIMES + ratio(pruned / dense)
+    return f"{100 * (pruned / dense - 1):+.1f}%".replace("-", MINUS)
 
 
 def duration(seconds: float) -> str:

@@ -49,7 +49,9 @@ def test_the_same_seeds_give_the_same_tokens_in_any_order(engine, loop, completi
 
 
 def test_different_seeds_give_different_tokens(completions):
-    from_bos = [c.token_ids for c, prefix in zip(completions, PREFIXES, strict=True) if prefix == [0]]
+    from_bos = [
+        c.token_ids for c, prefix in zip(completions, PREFIXES, strict=True) if prefix == [0]
+    ]
     assert len({tuple(tokens) for tokens in from_bos}) == len(from_bos) == 8
 
 
@@ -82,7 +84,7 @@ def test_a_prefix_that_leaves_no_room_is_refused(engine, loop):
 
 
 def test_a_context_too_short_is_found_before_the_start(checkpoint):
-    with pytest.raises(UserError, match="600 tokens, the context of .* has 512"):
+    with pytest.raises(UserError, match=r"600 tokens, the context of .* has 512"):
         Engine(str(checkpoint), "auto", SETTINGS, max_model_tokens=600, cpu_threads=1)
 
 

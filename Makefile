@@ -1,0 +1,51 @@
+# make demo   set up, then prune a small real model with text it wrote itself
+# make test   set up, then run the tests
+# `make PYTHON=python3.12 ...` chooses the interpreter that .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/demo-model
+CUDA := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+TORCH_CPU := torch==2.13.0
+
+.PHONY: demo test test-slow check setup clean
+
+demo: setup $(MODEL)/model.safetensors
+	$(BIN)/calibprune run configs/demo.yaml
+
+test: setup
+	$(BIN)/pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/pytest -m "not slow"
+
+setup: $(VENV)/.ready
+
+# With an NVIDIA GPU: the CUDA builds. Without: torch's CPU build first, from pip's own sources or else from
+# PyTorch's, then the rest; torchvision and its kin come along as CUDA builds that cannot be imported, and with them
+# neither could transformers: out again.
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip uv
+ifneq ($(CUDA),)
+	$(BIN)/pip install --quiet --editable ".[cuda,dev]"
+else
+	$(BIN)/pip install --quiet "$(TORCH_CPU)+cpu" \
+	  || $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu "$(TORCH_CPU)"
+	$(BIN)/pip install --quiet --editable ".[cpu,dev]"
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	touch $@
+
+$(MODEL)/model.safetensors: | setup
+	$(BIN)/calibprune demo-model $(MODEL)
+
+clean:
+	rm -rf $(VENV) .cache runs

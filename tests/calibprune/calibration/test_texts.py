@@ -1,0 +1,137 @@
+"""Every kind of text source, and the one-line errors of those that are none."""
+
+import gzip
+import json
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from calibprune.calibration.texts import documents, running_text
+from calibprune.config import HeldOutText
+from calibprune.errors import UserError
+
+
+def write_parquet(path, texts, column="text"):
+    pq.write_table(pa.table({column: pa.array(texts, pa.string())}), path)
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_text_file_has_a_document_per_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes("first, naïve\r\n\n  \nsecond".encode())
+    assert list(documents(str(tmp_path / "a.txt"))) == ["first, naïve", "second"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_json_lines(tmp_path, name):
+    raw = jsonl([{"content": "one"}, {"content": None}, {"content": ""}, {"content": "two\nlines"}])
+    compress = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(compress(raw.encode()))
+    assert list(documents(str(tmp_path / name), column="content")) == ["one", "two\nlines"]
+
+
+def test_parquet(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["one", None, "two"])
+    assert list(documents(str(tmp_path / "a.parquet"))) == ["one", "two"]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    write_parquet(tmp_path / "b.parquet", ["third"])
+    (tmp_path / "a.txt").write_text("first\nsecond\n")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "c.jsonl").write_text(jsonl([{"text": "fourth"}]))
+    (tmp_path / "README.md").write_text("not read")
+    (tmp_path / "_plan.json").write_text("not read")
+    assert list(documents(str(tmp_path))) == ["first", "second", "third", "fourth"]
+
+
+def test_a_url():
+    with fsspec.open("memory://texts/a.txt", "w") as file:
+        file.write("far away\n")
+    assert list(documents("memory://texts/a.txt")) == ["far away"]
+    assert list(documents("memory://texts")) == ["far away"]
+
+
+def test_documents_are_streamed(tmp_path):
+    (tmp_path / "a.jsonl").write_text(jsonl([{"text": "good"}]) + "not json\n")
+    stream = documents(str(tmp_path / "a.jsonl"))
+    assert next(stream) == "good"
+    with pytest.raises(UserError, match=r"line 2 of .*a\.jsonl is not a JSON object"):
+        next(stream)
+
+
+def test_python_docs():
+    topics = list(documents("python-docs"))
+    assert len(topics) > 50
+    assert topics == list(documents("python-docs"))
+    assert sum(map(len, topics)) > 300_000
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{}/missing.txt", "no file or folder at .*missing.txt"),
+        ("./missing/folder", "no file or folder at ./missing/folder"),
+        ("{}", "no text in the folder .*: .txt, .jsonl"),
+        ("{}/note.pdf", "note.pdf is of an unknown kind: .txt, .jsonl"),
+        ("nonsense://a/b.txt", "nonsense://a/b.txt cannot be read: .*nonsense"),
+    ],
+)
+def test_a_path_that_is_no_text_is_refused_at_once(tmp_path, path, message):
+    (tmp_path / "note.pdf").write_bytes(b"%PDF")
+    with pytest.raises(UserError, match=message) as error:
+        documents(path.format(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_id_without_the_hub():
+    """The tests run with HF_HUB_OFFLINE=1."""
+    with pytest.raises(UserError, match=r"no text at org/name: .*hub cannot be reached"):
+        documents("org/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\n \n", "a.txt holds no text"),
+        ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
+        ("a.jsonl", b'{"body": "x", "id": 1}', 'no column "text" in line 1 of .*: it has body, id'),
+        ("a.jsonl", b'{"text": 3}', 'column "text" of line 1 of .* holds int, not text'),
+        ("a.json", b'[{"text": "x"}]', "line 1 of .* is not a JSON object"),
+        ("a.parquet", b"nonsense", "a.parquet is not a parquet file"),
+    ],
+)
+def test_a_file_with_other_content_says_what_is_wrong(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        list(documents(str(tmp_path / name)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_parquet_column_names_those_there(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["x"], column="body")
+    with pytest.raises(UserError, match=r'no column "text" in .*a.parquet: it has body'):
+        list(documents(str(tmp_path / "a.parquet")))
+
+
+def test_running_text_takes_a_text_file_as_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b" = Title = \n\none\ntwo\n")
+    text = HeldOutText(name="own", path=str(tmp_path / "a.txt"))
+    assert running_text(text) == " = Title = \n\none\ntwo\n"
+
+
+def test_running_text_joins_documents_and_keeps_blank_ones(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["one", "", "two", "three"])
+    text = HeldOutText(name="own", path=str(tmp_path / "a.parquet"), separator="|")
+    assert running_text(text) == "one||two|three"
+    assert running_text(text, characters=6) == "one||two"
+
+
+def test_running_text_without_text(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["", None])
+    with pytest.raises(UserError, match="holds no text"):
+        running_text(HeldOutText(name="own", path=str(tmp_path / "a.parquet")))

@@ -1,0 +1,45 @@
+"""Streamed perplexity against the plain model's."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from calibprune.config import ModelSettings
+from calibprune.errors import UserError
+from calibprune.evaluation.perplexity import cut_windows, sweep_perplexity
+from calibprune.model import build_skeleton
+from tests.tiny import write_tiny_llama
+
+
+@pytest.mark.parametrize("batch_sequences", [1, 2, 8])
+def test_every_texts_perplexity_is_the_plain_models(tmp_path, batch_sequences):
+    path = str(write_tiny_llama(tmp_path / "m", tied=True))
+    generator = torch.Generator().manual_seed(0)
+    windows = {
+        "one": torch.randint(0, 258, (5, 40), generator=generator),
+        "two": torch.randint(0, 258, (3, 40), generator=generator),
+    }
+    *steps, result = sweep_perplexity(build_skeleton(ModelSettings(path=path)), windows, batch_sequences)
+    assert steps == [1, 2, 3]
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for name, ids in windows.items():
+        with torch.no_grad():
+            logits = model(ids).logits[:, :-1].double()
+        expected = math.exp(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item())
+        assert result[name].perplexity == pytest.approx(expected, rel=1e-5)
+        assert result[name].predicted_tokens == len(ids) * 39
+
+
+def test_windows_follow_one_another_without_overlap():
+    windows = cut_windows(list(range(11)), 3, None, "text")
+    assert windows.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert cut_windows(list(range(11)), 3, 2, "text").shape == (2, 3)
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(2, None), (0, None), (8, 3)])
+def test_too_little_text_is_told(tokens, sequences):
+    with pytest.raises(UserError, match=f"held-out text mine has {tokens} tokens"):
+        cut_windows(list(range(tokens)), 3, sequences, "mine")

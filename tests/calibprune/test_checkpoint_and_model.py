@@ -1,0 +1,145 @@
+"""Reading checkpoints by byte range, and what is refused before any work."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calibprune import storage
+from calibprune.checkpoint import Checkpoint, from_bytes, local_side_files, side_files, to_bytes
+from calibprune.config import ModelSettings
+from calibprune.errors import CorruptionError, UserError
+from calibprune.model import build_skeleton
+from tests.tiny import write_tiny_llama
+
+
+@pytest.fixture
+def copy(tiny_llama, tmp_path):
+    return shutil.copytree(tiny_llama, tmp_path / "copy")
+
+
+def test_tensors_are_read_as_stored_and_bytes_are_counted(tiny_llama):
+    checkpoint = Checkpoint(str(tiny_llama))
+    expected = load_file(tiny_llama / "model.safetensors")
+    read = checkpoint.read(expected)
+    assert read.keys() == expected.keys() == checkpoint.locations.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values())
+    assert checkpoint.bytes_read == checkpoint.bytes == sum(t.nbytes for t in expected.values())
+
+
+def test_sharded_and_remote_checkpoints_read_alike(tiny_llama):
+    tensors = load_file(tiny_llama / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        storage.write(f"memory://sharded/{file}", to_bytes({name: tensors[name] for name in part}))
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    storage.write_json("memory://sharded/model.safetensors.index.json", index)
+    for name in side_files(str(tiny_llama)):
+        storage.write(f"memory://sharded/{name}", (tiny_llama / name).read_bytes())
+    skeleton = build_skeleton(ModelSettings(path="memory://sharded"))
+    layer = skeleton.checkpoint.read(skeleton.layer_tensors(1))
+    assert len(layer) == 9 and all(torch.equal(layer[name], tensors[name]) for name in layer)
+    assert json.loads(open(f"{local_side_files('memory://sharded')}/config.json").read())["vocab_size"] == 258
+    storage.remove("memory://sharded/b.safetensors")
+    with pytest.raises(UserError, match=r"the index names b\.safetensors, which is not there"):
+        Checkpoint("memory://sharded")
+
+
+def test_bytes_of_tensors_do_not_depend_on_their_order():
+    a, b = torch.arange(6.0).view(2, 3).T, torch.ones(3, dtype=torch.bfloat16)
+    assert to_bytes({"a": a, "b": b}) == to_bytes({"b": b, "a": a.contiguous()})
+    assert torch.equal(from_bytes(to_bytes({"a": a}))["a"], a)
+
+
+def test_identity_sees_weights_config_and_names(copy):
+    first = Checkpoint(str(copy)).identity()
+    assert Checkpoint(str(copy)).identity() == first
+    tensors = load_file(copy / "model.safetensors")
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(changed, copy / "model.safetensors", metadata={"format": "pt"})
+    second = Checkpoint(str(copy)).identity()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
+    assert len({first, second, Checkpoint(str(copy)).identity()}) == 3
+
+
+def test_a_file_given_with_its_hash_is_verified_when_it_is_used(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    name = "model.norm.weight"
+    assert name in Checkpoint(str(copy), {"model.safetensors": storage.sha256(data)}).read([name])
+    with pytest.raises(CorruptionError, match=r"model\.safetensors is damaged"):
+        Checkpoint(str(copy), {"model.safetensors": storage.sha256(b"other")}).read([name])
+
+
+def test_tied_heads_are_found_under_the_name_they_are_stored_by(tmp_path):
+    skeleton = build_skeleton(ModelSettings(path=str(write_tiny_llama(tmp_path / "m", tied=True))))
+    assert skeleton.stored_name("lm_head.weight") == "model.embed_tokens.weight"
+    assert skeleton.rest_tensors() == ["model.embed_tokens.weight", "model.norm.weight"]
+
+
+def build(path, **settings):
+    return build_skeleton(ModelSettings(path=str(path), **settings))
+
+
+def change_config(copy, **changes):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_missing_and_foreign_folders_are_told(tmp_path, copy):
+    with pytest.raises(UserError, match="there is no model at"):
+        build(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is no model folder"):
+        build(tmp_path / "empty")
+    (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="opens no pickle"):
+        build(tmp_path / "empty")
+    (copy / "config.json").unlink()
+    with pytest.raises(UserError, match="cannot use the model at"):
+        build(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "BertForMaskedLM"),
+        ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "T5ForCondition"),
+        ({"architectures": None}, "not a causal language model"),
+        ({"model_type": "no-such-model"}, "cannot use the model"),
+        ({"intermediate_size": 128}, r"has shape \(160, 64\), its config says \(128, 64\)"),
+        ({"num_hidden_layers": 4}, r"has no tensor model\.layers\.3"),
+    ],
+)
+def test_models_that_cannot_be_pruned_are_refused(copy, changes, message):
+    change_config(copy, **changes)
+    with pytest.raises(UserError, match=message):
+        build(copy)
+
+
+def test_fused_experts_are_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="expert|no tensor"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 64, b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!"])
+def test_a_damaged_file_is_told(copy, damage):
+    (copy / "model.safetensors").write_bytes(damage)
+    with pytest.raises(CorruptionError, match=r"model\.safetensors"):
+        Checkpoint(str(copy))
+
+
+def test_the_forward_dtype_is_the_checkpoints_unless_told(copy):
+    assert build(copy).dtype == torch.float32
+    assert build(copy, dtype="bfloat16").dtype == torch.bfloat16

@@ -1,0 +1,40 @@
+"""Runs the command line as users do, in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def calibprune(*arguments: object, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, check=False, env=ENVIRONMENT | environment
+    )  # fmt: skip
+
+
+def stop_when(condition: Callable[[], bool], number: signal.Signals, *arguments: object, timeout: float = 240) -> tuple[int, str]:
+    """Sends the signal to the command as soon as the condition holds; returns (exit code, its stderr).
+
+    Raises AssertionError when the command ended before that.
+    """
+    command = [sys.executable, "-m", "jobs", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"ended early: {process.communicate()[1]}"
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def done(run: Path, stage: str) -> int:
+    """Units of a stage that are committed."""
+    return len(list((run / stage / "_done").glob("*.json")))

@@ -1,0 +1,132 @@
+"""The command line's help, and bad input: one clear line, exit code 2, nothing half-written."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from tests.jobs.command import calibprune
+
+BASE = """
+model: {{path: {model}}}
+output: {output}
+generate: {{samples: 20, max_tokens: 64}}
+curate: {{sequences: 4, sequence_tokens: 64}}
+evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: 2, sequence_tokens: 64}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, tiny_llama):
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE.format(model=tiny_llama, output=tmp_path / "out"))
+    return path
+
+
+def test_help_teaches_and_answers_at_once():
+    calibprune("--help")  # the first call may compile
+    begun = time.perf_counter()
+    result = calibprune("--help")
+    assert time.perf_counter() - begun < 1.0
+    assert result.returncode == 0
+    for word in ("generate", "curate", "prune", "evaluate", "report", "check", "status", "resumes"):
+        assert word in result.stdout
+    assert "key.path=value" in calibprune("run", "--help").stdout
+
+
+def test_version():
+    assert calibprune("--version").stdout.startswith("calibprune 0.")
+
+
+def test_check_says_what_a_run_will_need_and_writes_nothing(config, tmp_path):
+    result = calibprune("check", config)
+    assert result.returncode == 0, result.stderr
+    assert "worker memory" in result.stdout and "the configuration is fine" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["run.yaml"], ["out", "run.yaml"])
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=/no/such/folder"], "there is no model at /no/such/folder"),
+        (["prune.sparsity=1.2"], "prune.sparsity: Input should be less than 1"),
+        (["prune.pattern=4:2"], 'pattern "4:2"'),
+        (["prune.pattern=3:7"], "multiple of 7"),
+        (["prune.method={type: sparsegpt, blocksize: 130}", "prune.pattern=2:4"], "blocksize 130"),
+        (["curate.sequence_tokens=1024", "generate.max_tokens=400"], "context is 512 tokens"),
+        (["generate.max_tokens=512"], "generate.max_tokens with its prefix is 513"),
+        (["evaluate.sequence_tokens=600"], "evaluate.sequence_tokens is 600"),
+        (["curate.sequences=1000"], "raise generate.samples"),
+        (["evaluate.sequences=1000000"], "held-out text docs has"),
+        (["evaluate.perplexity=[{name: a, path: /no/text.txt}]"], "/no/text.txt"),
+        (["generate.prefixes={type: dataset, path: /no/text.txt}"], "/no/text.txt"),
+        (["prune.pool=/no/pool"], "/no/pool"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(config, tmp_path, overrides, message):
+    result = calibprune("run", config, *overrides)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_an_empty_text_is_told(config, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    result = calibprune("run", config, f"evaluate.perplexity=[{{name: a, path: {tmp_path}/empty.txt}}]")
+    assert result.returncode == 2 and "empty.txt" in result.stderr
+
+
+def test_an_encoder_is_refused(config, tmp_path, tiny_llama):
+    model = shutil.copytree(tiny_llama, tmp_path / "encoder")
+    content = json.loads((model / "config.json").read_text())
+    content |= {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
+    (model / "config.json").write_text(json.dumps(content))
+    result = calibprune("run", config, f"model.path={model}")
+    assert result.returncode == 2 and "not a causal language model" in result.stderr
+
+
+def test_a_folder_that_is_no_run_is_left_alone(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    result = calibprune("run", config)
+    assert result.returncode == 2 and "holds no run of calibprune" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_an_output_that_cannot_be_written_is_told(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for output in (f"{tmp_path}/file", f"{tmp_path}/file/run", "nosuch://bucket/run"):
+        result = calibprune("run", config, f"output={output}")
+        assert result.returncode == 2 and output in result.stderr, output
+
+
+def test_too_few_resources_say_what_was_asked_and_what_is_there(config):
+    result = calibprune("run", config, "cluster.gpus_per_worker=3")
+    assert result.returncode == 2
+    assert "3 GPU" in result.stderr and "the cluster has" in result.stderr
+
+
+def test_a_cluster_that_is_not_there_is_told(config):
+    result = calibprune("run", config, "cluster.address=127.0.0.1:1")
+    assert result.returncode == 2 and "cannot reach Ray at 127.0.0.1:1" in result.stderr
+
+
+def test_without_vllm_the_message_says_what_to_install(config, tmp_path):
+    blocked = tmp_path / "site"
+    blocked.mkdir()
+    (blocked / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] == 'vllm': raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    result = calibprune("run", config, PYTHONPATH=str(blocked))
+    assert result.returncode == 2 and "vLLM is not installed" in result.stderr
+
+
+def test_status_of_nothing_is_told(tmp_path):
+    result = calibprune("status", tmp_path)
+    assert result.returncode == 2 and "there is no run at" in result.stderr

@@ -1,0 +1,189 @@
+"""The main job end to end, by its command line: real Ray, real vLLM, a random Llama made on the spot."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.jobs.command import ENVIRONMENT, calibprune, done, stop_when
+from tests.tiny import write_tiny_llama
+
+LAYERS = 8
+CONFIG = """
+model: {{path: {model}}}
+output: {output}
+generate: {{prefixes: {{type: bos}}, samples: 80, max_tokens: 96, min_tokens: 96, shard_rows: 10, cpu_kvcache_gib: 1}}
+curate: {{sequences: 48, sequence_tokens: 96}}
+prune: {{method: {{type: sparsegpt}}, sparsity: 0.5}}
+evaluate:
+  perplexity: [{{name: docs, path: python-docs}}]
+  sequences: 4
+  sequence_tokens: 128
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_tiny_llama(
+        folder / "model", layers=LAYERS, hidden=192, intermediate=512, dtype=torch.bfloat16
+    )
+    return folder
+
+
+def write_config(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(CONFIG.format(model=folder / "model", output=folder / name))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Path:
+    """An undisturbed run of all stages."""
+    result = calibprune("run", write_config(folder, "undisturbed"))
+    assert result.returncode == 0, result.stderr
+    assert "report/index.html" in result.stdout
+    assert re.search(r"prune: 9 of 9 layers and rest", result.stderr), result.stderr
+    return folder / "undisturbed"
+
+
+def checkpoint_bytes(run: Path) -> dict[str, bytes]:
+    checkpoint = run / "prune" / "checkpoint"
+    return {file.name: file.read_bytes() for file in sorted(checkpoint.iterdir())}
+
+
+def test_the_folder_is_laid_out_as_promised(finished):
+    for file in (
+        "run.json", "generate/_plan.json", "generate/_done/00007.json", "generate/manifest.json",
+        "generate/_SUCCESS", "curate/manifest.json", "curate/_SUCCESS", "prune/_plan.json",
+        "prune/_done/layer-00007.json", "prune/checkpoint/config.json", "prune/checkpoint/pruning.json",
+        "prune/checkpoint/generation_config.json", "prune/checkpoint/tokenizer.json",
+        "prune/checkpoint/model.safetensors.index.json", "prune/_SUCCESS", "evaluate/_SUCCESS",
+        "report/index.html", "report/report.json",
+    ):  # fmt: skip
+        assert (finished / file).exists(), file
+    assert len(list((finished / "generate" / "data").glob("part-*.parquet"))) == 8
+    assert len(list((finished / "curate" / "data").glob("*.parquet"))) == 1
+    assert len(list((finished / "curate" / "dropped").glob("*.parquet"))) == 1
+    assert len(list((finished / "prune" / "checkpoint").glob("*.safetensors"))) == LAYERS + 1
+
+
+def test_the_report_holds_the_numbers_and_the_page_shows_them(finished):
+    report = json.loads((finished / "report" / "report.json").read_text())
+    perplexity = report["perplexity"]["docs"]
+    assert 1 < perplexity["dense"] < 1e4 and 1 < perplexity["pruned"] < 1e4
+    assert perplexity["sequence_tokens"] == 128
+    assert abs(report["sparsity"] - 0.5) < 1e-3
+    assert set(report["stages"]) == {"generate", "curate", "prune", "evaluate", "report"}
+    assert all(stage["seconds"] > 0 for stage in report["stages"].values())
+    assert report["generate"]["samples"] == 80 and report["curate"]["dropped"] == {"perplexity": 16}
+    assert len(report["prune"]["layers"]) == LAYERS and len(report["samples"]) == 3
+    assert report["config"]["prune"]["method"]["type"] == "sparsegpt"
+    page = (finished / "report" / "index.html").read_text()
+    assert f"{perplexity['pruned']:.2f}"[:3] in page
+    assert not re.search(r'(src|href)="https?:', page)
+
+
+def test_the_checkpoint_is_pruned_where_asked_and_nowhere_else(finished, folder):
+    before = load_file(folder / "model" / "model.safetensors")
+    after = AutoModelForCausalLM.from_pretrained(finished / "prune" / "checkpoint")
+    assert after.dtype == torch.bfloat16
+    AutoTokenizer.from_pretrained(finished / "prune" / "checkpoint")
+    for name, tensor in after.state_dict().items():
+        if re.search(r"layers\.\d+\..*_proj\.weight", name):
+            assert abs((tensor == 0).float().mean() - 0.5) < 2e-3, name
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert "sparsity_config" not in (finished / "prune" / "checkpoint" / "config.json").read_text()
+
+
+def test_the_checkpoint_loads_in_vllm(finished):
+    code = (
+        "import sys\n"
+        "from vllm import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        "    llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=64)\n"
+        "    out = llm.generate([{'prompt_token_ids': [0, 5]}], SamplingParams(max_tokens=4, temperature=0))\n"
+        "    print('TOKENS', list(out[0].outputs[0].token_ids))\n"
+    )
+    script = finished / "load_in_vllm.py"
+    script.write_text(code)
+    environment = ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "2"}
+    checkpoint = finished / "prune" / "checkpoint"
+    result = subprocess.run(
+        [sys.executable, script, checkpoint], capture_output=True, text=True, timeout=240, check=False, env=environment
+    )  # fmt: skip
+    script.unlink()
+    assert result.returncode == 0, result.stderr[-3000:]
+    tokens = json.loads(result.stdout.split("TOKENS ")[1].splitlines()[0])
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    expected = model.generate(torch.tensor([[0, 5]]), max_new_tokens=4, do_sample=False)[0, 2:]
+    assert tokens == expected.tolist()[: len(tokens)] and tokens
+
+
+def test_a_finished_run_does_nothing_again(finished, folder):
+    times = {file: file.stat().st_mtime_ns for file in finished.glob("*/data/*")}
+    result = calibprune("run", folder / "undisturbed.yaml")
+    assert result.returncode == 0, result.stderr
+    assert [f"{stage}: done already" in result.stderr for stage in ("generate", "curate", "prune", "evaluate")] == [
+        True
+    ] * 4
+    assert {file: file.stat().st_mtime_ns for file in finished.glob("*/data/*")} == times
+
+
+def test_a_driver_killed_in_generate_and_in_prune_resumes_to_the_same_bytes(finished, folder):
+    config, run = write_config(folder, "killed"), folder / "killed"
+    code, _ = stop_when(lambda: done(run, "generate") >= 2, signal.SIGKILL, "run", config)
+    assert code == -signal.SIGKILL
+    kept = {file.name: file.read_bytes() for file in (run / "generate" / "_done").iterdir()}
+    assert 2 <= len(kept) < 8
+    code, _ = stop_when(lambda: done(run, "prune") >= 3, signal.SIGKILL, "run", config)
+    assert code == -signal.SIGKILL
+    layers = {file.name: file.read_bytes() for file in (run / "prune" / "_done").iterdir()}
+    assert 3 <= len(layers) < LAYERS + 1 and not (run / "prune" / "_SUCCESS").exists()
+    result = calibprune("run", config)
+    assert result.returncode == 0, result.stderr
+    for records, stage in ((kept, "generate"), (layers, "prune")):  # what was committed was not made again
+        for name, record in records.items():
+            assert (run / stage / "_done" / name).read_bytes() == record
+    assert checkpoint_bytes(run) == checkpoint_bytes(finished)
+    assert "unfinished" not in calibprune("status", run).stdout
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_resume(finished, folder):
+    config, run = write_config(folder, "interrupted"), folder / "interrupted"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "prune")
+    code, errors = stop_when(lambda: done(run, "prune") >= 1, signal.SIGINT, "run", config)
+    assert code == 130
+    assert "the same command resumes" in errors and "Traceback" not in errors
+    assert "prune     unfinished" in calibprune("status", run).stdout
+
+
+def test_a_changed_setting_is_refused_by_name(finished, folder):
+    result = calibprune("run", folder / "undisturbed.yaml", "generate.temperature=0.7")
+    assert result.returncode == 2
+    assert "generate.temperature was 1.0, now 0.7" in result.stderr
+    result = calibprune("prune", folder / "undisturbed.yaml", "prune.sparsity=0.6")
+    assert result.returncode == 2 and "prune.sparsity was 0.5, now 0.6" in result.stderr
+
+
+def test_a_corrupted_pruned_shard_is_detected_and_named(finished, folder):
+    run = folder / "corrupted"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "evaluate")
+    shard = sorted((run / "prune" / "checkpoint").glob("model-layer-00002-*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(bytes(data))
+    result = calibprune("evaluate", write_config(folder, "corrupted"))
+    assert result.returncode == 2
+    assert f"{shard.name} is damaged" in result.stderr and len(result.stderr.splitlines()) < 6
