@@ -298,7 +298,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
             key, equals, value = override.partition("=")
             if not equals or not key:
                 raise UserError(f"an override is key.path=value, not {override!r}")
-            OmegaConf.update(tree, key, yaml.load(value, _PlainNumbers), merge=False, force_add=True)
+            OmegaConf.update(
+                tree, key, yaml.load(value, _PlainNumbers), merge=False, force_add=True
+            )
         content = OmegaConf.to_container(tree, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None

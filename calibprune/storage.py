@@ -59,13 +59,13 @@ def size(url: str) -> int:
 
 def read_bytes(url: str) -> bytes:
     filesystem, path = resolve(url)
-    return filesystem.cat_file(path)
+    return bytes(filesystem.cat_file(path))  # type: ignore[arg-type]
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of a file. Raises EOFError when the file is shorter."""
     filesystem, path = resolve(url)
-    data = filesystem.cat_file(path, start=start, end=stop)
+    data = bytes(filesystem.cat_file(path, start=start, end=stop))  # type: ignore[arg-type]
     if len(data) != stop - start:
         raise EOFError(f"{url}: bytes {start} to {stop} were asked for, {len(data)} came")
     return data
@@ -139,8 +139,12 @@ def _stage(path: str, data: bytes) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with staged.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
     return staged

@@ -37,8 +37,8 @@ def dispatch(
     """Calls `method(unit)` for every unit; yields records as they come, and None about once a second in between.
 
     An actor that dies, or whose unit takes longer than the time limit (given, or ten times the longest measured
-    unit, but never less than an actor's start may take), is replaced and its units are queued again. An error that the unit raised counts as an attempt too; a
-    UserError ends the stage at once.
+    unit, but never less than an actor's start may take), is replaced and its units are queued again. An error that
+    the unit raised counts as an attempt too; a UserError ends the stage at once.
     """
     queue, tries = deque(units), Counter[str]()
     running: dict[Any, tuple[int, str, float]] = {}

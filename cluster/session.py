@@ -2,7 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 
+CONNECT_SECONDS = 10
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -24,7 +28,8 @@ class Bundle:
     gpus: int
 
     def as_resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        resources = {"CPU": self.cpus, "GPU": self.gpus}
+        return {name: float(amount) for name, amount in resources.items() if amount}
 
 
 @contextmanager
@@ -34,6 +39,7 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _check_reachable(settings.address or os.environ.get("RAY_ADDRESS"))
     try:
         ray.init(
             address=settings.address,
@@ -48,6 +54,17 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself would try for minutes before it gives up on an address where nothing listens."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address or "")
+    if match is None:
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"cannot reach Ray at {address}: {error}") from None
 
 
 def worker_bundle(settings: ClusterSettings, *, gpus_needed: int = 1) -> Bundle:
@@ -82,7 +99,6 @@ class Actors:
         *,
         timeout_seconds: float,
         concurrency: int | None = None,
-        environment: dict[str, str] | None = None,
     ) -> None:
         self._bundle = bundle
         self._check_capacity(count)
@@ -101,9 +117,7 @@ class Actors:
             "num_gpus": bundle.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "runtime_env": {
-                "env_vars": {"OMP_NUM_THREADS": str(bundle.cpus)} | (environment or {})
-            },
+            "runtime_env": {"env_vars": _thread_environment(bundle.cpus)},
         }
         if concurrency is not None:
             self._options["max_concurrency"] = concurrency
@@ -142,8 +156,14 @@ class Actors:
         return f"{count} x ({_shown(self._bundle.as_resources())})"
 
 
+def _thread_environment(cpus: int) -> dict[str, str]:
+    """Threads that wait for one another asleep: by default they spin, and where anything else wants the same cores
+    that makes CPU work up to ten times slower."""
+    return {"OMP_NUM_THREADS": str(cpus), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+
+
 def death(error: RayActorError) -> Exception:
-    """Why an actor died, in one line; what its constructor raised, where that is known, as a UserError if it was one."""
+    """Why an actor died, in one line; a UserError where its constructor raised one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     for line in reversed(lines):
@@ -153,7 +173,7 @@ def death(error: RayActorError) -> Exception:
     return RuntimeError(last)
 
 
-def _shown(resources: dict[str, float]) -> str:
+def _shown(resources: Mapping[str, float]) -> str:
     wanted = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
     return ", ".join(
         f"{amount:g} {name}" for name, amount in wanted.items() if amount or name == "CPU"

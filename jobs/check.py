@@ -1,9 +1,9 @@
 """Bad input gets a clear error before work starts; and what a run will need, told in advance."""
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.prefixes import longest_prefix
 from calibprune.config import Config, LengthFilter, PerplexityFilter
 from calibprune.errors import UserError
@@ -90,7 +90,7 @@ def _check_pattern(run: Run) -> None:
 
 
 def _check_generate(run: Run) -> None:
-    if importlib.util.find_spec("vllm") is None:
+    if vllm_version() is None:
         raise UserError(
             'vLLM is not installed, generate needs it: pip install "calibprune[cuda]" on a machine with '
             'NVIDIA GPUs, "calibprune[cpu]" on one without'

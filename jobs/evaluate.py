@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from typing import Any
 
 import ray
 
@@ -47,7 +48,7 @@ def run(run: Run) -> None:
                 arguments = (model, windows, settings.batch_sequences, hashes)
                 sweep = actors.handles[0].evaluate.options(num_returns="streaming")
                 for reference in sweep.remote(*arguments):
-                    result = ray.get(reference)
+                    result: Any = ray.get(reference)
                     if isinstance(result, int):
                         steps.to(turn * layers + result, unit)
                     else:

@@ -9,7 +9,7 @@ from calibprune.calibration.pool import pool_identity
 from calibprune.errors import UserError
 from calibprune.pruning.export import REST, finish_checkpoint
 from calibprune.pruning.layerwise import layer_unit
-from calibprune.run import Stage
+from calibprune.run import Record, Stage
 from cluster.layer_worker import LayerWorker
 from cluster.session import Actors, Bundle, death, worker_bundle
 from jobs.progress import Steps, say
@@ -57,7 +57,7 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, units: int, missing: list[str
             worker = actors.handles[0]
             try:
                 for reference in worker.prune.options(num_returns="streaming").remote(*arguments):
-                    record = ray.get(reference)
+                    record: Record = ray.get(reference)  # type: ignore[assignment]
                     deaths = 0
                     steps.add(f"{settings.method.type} {record.unit}")
                 return

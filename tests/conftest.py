@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve what runs beside them
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from tests.tiny import write_tiny_llama

@@ -42,7 +42,7 @@ class Engine:
     """One vLLM engine with its processes; make it inside or outside of an event loop, on any thread.
 
     `max_model_tokens` is the most that prefix and continuation may have together. `cpu_threads` are
-    those of the computation, on a machine without GPUs; None leaves number and binding to vLLM.
+    those of the computation, on a machine without GPUs; None leaves their number to OpenMP.
     Raises UserError where vLLM is missing or the model's context is too short.
     """
 
@@ -66,20 +66,19 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor import UniProcExecutor
 
         on_cpu = current_platform.is_cpu()
-        if on_cpu:
-            # The computation in the scheduler's process: one apart makes both spin while they wait
-            # for each other, on cores that the computation needs (a fifth of its speed on two).
-            alone = settings.tensor_parallel == 1 and cpu_threads is not None
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if alone else "1"
+        # On CPUs vLLM takes "uni" for "mp", and then scheduler and computation, in a process each, spin
+        # while they wait for each other, on cores that the computation needs; the class is taken as it is.
+        one_process = UniProcExecutor if on_cpu else "uni"
         eager = on_cpu if settings.enforce_eager is None else settings.enforce_eager
         arguments = AsyncEngineArgs(
             model=model,
             dtype=_checkpoint_dtype(model, trust_remote_code) if dtype == "auto" else dtype,  # type: ignore[arg-type]
             trust_remote_code=trust_remote_code,
             tensor_parallel_size=settings.tensor_parallel,
-            distributed_executor_backend="mp" if settings.tensor_parallel > 1 else "uni",
+            distributed_executor_backend="mp" if settings.tensor_parallel > 1 else one_process,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_num_seqs=settings.max_concurrent,
             enforce_eager=eager,

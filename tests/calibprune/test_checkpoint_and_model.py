@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def test_sharded_and_remote_checkpoints_read_alike(tiny_llama):
     skeleton = build_skeleton(ModelSettings(path="memory://sharded"))
     layer = skeleton.checkpoint.read(skeleton.layer_tensors(1))
     assert len(layer) == 9 and all(torch.equal(layer[name], tensors[name]) for name in layer)
-    assert json.loads(open(f"{local_side_files('memory://sharded')}/config.json").read())["vocab_size"] == 258
+    config = Path(local_side_files("memory://sharded")) / "config.json"
+    assert json.loads(config.read_text())["vocab_size"] == 258
     storage.remove("memory://sharded/b.safetensors")
     with pytest.raises(UserError, match=r"the index names b\.safetensors, which is not there"):
         Checkpoint("memory://sharded")
@@ -129,11 +131,13 @@ def test_fused_experts_are_refused(tmp_path):
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="expert|no tensor"):
+    with pytest.raises(UserError, match=r"expert|no tensor"):
         build(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 64, b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"\xff" * 64, b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!"]
+)
 def test_a_damaged_file_is_told(copy, damage):
     (copy / "model.safetensors").write_bytes(damage)
     with pytest.raises(CorruptionError, match=r"model\.safetensors"):

@@ -74,7 +74,10 @@ def test_what_is_wrong_is_told_in_one_line(minimal, override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["prune.pattern=2:4", "prune.sparsity=0.6"], "removes 0.5 of the weights, sparsity says 0.6"),
+        (
+            ["prune.pattern=2:4", "prune.sparsity=0.6"],
+            "removes 0.5 of the weights, sparsity says 0.6",
+        ),
         (
             ["prune.pattern=3:6", "prune.method={type: sparsegpt, blocksize: 128}"],
             r"method\.blocksize 128 is not a multiple of 6",

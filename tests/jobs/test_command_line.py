@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.jobs.command import calibprune
+from tests.jobs.command import calibprune, calibprune_here
 
 BASE = """
 model: {{path: {model}}}
@@ -39,10 +39,10 @@ def test_version():
     assert calibprune("--version").stdout.startswith("calibprune 0.")
 
 
-def test_check_says_what_a_run_will_need_and_writes_nothing(config, tmp_path):
-    result = calibprune("check", config)
-    assert result.returncode == 0, result.stderr
-    assert "worker memory" in result.stdout and "the configuration is fine" in result.stdout
+def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_path):
+    code, out, errors = calibprune_here(capsys, "check", config)
+    assert code == 0, errors
+    assert "worker memory" in out and "the configuration is fine" in out
     assert sorted(path.name for path in tmp_path.iterdir()) in (["run.yaml"], ["out", "run.yaml"])
     assert not list(tmp_path.glob("out/*"))
 
@@ -65,68 +65,71 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(config, tmp_path):
         (["prune.pool=/no/pool"], "/no/pool"),
     ],
 )
-def test_bad_input_is_told_in_one_line(config, tmp_path, overrides, message):
-    result = calibprune("run", config, *overrides)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+def test_bad_input_is_told_in_one_line(capsys, config, tmp_path, overrides, message):
+    code, _, errors = calibprune_here(capsys, "run", config, *overrides)
+    assert code == 2, errors
+    assert message in errors and len(errors.strip().splitlines()) == 1
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_an_empty_text_is_told(config, tmp_path):
+def test_an_empty_text_is_told(capsys, config, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    result = calibprune("run", config, f"evaluate.perplexity=[{{name: a, path: {tmp_path}/empty.txt}}]")
-    assert result.returncode == 2 and "empty.txt" in result.stderr
+    code, _, errors = calibprune_here(
+        capsys, "run", config, f"evaluate.perplexity=[{{name: a, path: {tmp_path}/empty.txt}}]"
+    )
+    assert code == 2 and "empty.txt" in errors
 
 
-def test_an_encoder_is_refused(config, tmp_path, tiny_llama):
+def test_an_encoder_is_refused(capsys, config, tmp_path, tiny_llama):
     model = shutil.copytree(tiny_llama, tmp_path / "encoder")
     content = json.loads((model / "config.json").read_text())
     content |= {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
     (model / "config.json").write_text(json.dumps(content))
-    result = calibprune("run", config, f"model.path={model}")
-    assert result.returncode == 2 and "not a causal language model" in result.stderr
+    code, _, errors = calibprune_here(capsys, "run", config, f"model.path={model}")
+    assert code == 2 and "not a causal language model" in errors
 
 
-def test_a_folder_that_is_no_run_is_left_alone(config, tmp_path):
+def test_a_folder_that_is_no_run_is_left_alone(capsys, config, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
-    result = calibprune("run", config)
-    assert result.returncode == 2 and "holds no run of calibprune" in result.stderr
+    code, _, errors = calibprune_here(capsys, "run", config)
+    assert code == 2 and "holds no run of calibprune" in errors
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_an_output_that_cannot_be_written_is_told(config, tmp_path):
+def test_an_output_that_cannot_be_written_is_told(capsys, config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for output in (f"{tmp_path}/file", f"{tmp_path}/file/run", "nosuch://bucket/run"):
-        result = calibprune("run", config, f"output={output}")
-        assert result.returncode == 2 and output in result.stderr, output
+        code, _, errors = calibprune_here(capsys, "run", config, f"output={output}")
+        assert code == 2 and output in errors, output
 
 
-def test_too_few_resources_say_what_was_asked_and_what_is_there(config):
-    result = calibprune("run", config, "cluster.gpus_per_worker=3")
-    assert result.returncode == 2
-    assert "3 GPU" in result.stderr and "the cluster has" in result.stderr
+def test_too_few_resources_say_what_was_asked_and_what_is_there(capsys, config):
+    code, _, errors = calibprune_here(capsys, "run", config, "cluster.gpus_per_worker=3")
+    assert code == 2
+    assert "3 GPU" in errors and "the cluster has" in errors
 
 
-def test_a_cluster_that_is_not_there_is_told(config):
-    result = calibprune("run", config, "cluster.address=127.0.0.1:1")
-    assert result.returncode == 2 and "cannot reach Ray at 127.0.0.1:1" in result.stderr
+def test_a_cluster_that_is_not_there_is_told(capsys, config):
+    code, _, errors = calibprune_here(capsys, "run", config, "cluster.address=127.0.0.1:1")
+    assert code == 2 and "cannot reach Ray at 127.0.0.1:1" in errors
 
 
 def test_without_vllm_the_message_says_what_to_install(config, tmp_path):
     blocked = tmp_path / "site"
     blocked.mkdir()
     (blocked / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name.split('.')[0] == 'vllm': raise ModuleNotFoundError(name, name=name)\n"
-        "sys.meta_path.insert(0, Block())\n"
+        "from importlib import metadata\n"
+        "version = metadata.version\n"
+        "def without_vllm(name):\n"
+        "    if name.startswith('vllm'): raise metadata.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "metadata.version = without_vllm\n"
     )
     result = calibprune("run", config, PYTHONPATH=str(blocked))
     assert result.returncode == 2 and "vLLM is not installed" in result.stderr
 
 
-def test_status_of_nothing_is_told(tmp_path):
-    result = calibprune("status", tmp_path)
-    assert result.returncode == 2 and "there is no run at" in result.stderr
+def test_status_of_nothing_is_told(capsys, tmp_path):
+    code, _, errors = calibprune_here(capsys, "status", tmp_path)
+    assert code == 2 and "there is no run at" in errors

@@ -133,9 +133,10 @@ def test_a_finished_run_does_nothing_again(finished, folder):
     times = {file: file.stat().st_mtime_ns for file in finished.glob("*/data/*")}
     result = calibprune("run", folder / "undisturbed.yaml")
     assert result.returncode == 0, result.stderr
-    assert [f"{stage}: done already" in result.stderr for stage in ("generate", "curate", "prune", "evaluate")] == [
-        True
-    ] * 4
+    assert [
+        f"{stage}: done already" in result.stderr
+        for stage in ("generate", "curate", "prune", "evaluate")
+    ] == [True] * 4
     assert {file: file.stat().st_mtime_ns for file in finished.glob("*/data/*")} == times
 
 
@@ -151,7 +152,10 @@ def test_a_driver_killed_in_generate_and_in_prune_resumes_to_the_same_bytes(fini
     assert 3 <= len(layers) < LAYERS + 1 and not (run / "prune" / "_SUCCESS").exists()
     result = calibprune("run", config)
     assert result.returncode == 0, result.stderr
-    for records, stage in ((kept, "generate"), (layers, "prune")):  # what was committed was not made again
+    for records, stage in (
+        (kept, "generate"),
+        (layers, "prune"),
+    ):  # what was committed was not made again
         for name, record in records.items():
             assert (run / stage / "_done" / name).read_bytes() == record
     assert checkpoint_bytes(run) == checkpoint_bytes(finished)

@@ -9,7 +9,13 @@ import pytest
 from datasets import load_dataset
 
 from calibprune.calibration.filters import Scores, filter_samples, perplexity
-from calibprune.calibration.pool import SAMPLE_SCHEMA, choose_samples, curate, parquet_bytes, read_pool
+from calibprune.calibration.pool import (
+    SAMPLE_SCHEMA,
+    choose_samples,
+    curate,
+    parquet_bytes,
+    read_pool,
+)
 from calibprune.config import CurateSettings
 from calibprune.errors import CorruptionError, UserError
 from calibprune.run import Stage
@@ -20,7 +26,9 @@ RNG = np.random.default_rng(0)
 def generated(folder, lengths, logprobs, shard_rows=4) -> Stage:
     """A finished generate stage: sample i is [1000 + i] * lengths[i], with a prefix of one token."""
     stage = Stage(str(folder / "generate"))
-    shards = [range(s, min(s + shard_rows, len(lengths))) for s in range(0, len(lengths), shard_rows)]
+    shards = [
+        range(s, min(s + shard_rows, len(lengths))) for s in range(0, len(lengths), shard_rows)
+    ]
     stage.plan({}, [f"{s:05d}" for s in range(len(shards))])
     for shard, rows in enumerate(shards):
         columns = {
@@ -107,7 +115,9 @@ def test_a_pool_has_fixed_lengths_and_no_dropped_sample(tmp_path, pack):
 
 def test_the_pool_is_a_dataset_that_datasets_reads(tmp_path, monkeypatch):
     stage = curated(generated(tmp_path, [12] * 10, [-1.0] * 10), tmp_path, settings())
-    rows = load_dataset("parquet", data_dir=f"{stage.url}/data", split="train", cache_dir=tmp_path / "c")
+    rows = load_dataset(
+        "parquet", data_dir=f"{stage.url}/data", split="train", cache_dir=tmp_path / "c"
+    )
     assert rows.column_names == ["sequence", "token_ids", "source"] and len(rows) == 3
     assert [list(row["token_ids"]) for row in rows] == read_pool(stage.url).tolist()
 
@@ -118,9 +128,12 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
         (tmp_path / name).mkdir()
         generated(tmp_path / name, lengths, logprobs, shard_rows=rows)
     pools = [
-        read_pool(curated(Stage(str(tmp_path / name / "generate")), tmp_path / f"{name}{seed}", settings(seed=seed)).url)
+        curated(
+            Stage(f"{tmp_path}/{name}/generate"), tmp_path / f"{name}{seed}", settings(seed=seed)
+        )
         for name, seed in (("a", 0), ("b", 0), ("a", 1))
-    ]  # fmt: skip
+    ]
+    pools = [read_pool(pool.url) for pool in pools]
     assert pools[0].equal(pools[1]) and not pools[0].equal(pools[2])
 
 

@@ -22,7 +22,9 @@ def test_every_texts_perplexity_is_the_plain_models(tmp_path, batch_sequences):
         "one": torch.randint(0, 258, (5, 40), generator=generator),
         "two": torch.randint(0, 258, (3, 40), generator=generator),
     }
-    *steps, result = sweep_perplexity(build_skeleton(ModelSettings(path=path)), windows, batch_sequences)
+    *steps, result = sweep_perplexity(
+        build_skeleton(ModelSettings(path=path)), windows, batch_sequences
+    )
     assert steps == [1, 2, 3]
     model = AutoModelForCausalLM.from_pretrained(path)
     for name, ids in windows.items():
