@@ -3,7 +3,9 @@
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _check_reachable(settings.address or os.environ.get("RAY_ADDRESS"))
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=settings.address,
@@ -50,6 +53,10 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = settings.address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise UserError(f"cannot reach Ray at {where}: {' '.join(str(error).split())}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, on_terminate
+        )  # Ray put its own there, which ends without cleaning up
     try:
         yield
     finally:

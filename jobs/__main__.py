@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -138,7 +138,10 @@ def _run(config: str, overrides: list[str] | None, stages: "list[str] | tuple[st
     settings = load_config(config, overrides or ())
     from jobs.pipeline import run_stages
 
-    return run_stages(settings, stages)
+    try:
+        return run_stages(settings, stages)
+    except KeyboardInterrupt:
+        _fail("stopped; what is committed is kept, the same command resumes", 130)
 
 
 def _read_report(finished: "Run") -> dict:
@@ -156,19 +159,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("stopped; what is committed is kept, the same command resumes", 130)
-    except UserError as error:
-        _fail(f"error: {error}", 2, error)
     except Exception as error:
-        cause = getattr(error, "cause", None) or error
+        cause = getattr(error, "cause", None) or error  # Ray wraps what a worker raised
         if isinstance(cause, UserError):
             _fail(f"error: {cause}", 2, error)
         text = " ".join(str(cause).split())
         _fail(f"failed: {type(cause).__name__}: {text} (--traceback shows where)", 1, error)
 
 
-def _fail(message: str, code: int, error: BaseException | None = None) -> None:
+def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
     if error is not None and os.environ.get("CALIBPRUNE_TRACEBACK"):
         raise error
     print(message, file=sys.stderr)

@@ -162,11 +162,12 @@ def test_a_driver_killed_in_generate_and_in_prune_resumes_to_the_same_bytes(fini
     assert "unfinished" not in calibprune("status", run).stdout
 
 
-def test_ctrl_c_stops_cleanly_and_says_how_to_resume(finished, folder):
-    config, run = write_config(folder, "interrupted"), folder / "interrupted"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_says_how_to_resume(finished, folder, number):
+    config, run = write_config(folder, number.name), folder / number.name
     shutil.copytree(finished, run)
     shutil.rmtree(run / "prune")
-    code, errors = stop_when(lambda: done(run, "prune") >= 1, signal.SIGINT, "run", config)
+    code, errors = stop_when(lambda: done(run, "prune") >= 1, number, "run", config)
     assert code == 130
     assert "the same command resumes" in errors and "Traceback" not in errors
     assert "prune     unfinished" in calibprune("status", run).stdout
