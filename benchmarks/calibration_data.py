@@ -24,7 +24,6 @@ ROWS = [
     ("magnitude", "none needed"),
     ("wanda", "random tokens"),
     ("wanda", "self-generated"),
-    ("sparsegpt", "random tokens"),
     ("sparsegpt", "self-generated"),
 ]
 

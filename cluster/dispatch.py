@@ -1,12 +1,13 @@
 """Units of work queued over actors: bounded in flight, results in completion order, the dead replaced.
 
-The driver sees only done records. A unit is given up after `attempts` tries, and then so is the stage: what is
-committed stays, and a rerun tries the rest again.
+The driver sees only done records. A unit that fails `attempts` times ends the stage: what is committed stays, and a
+rerun tries the rest again.
 """
 
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -24,6 +25,15 @@ class UnitFailed(RuntimeError):
     """A unit of work failed more often than allowed; names the unit and the last cause."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """A unit under way on an actor."""
+
+    actor: int
+    unit: str
+    since: float
+
+
 def dispatch(
     actors: Actors,
     method: str,
@@ -38,59 +48,74 @@ def dispatch(
 
     An actor that dies, or whose unit takes longer than the time limit (given, or ten times the longest measured
     unit, but never less than an actor's start may take), is replaced and its units are queued again. An error that
-    the unit raised counts as an attempt too; a UserError ends the stage at once.
+    the unit raised counts as a failure too; a UserError ends the stage at once.
     """
-    queue, tries = deque(units), Counter[str]()
-    running: dict[Any, tuple[int, str, float]] = {}
+    queue = Queue(units, attempts)
+    running: dict[Any, Call] = {}
     longest = 0.0
     while queue or running:
         for index, handle in enumerate(actors.handles):
-            busy = sum(1 for at, _, _ in running.values() if at == index)
-            while queue and busy < in_flight:
-                unit = queue.popleft()
-                tries[unit] += 1
-                running[getattr(handle, method).remote(unit)] = (index, unit, time.monotonic())
-                busy += 1
+            here = [call.unit for call in running.values() if call.actor == index]
+            while len(here) < in_flight and (unit := queue.take(here)) is not None:
+                reference = getattr(handle, method).remote(unit)
+                running[reference] = Call(index, unit, time.monotonic())
+                here.append(unit)
         ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-        limit = timeout_seconds or max(start_timeout_seconds, HANG_FACTOR * longest)
-        hanging = [r for r, (_, _, since) in running.items() if time.monotonic() - since > limit]
-        if not ready and not hanging:
-            yield None
-            continue
+        now, dead = time.monotonic(), None
         for reference in ready:
-            index, unit, since = running.pop(reference)
+            call = running.pop(reference)
             try:
                 record = ray.get(reference)
             except RayActorError as error:
-                cause = death(error)
-                if isinstance(cause, UserError):
-                    raise cause from None
-                _requeue(queue, tries, [unit, *_take(running, index)], attempts, cause)
-                actors.replace(index)
-                break
+                running[reference] = call
+                dead = call.actor, death(error)
             except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise error.cause from None
-                _requeue(queue, tries, [unit], attempts, error.cause or error)
+                queue.failed([call.unit], error.cause or error)
             else:
-                longest = max(longest, time.monotonic() - since)
+                longest = max(longest, now - call.since)
                 yield record
-        for index in {running[reference][0] for reference in hanging if reference in running}:
-            cause = TimeoutError(f"no result within {limit:.0f} s")
-            _requeue(queue, tries, _take(running, index), attempts, cause)
+        limit = timeout_seconds or max(start_timeout_seconds, HANG_FACTOR * longest)
+        hanging = [call.actor for call in running.values() if now - call.since > limit]
+        if dead is None and hanging:
+            dead = hanging[0], TimeoutError(f"no result within {limit:.0f} s")
+        if dead is not None:
+            index, cause = dead
+            lost = [reference for reference, call in running.items() if call.actor == index]
+            queue.failed([running.pop(reference).unit for reference in lost], cause)
             actors.replace(index)
+        elif not ready:
+            yield None
 
 
-def _take(running: dict[Any, tuple[int, str, float]], index: int) -> list[str]:
-    references = [reference for reference, (at, _, _) in running.items() if at == index]
-    return [running.pop(reference)[1] for reference in references]
+class Queue:
+    """Units still to be started. One of several units that went down with an actor may have killed it: to find out
+    which, each of them is tried alone, and only a failure alone counts."""
 
+    def __init__(self, units: Sequence[str], attempts: int) -> None:
+        self._waiting, self._attempts = deque(units), attempts
+        self._failures, self._suspects = Counter[str](), set[str]()
 
-def _requeue(
-    queue: deque[str], tries: Counter[str], units: list[str], attempts: int, cause: Exception
-) -> None:
-    for unit in units:
-        if tries[unit] >= attempts:
-            reason = " ".join(str(cause).split())[-500:]
-            raise UnitFailed(f"unit {unit} failed {tries[unit]} times, the last time: {reason}")
-        queue.appendleft(unit)
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self, beside: Sequence[str]) -> str | None:
+        """The next unit for an actor that is busy with these, or None if it has to wait."""
+        if not self._waiting or self._suspects.intersection(beside):
+            return None
+        if beside and self._waiting[0] in self._suspects:
+            return None
+        return self._waiting.popleft()
+
+    def failed(self, units: Sequence[str], cause: Exception) -> None:
+        """Queues units again. Raises the cause if the user can mend it, UnitFailed after too many failures."""
+        if isinstance(cause, UserError):
+            raise cause from None
+        self._waiting.extendleft(reversed(units))
+        if len(units) > 1:
+            self._suspects.update(units)
+            return
+        (unit,) = units
+        self._failures[unit] += 1
+        if self._failures[unit] >= self._attempts:
+            reason = " ".join(str(cause).split())[:300]
+            raise UnitFailed(f"unit {unit} failed {self._attempts} times, the last time: {reason}")
