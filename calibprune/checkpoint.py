@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from httpx2 import HTTPError
 from torch import Tensor
 
 from calibprune import storage
@@ -64,7 +65,7 @@ class Checkpoint:
             headers = {file: self._header(file) for file in files}
         except EOFError as error:
             raise CorruptionError(str(error)) from None
-        except OSError as error:
+        except (OSError, HTTPError) as error:
             raise UserError(f"cannot read the model at {path}: {_reason(error)}") from None
         self.locations: dict[str, Location] = {}
         for file, (header, offset) in headers.items():
@@ -198,7 +199,7 @@ def index_bytes(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
     )
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "gated" in text.lower() or "401" in text or "403" in text:
         return f"access denied; for a gated model accept its terms and run `hf auth login` ({text[:200]})"

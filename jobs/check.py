@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from calibprune import storage
 from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.prefixes import longest_prefix
 from calibprune.config import Config, LengthFilter, PerplexityFilter
@@ -15,7 +16,9 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     from calibprune.model import context_tokens
 
     run.check_folder()
-    if not set(stages) - {"report"}:
+    if set(stages) == {"report"}:
+        if not storage.exists(run.url("run.json")):
+            raise UserError(f"there is no run at {run.config.output} to report on")
         return
     context = context_tokens(run.skeleton.model.config)
     _check_lengths(run.config, stages, context)

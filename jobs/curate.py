@@ -13,6 +13,7 @@ from jobs.run_folder import Run
 
 def run(run: Run) -> None:
     if run.config.prune.pool is not None:
+        say("curate: not needed, prune.pool is given")
         return
     settings, stage, generate = run.config.curate, run.stage("curate"), run.stage("generate")
     identity = {"generate": generate.content_id(), "curate": settings.model_dump(mode="json")}

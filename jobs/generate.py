@@ -20,6 +20,7 @@ NOT_IN_THE_RESULT = {
 def run(run: Run) -> None:
     settings, stage = run.config.generate, run.stage("generate")
     if run.config.prune.pool is not None:
+        say("generate: not needed, prune.pool is given")
         return
     shards = -(-settings.samples // settings.shard_rows)
     units = [f"{shard:05d}" for shard in range(shards)]

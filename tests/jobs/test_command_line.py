@@ -130,6 +130,17 @@ def test_without_vllm_the_message_says_what_to_install(config, tmp_path):
     assert result.returncode == 2 and "vLLM is not installed" in result.stderr
 
 
+def test_a_hub_that_cannot_be_reached_is_told(config):
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    result = calibprune("check", config, "model.path=some/model", **hub)
+    assert result.returncode == 2 and "cannot read the model at some/model" in result.stderr
+
+
+def test_a_report_of_nothing_is_told(capsys, config, tmp_path):
+    code, _, errors = calibprune_here(capsys, "report", config)
+    assert code == 2 and "to report on" in errors and not list(tmp_path.glob("out/*"))
+
+
 def test_status_of_nothing_is_told(capsys, tmp_path):
     code, _, errors = calibprune_here(capsys, "status", tmp_path)
     assert code == 2 and "there is no run at" in errors

@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -192,3 +194,23 @@ def test_a_corrupted_pruned_shard_is_detected_and_named(finished, folder):
     result = calibprune("evaluate", write_config(folder, "corrupted"))
     assert result.returncode == 2
     assert f"{shard.name} is damaged" in result.stderr and len(result.stderr.splitlines()) < 6
+
+
+def test_a_killed_pruning_worker_is_replaced_within_the_same_command(finished, folder):
+    run = folder / "worker-killed"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "prune")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "prune", write_config(folder, "worker-killed")],
+        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    while done(run, "prune") < 3:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    for worker in psutil.process_iter(["name", "cmdline"]):
+        if "LayerWorker" in " ".join(worker.info["cmdline"] or ()):
+            worker.kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "starting another" in errors
+    assert checkpoint_bytes(run) == checkpoint_bytes(finished)
