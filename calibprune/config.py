@@ -14,11 +14,28 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from calibprune import storage
 from calibprune.errors import UserError
 
+
+def _without_credentials(url: str) -> str:
+    if re.match(r"[\w+.-]+://[^/@]*:[^/@]*@", url):
+        raise ValueError("no credentials in URLs: give them to the store's own library instead")
+    return url
+
+
+Url = Annotated[str, AfterValidator(_without_credentials)]
+"""A path or an fsspec URL. Settings are written to records and reports, so credentials have no place in them."""
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -30,7 +47,7 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The causal language model: a local folder, an fsspec URL (s3://, gs://, hf://) or a hub id `org/name`."""
 
-    path: str
+    path: Url
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the forwards; `auto` is the checkpoint's own. The pruned checkpoint keeps the input's dtype."""
     trust_remote_code: bool = False
@@ -68,7 +85,7 @@ class DatasetPrefixes(Section):
     """Every sample starts from the first `tokens` tokens of one document of a text source."""
 
     type: Literal["dataset"]
-    path: str
+    path: Url
     """A text (one document a line), jsonl or parquet file or folder, local or by URL, or a Hugging Face dataset id."""
     name: str | None = None
     split: str = "train"
@@ -170,7 +187,7 @@ class PruneSettings(Section):
     """What a layer is calibrated on: outputs of the pruned layers before it, or of the dense ones."""
     batch_sequences: PositiveInt = 4
     """Sequences in one micro-batch."""
-    pool: str | None = None
+    pool: Url | None = None
     """A calibration pool of your own (parquet folder with token_ids); None: the one `curate` made."""
 
     @model_validator(mode="after")
@@ -208,7 +225,7 @@ class HeldOutText(Section):
     """A text that the perplexity is measured on; `path` as in the dataset prefixes, or `python-docs`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    path: str
+    path: Url
     dataset_name: str | None = None
     split: str = "test"
     column: str = "text"
@@ -238,7 +255,7 @@ class ReportSettings(Section):
 
 class Config(Section):
     model: ModelSettings
-    output: str
+    output: Url
     """URL of the run folder; everything a run makes lies in there."""
     cluster: ClusterSettings = ClusterSettings()
     generate: GenerateSettings = GenerateSettings()
@@ -325,6 +342,8 @@ def explain(error: ValidationError, content: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    if "credentials" in message:
+        shown = ""
     return f"{key}: {message}{shown}"
 
 

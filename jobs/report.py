@@ -15,6 +15,7 @@ from jobs.progress import say
 from jobs.run_folder import Run, versions
 
 SAMPLE_CHARACTERS = 4000
+ORDER = ("generate", "curate", "prune", "evaluate", "report")
 
 
 def run(run: Run) -> None:
@@ -164,6 +165,8 @@ def say_result(report: dict[str, Any]) -> None:
         say(
             f"{method}: {report['sparsity']:.2%} of {report['model']['prunable_parameters']:,} weights are zero"
         )
-    seconds = {name: facts["seconds"] for name, facts in report["stages"].items()}
+    seconds = {
+        name: report["stages"][name]["seconds"] for name in ORDER if name in report["stages"]
+    }
     listed = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     say(f"time: {listed}; {sum(seconds.values()):.0f} s in all")
