@@ -52,11 +52,6 @@ def names(url: str) -> list[str]:
     return sorted(name for name in found if not name.endswith(".tmp"))
 
 
-def size(url: str) -> int:
-    filesystem, path = resolve(url)
-    return int(filesystem.size(path) or 0)
-
-
 def read_bytes(url: str) -> bytes:
     filesystem, path = resolve(url)
     return bytes(filesystem.cat_file(path))  # type: ignore[arg-type]

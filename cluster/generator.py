@@ -32,9 +32,6 @@ class Generator:
             trust_remote_code=model.trust_remote_code,
         )
 
-    async def ready(self) -> None:
-        """Returns once the engine is up."""
-
     async def complete(self, unit: str) -> Record:
         """Generates, scores and commits the rows of one shard; returns its done record."""
         settings = self._settings

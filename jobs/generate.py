@@ -37,7 +37,7 @@ def run(run: Run) -> None:
     started = time.monotonic()
     tokens = 0
     if missing:
-        bundle = _engine_bundle(run)
+        bundle = worker_bundle(run.config.cluster, gpus_needed=settings.tensor_parallel)
         count = min(settings.engines or _engines(run, bundle), len(missing))
         folder = run.skeleton.checkpoint.url.removeprefix("hf://")
         most = settings.max_tokens + longest_prefix(settings.prefixes)
@@ -66,11 +66,6 @@ def run(run: Run) -> None:
     seconds = time.monotonic() - started
     facts = {"seconds": seconds, "tokens": tokens, "resumed": len(missing) < len(units)}
     stage.finish(facts)
-
-
-def _engine_bundle(run: Run) -> Bundle:
-    settings = run.config.generate
-    return worker_bundle(run.config.cluster, gpus_needed=settings.tensor_parallel)
 
 
 def _engines(run: Run, bundle: Bundle) -> int:

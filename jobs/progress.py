@@ -1,6 +1,5 @@
 """Progress with rate and time left: a live bar on a terminal, a plain line now and then in a log."""
 
-import sys
 import time
 from types import TracebackType
 from typing import Self
@@ -90,8 +89,3 @@ def duration(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()

@@ -44,7 +44,8 @@ def prune_layers(
 
     `pool` is [sequences, tokens] of token ids. Layers that are done are swept through with the weights they were
     committed with, so that a resumed run sees the same inputs, bit for bit.
-    Raises NotPositiveDefinite, naming layer and group, when SparseGPT's Gram matrix cannot be factorised.
+    Raises ValueError, naming layer and group, when a group cannot be solved: a Gram matrix that is not positive
+    definite after damping, inputs or weights that are not finite.
     """
     done = stage.done()
     missing = [i for i in range(len(skeleton.layers)) if layer_unit(i) not in done]
