@@ -7,7 +7,7 @@ import json
 import posixpath
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from calibprune.errors import CorruptionError, UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PIECE_BYTES, WAVE_BYTES = 64 << 20, 512 << 20
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -85,26 +86,36 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Reads tensors into aligned memory of their own, on the CPU, in their stored dtype."""
-        wanted = [(name, self.locations[name]) for name in names]
-        for file in {location.file for _, location in wanted} & self._unverified.keys():
+        tensors = {}
+        for name in names:
+            location = self.locations[name]
+            # torch allocates on 64-byte boundaries; results of products may depend on alignment
+            buffer = torch.empty(location.bytes, dtype=torch.uint8)
+            tensors[name] = buffer.view(location.dtype).view(location.shape)
+        self.read_into(tensors)
+        return tensors
+
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills contiguous CPU tensors of the stored dtypes and shapes, a few hundred MB at a time."""
+        files = {self.locations[name].file for name in tensors}
+        for file in files & self._unverified.keys():
             self._verify(file)
         filesystem, folder = storage.resolve(self.url)
-        chunks = filesystem.cat_ranges(
-            [posixpath.join(folder, location.file) for _, location in wanted],
-            [location.start for _, location in wanted],
-            [location.stop for _, location in wanted],
-            on_error="raise",
-        )
-        tensors = {}
-        for (name, location), chunk in zip(wanted, chunks, strict=True):
-            if len(chunk) != location.bytes:
-                raise CorruptionError(f"{self.url}/{location.file} is cut short at tensor {name}")
-            # torch allocates on 64-byte boundaries; results of products may depend on alignment
-            tensor = torch.empty(len(chunk), dtype=torch.uint8)
-            tensor.numpy()[:] = np.frombuffer(chunk, dtype=np.uint8)
-            tensors[name] = tensor.view(location.dtype).view(location.shape)
-            self.bytes_read += len(chunk)
-        return tensors
+        for wave in _waves({name: self.locations[name] for name in tensors}):
+            chunks = filesystem.cat_ranges(
+                [posixpath.join(folder, self.locations[name].file) for name, _, _ in wave],
+                [start for _, start, _ in wave],
+                [stop for _, _, stop in wave],
+                on_error="raise",
+            )
+            for (name, start, stop), chunk in zip(wave, chunks, strict=True):
+                if len(chunk) != stop - start:
+                    file = self.locations[name].file
+                    raise CorruptionError(f"{self.url}/{file} is cut short at tensor {name}")
+                begun = start - self.locations[name].start
+                flat = tensors[name].view(-1).view(torch.uint8).numpy()
+                flat[begun : begun + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+                self.bytes_read += len(chunk)
 
     def identity(self) -> str:
         """A hash of config, headers and a probe of every file's weights: cheap for any size of model."""
@@ -146,10 +157,31 @@ class Checkpoint:
         length = int.from_bytes(storage.read_range(url, 0, 8), "little")
         if length > 100_000_000:
             raise CorruptionError(f"{url} is not a safetensors file")
+        self.bytes_read += 8 + length
         try:
             return json.loads(storage.read_range(url, 8, 8 + length)), 8 + length
         except ValueError:
             raise CorruptionError(f"{url} is not a safetensors file") from None
+
+
+def _waves(locations: Mapping[str, Location]) -> Iterator[list[tuple[str, int, int]]]:
+    """(name, first byte, last byte + 1) of pieces to be read at the same time: concurrent, yet bounded in memory."""
+    pieces = [
+        (name, start, min(start + PIECE_BYTES, location.stop))
+        for name, location in locations.items()
+        for start in range(location.start, location.stop, PIECE_BYTES)
+    ]
+    wave: list[tuple[str, int, int]] = []
+    held = 0
+    for piece in pieces:
+        size = piece[2] - piece[1]
+        if wave and held + size > WAVE_BYTES:
+            yield wave
+            wave, held = [], 0
+        wave.append(piece)
+        held += size
+    if wave:
+        yield wave
 
 
 def model_url(path: str) -> str:

@@ -34,8 +34,17 @@ def _without_credentials(url: str) -> str:
     return url
 
 
+def _regular_expression(expression: str) -> str:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return expression
+
+
 Url = Annotated[str, AfterValidator(_without_credentials)]
 """A path or an fsspec URL. Settings are written to records and reports, so credentials have no place in them."""
+Regex = Annotated[str, AfterValidator(_regular_expression)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -185,8 +194,16 @@ class PruneSettings(Section):
     allocation: UniformAllocation = UniformAllocation(type="uniform")
     inputs: Literal["pruned", "dense"] = "pruned"
     """What a layer is calibrated on: outputs of the pruned layers before it, or of the dense ones."""
+    layers: Regex | None = None
+    """Only layers whose path, such as `model.layers.7`, this regular expression is found in; None: all."""
+    keep: tuple[Regex, ...] = ()
+    """Linears whose path, such as `model.layers.7.mlp.down_proj`, one of these is found in are left dense."""
     batch_sequences: PositiveInt = 4
-    """Sequences in one micro-batch."""
+    """Sequences in one micro-batch, the unit that is dealt to the workers."""
+    snapshot_layers: PositiveInt | None = None
+    """Keep the hidden states every so many layers, for a resume to start from; None: it sweeps through what is done."""
+    layer_timeout_seconds: PositiveInt | None = None
+    """A worker that takes longer over a layer is held to hang; None: derived from the layers measured so far."""
     pool: Url | None = None
     """A calibration pool of your own (parquet folder with token_ids); None: the one `curate` made."""
 

@@ -4,9 +4,9 @@ No table of architectures: the decoder layers are the one list of modules as lon
 what is pruned are the `torch.nn.Linear`s inside them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ class Skeleton:
         found = self.layers[index].named_modules()
         return {name: module for name, module in found if isinstance(module, nn.Linear)}
 
+    def fused(self, index: int) -> list[str]:
+        """Paths of a decoder layer's parameters that hold several matrices, as fused experts do."""
+        return [name for name, p in self.layers[index].named_parameters() if p.dim() > 2]
+
     def place(self, module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Puts weights, given by checkpoint name, into a module, in the forwards' dtype, on the device."""
         for path, owner in module.named_modules():
@@ -95,14 +99,8 @@ class Skeleton:
                 tensor = tensors[self.stored_name(name)].to(self.device, self.dtype)
                 owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
-    def place_outer(self, name: str) -> None:
-        """Reads one outer module's weights and puts them in place."""
-        module = self.outer_modules[name]
-        prefix = f"{name}." if name else ""
-        wanted = {
-            self.stored_name(prefix + leaf) for leaf, _ in module.named_parameters(recurse=False)
-        }
-        self.place(module, prefix, self.checkpoint.read(sorted(wanted)))
+    def place_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        self.place(self.layers[index], self.layer_prefix(index), tensors)
 
     @staticmethod
     def evict(module: nn.Module) -> None:
@@ -154,12 +152,7 @@ def build_skeleton(
     config = read_config(settings, checkpoint.url)
     dtype = forward_dtype(settings, config, checkpoint)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=settings.trust_remote_code,
-        )
+        model = _from_config(config, dtype, settings.trust_remote_code)
     model.eval()
     model.tie_weights()
     for module in model.modules():  # rotary tables and the like; parameters stay on meta
@@ -169,6 +162,16 @@ def build_skeleton(
     skeleton = Skeleton(model, checkpoint, _layers_path(model, config), dtype, torch.device(device))
     _check_tensors(skeleton, settings.path)
     return skeleton
+
+
+def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    build = partial(
+        AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    try:
+        return build(attn_implementation="sdpa")  # an implicit causal mask: none in memory
+    except ValueError:
+        return build(attn_implementation="eager")  # the few that have no other, such as gpt-oss
 
 
 def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) -> torch.dtype:
@@ -215,23 +218,27 @@ def _layers_path(model: nn.Module, config: Any) -> str:
 
 
 def _check_tensors(skeleton: Skeleton, path: str) -> None:
-    named: Iterable[tuple[str, Tensor]] = skeleton.model.named_parameters(remove_duplicate=False)
-    for name, parameter in named:
-        location = skeleton.checkpoint.locations.get(skeleton.stored_name(name))
-        if location is None:
-            raise UserError(f"the checkpoint at {path} has no tensor {name}, which its model needs")
+    named: dict[str, Tensor] = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    locations = skeleton.checkpoint.locations
+    missing = [name for name in named if skeleton.stored_name(name) not in locations]
+    fused = [name for name in missing if named[name].dim() > 2]
+    if fused:
+        raise UserError(
+            f"{path}: its model holds experts as one fused tensor ({fused[0]}), its checkpoint does not: "
+            f"mixture-of-experts models of this kind are not supported"
+        )
+    if missing:
+        raise UserError(
+            f"the checkpoint at {path} has no tensor {missing[0]}, which its model needs"
+        )
+    for name, parameter in named.items():
+        location = locations[skeleton.stored_name(name)]
         if location.shape != tuple(parameter.shape):
             raise UserError(
                 f"tensor {name} of {path} has shape {location.shape}, "
                 f"its config says {tuple(parameter.shape)}"
             )
-    for index, layer in enumerate(skeleton.layers):
-        fused = [n for n, p in layer.named_parameters() if p.dim() > 2]
-        if fused:
-            raise UserError(
-                f"{path}: layer {index} holds its experts as one fused tensor ({fused[0]}); "
-                f"mixture-of-experts models of this kind are not supported"
-            )
+    for index in range(len(skeleton.layers)):
         for name in skeleton.linears(index):
             location = skeleton.checkpoint.locations[f"{skeleton.layer_prefix(index)}{name}.weight"]
             if location.dtype not in _TORCH_DTYPES.values():

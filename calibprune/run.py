@@ -8,8 +8,6 @@ _SUCCESS             last
 """
 
 import json
-import os
-import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 
 from calibprune import storage
 from calibprune.errors import CorruptionError, DriftError, UserError
+from calibprune.failpoint import failpoint
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Stage:
         A unit that another attempt committed first keeps that attempt's record, and this one's file, if it
         differs, is never referred to.
         """
-        _failpoint("between-data-and-done")
+        failpoint(f"between-data-and-done-{unit}")
         file, size, digest = published or (None, 0, None)
         record = Record(unit, file, size, digest, dict(facts), time.time())
         if storage.create(self._done_url(unit), storage.json_bytes(record.__dict__)):
@@ -184,9 +183,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _failpoint(name: str) -> None:
-    """Kills this process at a named place when the tests ask for it: how crash safety is shown."""
-    if os.environ.get("CALIBPRUNE_FAILPOINT") == name:
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -17,6 +17,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from calibprune.errors import UserError
+from calibprune.failpoint import failpoint
 
 
 def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -120,6 +121,14 @@ def remove(url: str) -> None:
     filesystem.rm_file(path)
 
 
+def remove_folder(url: str) -> None:
+    """Removes a folder and all in it, if it is there."""
+    filesystem, path = resolve(url)
+    filesystem.invalidate_cache()
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
 def check_writable(url: str) -> None:
     """Writes and removes a probe file. Raises UserError when the folder cannot be written."""
     probe = join(url, f".calibprune-{uuid.uuid4().hex[:8]}.tmp")
@@ -136,7 +145,10 @@ def _stage(path: str, data: bytes) -> Path:
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with staged.open("wb") as file:
-            file.write(data)
+            middle = len(data) // 2
+            file.write(memoryview(data)[:middle])
+            failpoint(f"writing-{target.name.rsplit('-', 1)[0]}")
+            file.write(memoryview(data)[middle:])
             file.flush()
             os.fsync(file.fileno())
     except OSError:

@@ -7,6 +7,7 @@ A greenlet belongs to the thread that made it: run a whole sweep on one thread.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -18,6 +19,8 @@ class LayerStop:
     """Every micro-batch is about to enter this decoder layer: put its weights in place now."""
 
     layer: int
+    hidden: list[Tensor]
+    """One per micro-batch, [sequences, tokens, hidden]. Emptied when the forwards go on."""
     pause_at_groups: bool = True
     """Set to False to run through this layer without stopping at its linears."""
 
@@ -30,7 +33,7 @@ class GroupStop:
     linears: tuple[str, ...]
     """Paths inside the layer, in the order in which the forward calls them."""
     inputs: list[Tensor]
-    """One per micro-batch, [sequences, tokens, in]."""
+    """One per micro-batch, [sequences, tokens, in]. Emptied when the forwards go on."""
 
 
 class Sweep:
@@ -49,8 +52,12 @@ class Sweep:
         outer_modules: Mapping[str, nn.Module] | None = None,
         enter_outer: Callable[[str], None] | None = None,
         leave_outer: Callable[[str], None] | None = None,
+        first: int = 0,
+        hidden: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """`enter_outer(name)` is called before a module outside the layers is first used, `leave_outer(name)` when
+        """`first`: the layers before it are passed over, and it is entered with `hidden(micro-batch index)`.
+
+        `enter_outer(name)` is called before a module outside the layers is first used, `leave_outer(name)` when
         the decoder layers have been reached and it may be freed; it is entered again if it is used again."""
         self._forward = forward
         self._layers = layers
@@ -60,55 +67,37 @@ class Sweep:
         self._leave_outer = leave_outer or (lambda name: None)
         self._entered: set[str] = set()
         self._groups: dict[tuple, list[tuple[str, ...]]] = {}
+        self._first, self._hidden = first, hidden
         self.results: list[Any] = []
 
     def __iter__(self) -> Iterator[LayerStop | GroupStop]:
-        driver = getcurrent()
-        handles, group_handles = [], []
-
-        def pause(key: Any) -> Callable:
-            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                driver.switch((key, args, kwargs))
-
-            return hook
-
-        def enter(name: str) -> Callable:
-            def hook(module: nn.Module, args: tuple) -> None:
-                if name not in self._entered:
-                    self._entered.add(name)
-                    self._enter_outer(name)
-
-            return hook
-
         forwards = [greenlet(self._run) for _ in self._micro_batches]
+        pause = partial(self._pausing_hook, getcurrent(), forwards)
+        handles, group_handles = [], []
         try:
             for name, module in self._outer_modules.items():
-                handles.append(module.register_forward_pre_hook(enter(name)))
+                handles.append(module.register_forward_pre_hook(self._entering_hook(name)))
             for index, layer in enumerate(self._layers):
-                hook = pause(index)
-                handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                if index < self._first:
+                    layer.forward = _pass_on
+                else:
+                    hook = pause(index)
+                    handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             stops = [
                 forward.switch(batch)
                 for forward, batch in zip(forwards, self._micro_batches, strict=True)
             ]
             while not forwards[0].dead:
                 key, args, kwargs = stops[0]
-                if any(
-                    forward.dead or stop[0] != key
-                    for forward, stop in zip(forwards, stops, strict=True)
-                ):
-                    raise RuntimeError(
-                        f"micro-batches took different ways through the model at {key}"
-                    )
+                _require_same_stop(key, forwards, stops)
                 if isinstance(key, int):
                     for handle in group_handles:
                         handle.remove()
-                    if key == 0:
-                        for name in sorted(self._entered):
-                            self._leave_outer(name)
-                        self._entered.clear()
-                    stop = LayerStop(key)
+                    if key == self._first:
+                        self._leave_all_outer()
+                    stop = LayerStop(key, [_only_input(s[1], s[2]) for s in stops])
                     yield stop
+                    stop.hidden.clear()
                     group_handles = []
                     if stop.pause_at_groups:
                         layer = self._layers[key]
@@ -119,19 +108,48 @@ class Sweep:
                                 leader.register_forward_pre_hook(hook, with_kwargs=True)
                             )
                 else:
-                    yield GroupStop(key[0], key[1], [_only_input(s[1], s[2]) for s in stops])
+                    group_stop = GroupStop(key[0], key[1], [_only_input(s[1], s[2]) for s in stops])
+                    yield group_stop
+                    group_stop.inputs.clear()
                 del args, kwargs, stops  # let go of the inputs before the forwards move on
                 stops = [forward.switch() for forward in forwards]
             self.results = stops
         finally:
             for handle in handles + group_handles:
                 handle.remove()
+            for layer in self._layers[: self._first]:
+                vars(layer).pop("forward", None)
             for forward in forwards:
                 if not forward.dead:
                     forward.throw()
 
     def _run(self, micro_batch: Any) -> Any:
         return self._forward(micro_batch)
+
+    def _pausing_hook(self, driver: greenlet, forwards: list[greenlet], key: Any) -> Callable:
+        """Switches the forward out; what it was called with goes to the driver."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if self._hidden is not None and key == self._first:
+                value = self._hidden(forwards.index(getcurrent()))
+                args, kwargs = _with_only_input(args, kwargs, value)
+            driver.switch((key, args, kwargs))
+            return args, kwargs
+
+        return hook
+
+    def _entering_hook(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if name not in self._entered:
+                self._entered.add(name)
+                self._enter_outer(name)
+
+        return hook
+
+    def _leave_all_outer(self) -> None:
+        for name in sorted(self._entered):
+            self._leave_outer(name)
+        self._entered.clear()
 
     def _input_groups(self, layer: nn.Module, args: tuple, kwargs: dict) -> list[tuple[str, ...]]:
         """The layer's linears grouped by the tensor they read, found by running one micro-batch through it.
@@ -169,5 +187,21 @@ class Sweep:
         return self._groups[make]
 
 
+def _require_same_stop(key: Any, forwards: Sequence[greenlet], stops: Sequence[Any]) -> None:
+    if any(forward.dead or stop[0] != key for forward, stop in zip(forwards, stops, strict=True)):
+        raise RuntimeError(f"micro-batches took different ways through the model at {key}")
+
+
 def _only_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _with_only_input(args: tuple, kwargs: dict, value: Tensor) -> tuple[tuple, dict]:
+    if args:
+        return (value, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): value}
+
+
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer's forward while it is passed over: the shape is all that matters."""
+    return hidden_states

@@ -1,11 +1,17 @@
-"""The actor that holds a model's layers, a few at a time: prunes them, or sweeps through them to measure perplexity.
+"""The actor that is one of a gang: sweeps its micro-batches through a model's layers to prune them or to evaluate it.
 
-Single-threaded, since a paused sweep belongs to the thread that made it. All work is in the library.
+One thread does all the work, since a paused sweep belongs to the thread that made it; a second one only answers
+where the work stands. All work is in the library.
 """
 
+import datetime
 import logging
+import os
+import resource
 from collections.abc import Iterator
+from typing import Any
 
+import ray
 import torch
 import transformers
 from torch import Tensor
@@ -13,28 +19,59 @@ from torch import Tensor
 from calibprune.calibration.pool import read_pool
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.evaluation.perplexity import Perplexity, sweep_perplexity
+from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
-from calibprune.pruning.export import REST, copy_rest
 from calibprune.pruning.layerwise import prune_layers
 from calibprune.run import Record, Stage
+from cluster.metrics import LayerMetrics
 
 
 class LayerWorker:
-    def __init__(self, cpus: int) -> None:
-        torch.set_num_threads(cpus)
+    def __init__(self, cpus: int, meet_seconds: float) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         transformers.utils.logging.set_verbosity(logging.ERROR)
+        self._cpus, self._timeout = cpus, datetime.timedelta(seconds=meet_seconds)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._gang: Gang = ALONE
+        self._meeting: Meeting | None = None
+        self._metrics: LayerMetrics | None = None
+        self._at = "starting"
+
+    def open_meeting(self) -> tuple[str, int]:
+        """Address and port at which the others find the gang; called on the worker that becomes the first."""
+        address = ray.util.get_node_ip_address()
+        self._meeting = Meeting(address, self._timeout)
+        return address, self._meeting.port
+
+    def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> int:
+        """Takes its place in the gang; returns this process's id."""
+        torch.set_num_threads(self._cpus)
+        store = None
+        if meeting is not None:
+            store = self._meeting.store if self._meeting else meet(*meeting, self._timeout)
+        self._gang = join(rank, size, self._device, store, ray.util.get_node_ip_address())
+        self._at = "ready"
+        return os.getpid()
 
     def prune(
         self, model: ModelSettings, settings: PruneSettings, pool_url: str, stage_url: str
-    ) -> Iterator[Record]:
-        """Commits every layer that is missing; yields each done record. Rows and weights stay here."""
+    ) -> Iterator[Record | int | dict[str, Any]]:
+        """Commits every layer that is missing; rows and weights stay here.
+
+        Yields the number of layers left behind, each done record of its own, and last what this worker used.
+        """
+        torch.set_num_threads(self._cpus)
         skeleton = build_skeleton(model, self._device)
         stage = Stage(stage_url)
-        if REST not in stage.done_units():
-            yield copy_rest(skeleton, stage)
-        yield from prune_layers(skeleton, read_pool(pool_url), settings, stage)
+        for event in prune_layers(skeleton, read_pool(pool_url), settings, stage, self._gang):
+            if isinstance(event, int):
+                self._at = f"layer {event}"
+            else:
+                self._metrics = self._metrics or LayerMetrics()
+                self._metrics.record(event)
+            yield event
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        yield {"bytes_read": skeleton.checkpoint.bytes_read, "peak_host_memory_bytes": peak}
 
     def evaluate(
         self,
@@ -43,6 +80,14 @@ class LayerWorker:
         batch_sequences: int,
         hashes: dict[str, str] | None,
     ) -> Iterator[int | dict[str, Perplexity]]:
-        """Yields the number of layers swept so far, and last the perplexity of every text."""
+        """Yields the number of layers left behind, and last the perplexity of every text."""
+        torch.set_num_threads(self._cpus)
         skeleton = build_skeleton(model, self._device, hashes)
-        yield from sweep_perplexity(skeleton, windows, batch_sequences)
+        for event in sweep_perplexity(skeleton, windows, batch_sequences, self._gang):
+            if isinstance(event, int):
+                self._at = f"layer {event}"
+            yield event
+
+    def where(self) -> str:
+        """How far the work has come; answered beside the work, so that silence means a stopped process."""
+        return self._at

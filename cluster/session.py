@@ -13,7 +13,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from calibprune.config import ClusterSettings
@@ -90,6 +94,20 @@ def worker_bundle(settings: ClusterSettings, *, gpus_needed: int = 1) -> Bundle:
     return Bundle(cpus, gpus)
 
 
+class NoRoom(UserError):
+    """The actors asked for did not find their places in time."""
+
+
+def capacity(bundle: Bundle) -> int:
+    """How many such workers the nodes that are alive have room for, were they idle."""
+    needs = bundle.as_resources()
+    return sum(
+        int(min(node["Resources"].get(name, 0) // amount for name, amount in needs.items()))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
 class Actors:
     """`count` actors of one class, each on a bundle of its own; killed and their places freed on leaving.
 
@@ -106,18 +124,20 @@ class Actors:
         *,
         timeout_seconds: float,
         concurrency: int | None = None,
+        concurrency_groups: Mapping[str, int] | None = None,
     ) -> None:
         self._bundle = bundle
         self._check_capacity(count)
         self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
         if not self._group.wait(timeout_seconds):
             remove_placement_group(self._group)
-            raise UserError(
+            raise NoRoom(
                 f"{self._wanted(count)} did not become free within {timeout_seconds:g} s; "
                 f"the cluster has {_shown(ray.cluster_resources())}, "
                 f"free now {_shown(ray.available_resources())}"
             )
-        self._class = ray.remote(actor_class)
+        groups: dict[str, Any] = {"concurrency_groups": dict(concurrency_groups or {}) or None}
+        self._class = ray.remote(max_restarts=0, **groups)(actor_class)
         self._arguments = arguments
         self._options: dict[str, Any] = {
             "num_cpus": bundle.cpus,
@@ -128,6 +148,7 @@ class Actors:
         }
         if concurrency is not None:
             self._options["max_concurrency"] = concurrency
+        self._order = self._by_node(count)
         self.handles = [self._start(index) for index in range(count)]
 
     def __enter__(self) -> "Actors":
@@ -145,16 +166,26 @@ class Actors:
         return self.handles[index]
 
     def _start(self, index: int) -> Any:
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        place = PlacementGroupSchedulingStrategy(
+            self._group, placement_group_bundle_index=self._order[index]
+        )
         return self._class.options(scheduling_strategy=place, **self._options).remote(
             *self._arguments
         )
+
+    def _by_node(self, count: int) -> list[int]:
+        """The bundles, those on one node beside one another; their order in the group says nothing about nodes."""
+        node_of = placement_group_table(self._group)["bundles_to_node_id"]
+        order = sorted(range(count), key=lambda index: (node_of[index], index))
+        names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        self.nodes = [f"{names.get(node_of[i], '?')} ({node_of[i][:8]})" for i in order]
+        return order
 
     def _check_capacity(self, count: int) -> None:
         total = ray.cluster_resources()
         for name, amount in self._bundle.as_resources().items():
             if amount * count > total.get(name, 0):
-                raise UserError(
+                raise NoRoom(
                     f"{self._wanted(count)} were asked for, the cluster has {_shown(total)}: "
                     f"lower cluster.workers, cluster.gpus_per_worker or cluster.cpus_per_worker"
                 )

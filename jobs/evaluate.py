@@ -1,16 +1,13 @@
-"""evaluate: held-out perplexity of the dense and the pruned model, each in one streamed sweep over its layers."""
+"""evaluate: held-out perplexity of the dense and the pruned model, each in one streamed sweep by all workers."""
 
 import time
 from dataclasses import asdict
-from typing import Any
-
-import ray
 
 from calibprune import storage
 from calibprune.pruning.export import FOLDER
 from calibprune.run import Stage
-from cluster.layer_worker import LayerWorker
-from cluster.session import Actors, worker_bundle
+from cluster.session import worker_bundle
+from cluster.worker_group import run_gang
 from jobs.progress import Steps, say
 from jobs.run_folder import Run
 
@@ -33,33 +30,40 @@ def run(run: Run) -> None:
         return
     started = time.monotonic()
     if missing and windows:
-        bundle = worker_bundle(run.config.cluster)
-        timeout = run.config.cluster.start_timeout_seconds
-        layers = len(run.skeleton.layers)
-        with (
-            Actors(LayerWorker, 1, bundle, [bundle.cpus], timeout_seconds=timeout) as actors,
-            Steps("evaluate", "layers", len(missing) * layers) as steps,
-        ):
-            for turn, unit in enumerate(missing):
-                model, hashes = run.config.model.model_copy(update={"dtype": run.dtype}), None
-                if unit == "pruned":
-                    model = model.model_copy(update={"path": storage.join(prune.url, FOLDER)})
-                    hashes = _hashes(prune)
-                arguments = (model, windows, settings.batch_sequences, hashes)
-                sweep = actors.handles[0].evaluate.options(num_returns="streaming")
-                for reference in sweep.remote(*arguments):
-                    result: Any = ray.get(reference)
-                    if isinstance(result, int):
-                        steps.to(turn * layers + result, unit)
-                    else:
-                        facts = {name: asdict(value) for name, value in result.items()}
-                        stage.commit(unit, None, {"perplexity": facts})
+        _measure(run, stage, prune, missing)
     for unit in missing if not windows else ():
         stage.commit(unit, None, {"perplexity": {}})
     done = stage.done()
     for unit in UNITS:
         storage.write_json(storage.join(stage.url, f"perplexity-{unit}.json"), done[unit].facts)
     stage.finish({"seconds": time.monotonic() - started})
+
+
+def _measure(run: Run, stage: Stage, prune: Stage, missing: list[str]) -> None:
+    settings, cluster = run.config.evaluate, run.config.cluster
+    batches = sum(-(-len(ids) // settings.batch_sequences) for ids in run.windows.values())
+    layers = len(run.skeleton.layers)
+    with Steps("evaluate", "layers", len(missing) * layers) as steps:
+        for turn, unit in enumerate(missing):
+            model, hashes = run.config.model.model_copy(update={"dtype": run.dtype}), None
+            if unit == "pruned":
+                model = model.model_copy(update={"path": storage.join(prune.url, FOLDER)})
+                hashes = _hashes(prune)
+            events = run_gang(
+                "evaluate",
+                (model, run.windows, settings.batch_sequences, hashes),
+                workers=min(cluster.workers, batches),
+                bundle=worker_bundle(cluster),
+                cluster=cluster,
+                progress=lambda: 0,
+                notice=lambda text: say(f"evaluate: {text}"),
+            )
+            for event in events:
+                if isinstance(event, int):
+                    steps.to(turn * layers + event, unit)
+                elif event is not None:
+                    facts = {name: asdict(value) for name, value in event.items()}
+                    stage.commit(unit, None, {"perplexity": facts})
 
 
 def _hashes(prune: Stage) -> dict[str, str]:

@@ -1,22 +1,22 @@
-"""prune: a worker sweeps the pool through the model, solves layer by layer and streams the checkpoint out."""
+"""prune: a gang of workers sweeps the pool through the model, solves layer by layer and streams the checkpoint out."""
 
 import time
+from typing import Any
 
-import ray
-from ray.exceptions import RayActorError
-
-from calibprune.calibration.pool import pool_identity
-from calibprune.errors import UserError
+from calibprune import storage
+from calibprune.calibration.pool import pool_identity, read_pool
 from calibprune.pruning.export import REST, finish_checkpoint
 from calibprune.pruning.layerwise import layer_unit
+from calibprune.pruning.selection import chosen_linears
+from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
 from calibprune.run import Record, Stage
-from cluster.layer_worker import LayerWorker
-from cluster.session import Actors, Bundle, death, worker_bundle
+from cluster.session import Bundle, worker_bundle
+from cluster.worker_group import run_gang
 from jobs.progress import Steps, say
 from jobs.run_folder import Run, versions
 
-ATTEMPTS = 3
-"""Deaths of the worker in a row, without a layer committed in between, before the stage gives up."""
+SETTINGS_WITHOUT_EFFECT = {"pool", "snapshot_layers", "layer_timeout_seconds"}
+"""On the result, that is: they may differ when a run is taken up again."""
 
 
 def run(run: Run) -> None:
@@ -27,7 +27,7 @@ def run(run: Run) -> None:
         "model": run.model_identity,
         "model.dtype": run.dtype,
         "pool": pool_identity(run.pool_url),
-        "prune": settings.model_dump(mode="json", exclude={"pool"}),
+        "prune": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
         "device": "cuda" if bundle.gpus else "cpu",
         "threads": None if bundle.gpus else bundle.cpus,
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
@@ -37,40 +37,71 @@ def run(run: Run) -> None:
         say("prune: done already")
         return
     started = time.monotonic()
+    facts: dict[str, Any] = {"resumed": len(missing) < len(layers) + 1}
     if missing:
-        _prune(run, stage, bundle, len(layers) + 1, missing)
-    facts = {"seconds": time.monotonic() - started, "resumed": len(missing) < len(layers) + 1}
+        facts |= _prune(run, stage, bundle, len(layers) + 1, missing)
     finish_checkpoint(stage, run.skeleton.checkpoint.url, settings)
-    stage.finish(facts)
+    storage.remove_folder(storage.join(stage.url, SNAPSHOTS))
+    stage.finish(facts | {"seconds": time.monotonic() - started})
 
 
-def _prune(run: Run, stage: Stage, bundle: Bundle, units: int, missing: list[str]) -> None:
+def _prune(
+    run: Run, stage: Stage, bundle: Bundle, units: int, missing: list[str]
+) -> dict[str, Any]:
+    """Has the missing units committed; returns what the workers used, all of them together."""
     settings = run.config.prune
-    arguments = (run.config.model, settings, run.pool_url, stage.url)
-    timeout = run.config.cluster.start_timeout_seconds
-    deaths = 0
-    with (
-        Actors(LayerWorker, 1, bundle, [bundle.cpus], timeout_seconds=timeout) as actors,
-        Steps("prune", "layers and rest", units, units - len(missing)) as steps,
-    ):
-        while True:
-            worker = actors.handles[0]
-            try:
-                for reference in worker.prune.options(num_returns="streaming").remote(*arguments):
-                    record: Record = ray.get(reference)  # type: ignore[assignment]
-                    deaths = 0
-                    steps.add(f"{settings.method.type} {record.unit}")
-                return
-            except RayActorError as error:
-                cause = death(error)
-                if isinstance(cause, UserError):
-                    raise cause from None
-                deaths += 1
-                done = len(stage.done_units())
-                if deaths >= ATTEMPTS:
-                    raise RuntimeError(
-                        f"prune: the worker died {deaths} times after {done} units: {cause}"
-                    ) from None
-                say(f"prune: the worker died after {done} units, starting another")
-                steps.to(done)
-                actors.replace(0)
+    workers = usable_workers(run)
+    say(_plan(run, workers))
+    losses: list[str] = []
+    used: list[dict[str, Any]] = []
+    with Steps("prune", "layers and rest", units, units - len(missing)) as steps:
+
+        def notice(text: str) -> None:
+            losses.append(text)
+            say(f"prune: {text}")
+
+        events = run_gang(
+            "prune",
+            (run.config.model, settings, run.pool_url, stage.url),
+            workers=workers,
+            bundle=bundle,
+            cluster=run.config.cluster,
+            layer_timeout_seconds=settings.layer_timeout_seconds,
+            progress=lambda: len(stage.done_units()),
+            notice=notice,
+        )
+        for event in events:
+            match event:
+                case Record():
+                    steps.add(f"{settings.method.type} {event.unit}")
+                case dict():
+                    used.append(event)
+    return {
+        "workers": workers,
+        "losses": losses,
+        "bytes_read": sum(worker["bytes_read"] for worker in used),
+        "peak_host_memory_bytes": max(worker["peak_host_memory_bytes"] for worker in used),
+    }
+
+
+def usable_workers(run: Run) -> int:
+    """The workers asked for, but no more than there are micro-batches to sweep."""
+    wanted = run.config.cluster.workers
+    sequences = len(read_pool(run.pool_url))
+    batches = -(-sequences // run.config.prune.batch_sequences)
+    if batches < wanted:
+        say(
+            f"prune: {sequences} sequences in micro-batches of {run.config.prune.batch_sequences} keep "
+            f"{batches} of {wanted} workers busy; lower prune.batch_sequences to use more"
+        )
+    return min(wanted, batches)
+
+
+def _plan(run: Run, workers: int) -> str:
+    """What is about to be done, in one line."""
+    chosen = chosen_linears(run.skeleton, run.config.prune)
+    total = sum(len(run.skeleton.linears(index)) for index in range(len(chosen)))
+    picked = sum(map(len, chosen))
+    dense = f", {total - picked} linears left dense" if picked < total else ""
+    workers_named = f"{workers} worker{'s' if workers > 1 else ''}"
+    return f"prune: {picked} linears in {len(chosen)} layers on {workers_named}{dense}"

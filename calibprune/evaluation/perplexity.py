@@ -2,10 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from calibprune.errors import UserError
+from calibprune.gang import ALONE, Gang
+from calibprune.layers import LayerReader
 from calibprune.model import Skeleton
 from calibprune.sweep import LayerStop, Sweep
 
@@ -48,44 +47,52 @@ def cut_windows(
 
 
 def sweep_perplexity(
-    skeleton: Skeleton, windows: Mapping[str, Int[Tensor, "_ tokens"]], batch_sequences: int
+    skeleton: Skeleton,
+    windows: Mapping[str, Int[Tensor, "_ tokens"]],
+    batch_sequences: int,
+    gang: Gang = ALONE,
 ) -> Iterator[int | dict[str, Perplexity]]:
-    """Perplexity of every text in one pass over the model's layers.
+    """Perplexity of every text in one pass over the model's layers, which all workers of the gang make together.
 
-    Yields the number of layers done after each, and last the perplexity of every text.
+    Yields the number of layers left behind after each, and last the perplexity of every text: the same for any
+    number of workers. Raises PeerLost when another worker is gone.
     """
     batches: list[tuple[str, Tensor]] = []
     for name, sequences in windows.items():
         batches += [(name, batch) for batch in sequences.split(batch_sequences)]
+    if len(batches) < gang.size:
+        raise ValueError(f"{gang.size} workers, but only {len(batches)} batches of windows")
 
-    def forward(batch: tuple[str, Tensor]) -> tuple[str, float]:
-        name, tokens = batch[0], batch[1].to(skeleton.device)
+    def summed(batch: tuple[str, Tensor]) -> float:
+        tokens = batch[1].to(skeleton.device)
         logits = skeleton.model(input_ids=tokens, use_cache=False).logits
-        return name, summed_nll(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return summed_nll(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
-    sweep = Sweep(
-        forward,
-        skeleton.layers,
-        batches,
-        outer_modules=skeleton.outer_modules,
-        enter_outer=skeleton.place_outer,
-        leave_outer=lambda name: skeleton.evict(skeleton.outer_modules[name]),
-    )
-    read = partial(_read_layer, skeleton)
-    with torch.no_grad(), ThreadPoolExecutor(1) as reader:
-        prefetched = reader.submit(read, 0)
+    with torch.no_grad(), LayerReader(skeleton, gang) as reader:
+        sweep = Sweep(
+            summed,
+            skeleton.layers,
+            gang.dealt(batches),
+            outer_modules=skeleton.outer_modules,
+            enter_outer=reader.place_outer,
+            leave_outer=lambda name: skeleton.evict(skeleton.outer_modules[name]),
+        )
         for stop in sweep:
             assert isinstance(stop, LayerStop)
             stop.pause_at_groups = False
             if stop.layer > 0:
                 skeleton.evict(skeleton.layers[stop.layer - 1])
-                yield stop.layer
-            layer = skeleton.layers[stop.layer]
-            skeleton.place(layer, skeleton.layer_prefix(stop.layer), prefetched.result())
-            prefetched = reader.submit(read, stop.layer + 1)
+            yield stop.layer
+            skeleton.place_layer(stop.layer, reader.take(stop.layer).tensors)
     yield len(skeleton.layers)
+    mine = gang.dealt(range(len(batches)))
+    nlls = torch.zeros(len(batches), dtype=torch.float64)
+    nlls[mine] = torch.tensor(sweep.results, dtype=torch.float64)
+    nlls = gang.collect(nlls, mine).tolist()
     yield {
-        name: _perplexity([nll for of, nll in sweep.results if of == name], sequences)
+        name: _perplexity(
+            [nll for (of, _), nll in zip(batches, nlls, strict=True) if of == name], sequences
+        )
         for name, sequences in windows.items()
     }
 
@@ -102,9 +109,3 @@ def _perplexity(nlls: list[float], windows: Tensor) -> Perplexity:
     sequences, tokens = windows.shape
     predicted = sequences * (tokens - 1)
     return Perplexity(math.exp(math.fsum(nlls) / predicted), predicted, sequences, tokens)
-
-
-def _read_layer(skeleton: Skeleton, index: int) -> dict[str, Any]:
-    if index >= len(skeleton.layers):
-        return {}
-    return skeleton.checkpoint.read(skeleton.layer_tensors(index))

@@ -3,21 +3,28 @@
 `config.json` is copied as it is: vLLM refuses a `sparsity_config`, so the facts of the pruning go to `pruning.json`.
 """
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from calibprune import __version__, storage
 from calibprune.checkpoint import INDEX, index_bytes, side_files, to_bytes
 from calibprune.config import PruneSettings
-from calibprune.model import Skeleton
 from calibprune.run import Record, Stage
 
 REST = "rest"
 FOLDER = "checkpoint"
 
 
-def copy_rest(skeleton: Skeleton, stage: Stage) -> Record:
-    """Commits every tensor outside the decoder layers, bit for bit, as one shard."""
-    tensors = skeleton.checkpoint.read(skeleton.rest_tensors())
+def copy_rest(tensors: Mapping[str, Tensor], stage: Stage) -> Record:
+    """Commits the tensors outside the decoder layers, as they are, as one shard."""
     published = stage.put(REST, to_bytes(tensors), "safetensors", FOLDER, "model")
-    facts = {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    facts = {
+        "bytes_read": sum(sizes.values()),
+        "bytes_written": published.bytes,
+        "tensors": sizes,
+    }
     return stage.commit(REST, published, facts)
 
 

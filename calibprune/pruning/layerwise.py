@@ -1,13 +1,16 @@
 """Pruning a model layer by layer in one paused sweep: layers stream in, are solved and stream out.
 
-The flow of the whole product's heart is `prune_layers`. What is at hand at any time: two layers of weights, the
-paused micro-batches and one group's statistics; nothing grows with the number of layers.
+The flow of the whole product's heart is `prune_layers`, which every worker of a gang runs at the same time. What a
+worker holds at any time: two layers of weights, its paused micro-batches and one group's statistics; nothing grows
+with the number of layers. What comes out does not depend on the number of workers, bit for bit.
 """
 
+import itertools
+import math
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,20 +20,28 @@ from torch import Tensor, nn
 
 from calibprune.checkpoint import from_bytes, to_bytes
 from calibprune.config import PruneSettings
+from calibprune.failpoint import failpoint
+from calibprune.gang import ALONE, Gang
+from calibprune.layers import LayerReader, Loaded
 from calibprune.model import Skeleton
+from calibprune.pruning.export import REST, copy_rest
 from calibprune.pruning.methods import METHODS, prune_group
+from calibprune.pruning.rows import RowShares
+from calibprune.pruning.selection import chosen_linears
+from calibprune.pruning.snapshots import Snapshots
 from calibprune.pruning.statistics import (
     Statistics,
+    add_up,
     finish,
     magnitude_bound,
     observe,
-    relative_output_error,
+    output_error,
 )
 from calibprune.run import Record, Stage
 from calibprune.sweep import GroupStop, LayerStop, Sweep
 
-ERROR_TOKENS = 1024
-"""Tokens of the first micro-batch that a linear's relative output error is measured on."""
+ERROR_TOKENS = 256
+"""Tokens, spread over all micro-batches, that a linear's relative output error is measured on."""
 
 
 def layer_unit(index: int) -> str:
@@ -38,91 +49,110 @@ def layer_unit(index: int) -> str:
 
 
 def prune_layers(
-    skeleton: Skeleton, pool: Tensor, settings: PruneSettings, stage: Stage
-) -> Iterator[Record]:
-    """Prunes every layer that has no done record yet and commits it; yields the records as they are committed.
+    skeleton: Skeleton, pool: Tensor, settings: PruneSettings, stage: Stage, gang: Gang = ALONE
+) -> Iterator[Record | int]:
+    """Prunes every layer that has no done record yet and commits it; every worker of the gang runs this.
 
-    `pool` is [sequences, tokens] of token ids. Layers that are done are swept through with the weights they were
-    committed with, so that a resumed run sees the same inputs, bit for bit.
-    Raises ValueError, naming layer and group, when a group cannot be solved: a Gram matrix that is not positive
-    definite after damping, inputs or weights that are not finite.
+    `pool` is [sequences, tokens] of token ids, of which every worker sweeps its micro-batches. Yields the number of
+    layers that the sweep has left behind, and the records that this worker committed. Layers that are done are swept
+    through with the weights they were committed with, so that a resumed run sees the same inputs, bit for bit.
+    Raises ValueError, naming layer and group, when a group cannot be solved (a Gram matrix that is not positive
+    definite after damping, inputs or weights that are not finite), and PeerLost when another worker is gone.
     """
-    done = stage.done()
-    missing = [i for i in range(len(skeleton.layers)) if layer_unit(i) not in done]
-    if not missing:
-        return
-    stored = StoredLayers(skeleton, stage, done if settings.inputs == "pruned" else {})
-    sweep = Sweep(
-        lambda tokens: skeleton.model(input_ids=tokens, use_cache=False, logits_to_keep=1),
-        skeleton.layers,
-        pool.to(skeleton.device).split(settings.batch_sequences),
-        outer_modules=skeleton.outer_modules,
-        enter_outer=skeleton.place_outer,
-        leave_outer=lambda name: skeleton.evict(skeleton.outer_modules[name]),
-    )
-    with torch.no_grad(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        read = reader.submit(stored.read, 0)
-        written: Future[Record] | None = None
+    count = len(skeleton.layers)
+    done = _agreed(gang, stage, [REST, *map(layer_unit, range(count))])
+    missing = [index for index in range(count) if layer_unit(index) not in done]
+    chosen = chosen_linears(skeleton, settings)
+    batches = pool.split(settings.batch_sequences)
+    if len(batches) < gang.size:
+        raise ValueError(f"{gang.size} workers, but only {len(batches)} micro-batches to sweep")
+    snapshots = Snapshots(stage, gang, len(batches), settings.snapshot_layers)
+    first = snapshots.latest(missing[0]) if missing else 0
+
+    def committed(index: int) -> dict[str, Tensor] | None:
+        if layer_unit(index) not in done or settings.inputs == "dense":
+            return None
+        return from_bytes(stage.read(stage.record(layer_unit(index))))
+
+    with (
+        torch.no_grad(),
+        LayerReader(
+            skeleton, gang, first=first, stop=missing[-1] + 1 if missing else 0, committed=committed
+        ) as reader,
+        Writer(stage) as writer,
+    ):
+        if gang.rank == 0 and REST not in done:
+            reader.outer_held = skeleton.checkpoint.read(skeleton.rest_tensors())
+            yield copy_rest(reader.outer_held, stage)
+        if not missing:
+            return
+
+        sweep = _sweep(
+            skeleton,
+            [batch.to(skeleton.device) for batch in gang.dealt(batches)],
+            reader,
+            first,
+            lambda batch: snapshots.read(first, batch).to(skeleton.device),
+        )
         layer: LayerInWork | None = None
         clock = Clock()
         for stop in sweep:
             clock.lap("sweep")
             if isinstance(stop, LayerStop):
-                if layer is not None:
-                    if written is not None:
-                        yield written.result()
-                    written = writer.submit(layer.commit, stage)
-                    layer = None
+                if layer is not None and gang.owns(layer.index):
+                    yield from writer.submit(layer)
+                layer = None
+                yield from writer.written()
+                yield stop.layer
                 if stop.layer > missing[-1]:
                     break
-                if stop.layer > 0:
+                failpoint(f"enter-{stop.layer}-{gang.rank}")
+                if stop.layer > first:
                     skeleton.evict(skeleton.layers[stop.layer - 1])
-                tensors, facts = read.result()
-                read = reader.submit(stored.read, stop.layer + 1)
-                skeleton.place(
-                    skeleton.layers[stop.layer], skeleton.layer_prefix(stop.layer), tensors
-                )
-                stop.pause_at_groups = stop.layer in missing
+                    snapshots.write(stop.layer, stop.hidden)
                 clock = Clock()
-                if stop.pause_at_groups:
-                    layer = LayerInWork(skeleton, settings, stop.layer, tensors, clock, facts)
-                    _reset_peak_memory(skeleton.device)
+                loaded = reader.take(stop.layer)
+                skeleton.place_layer(stop.layer, loaded.tensors)
+                stop.pause_at_groups = stop.layer in missing and bool(chosen[stop.layer])
+                clock.lap("load")
+                if stop.layer in missing:
+                    layer = LayerInWork(
+                        skeleton, settings, gang, stop.layer, chosen[stop.layer], len(batches), loaded, clock
+                    )  # fmt: skip
+                del loaded
             else:
                 assert layer is not None
                 layer.prune(stop)
-                last = stop.layer == missing[-1] and layer.complete
-                del stop  # the inputs must not outlive the stop
-                if last:
-                    break
+            if stop.layer == missing[-1] and layer is not None and layer.complete:
+                break
             clock.start()
-        if layer is not None:
-            if written is not None:
-                yield written.result()
-            written = writer.submit(layer.commit, stage)
-        if written is not None:
-            yield written.result()
+        if layer is not None and gang.owns(layer.index):
+            yield from writer.submit(layer)
+        yield from writer.written(wait=True)
+        yield missing[-1] + 1
 
 
-class StoredLayers:
-    """Reads a layer's tensors: those committed where it is done, else those of the input checkpoint."""
+def _sweep(
+    skeleton: Skeleton,
+    batches: list[Tensor],
+    reader: LayerReader,
+    first: int,
+    hidden: Callable[[int], Tensor],
+) -> Sweep:
+    def leave_outer(name: str) -> None:
+        skeleton.evict(skeleton.outer_modules[name])
+        reader.outer_held = {}
 
-    def __init__(self, skeleton: Skeleton, stage: Stage, done: Mapping[str, Record]) -> None:
-        self._skeleton = skeleton
-        self._stage = stage
-        self._done = done
-
-    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """(tensors by checkpoint name, facts: seconds and bytes). Empty beyond the last layer."""
-        if index >= len(self._skeleton.layers):
-            return {}, {}
-        started = time.perf_counter()
-        record = self._done.get(layer_unit(index))
-        if record is not None:
-            tensors = from_bytes(self._stage.read(record))
-        else:
-            tensors = self._skeleton.checkpoint.read(self._skeleton.layer_tensors(index))
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        return tensors, {"seconds": time.perf_counter() - started, "bytes": size}
+    return Sweep(
+        lambda tokens: skeleton.model(input_ids=tokens, use_cache=False, logits_to_keep=1),
+        skeleton.layers,
+        batches,
+        outer_modules=skeleton.outer_modules,
+        enter_outer=reader.place_outer,
+        leave_outer=leave_outer,
+        first=first,
+        hidden=hidden if first else None,
+    )
 
 
 @dataclass
@@ -131,79 +161,175 @@ class LayerInWork:
 
     skeleton: Skeleton
     settings: PruneSettings
+    gang: Gang
     index: int
-    tensors: dict[str, Tensor]
-    """Everything stored under the layer, by checkpoint name; pruned weights replace theirs here."""
+    chosen: tuple[str, ...]
+    """Paths, inside the layer, of the linears to prune; the others stay dense."""
+    micro_batches: int
+    """Of the whole gang."""
+    loaded: Loaded
+    """Everything stored under the layer; pruned weights replace theirs here."""
     clock: "Clock"
-    read_facts: dict[str, float]
-    linear_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
-        return self.linear_facts.keys() == self.skeleton.linears(self.index).keys()
+        return self.facts.keys() == set(self.chosen)
 
     def prune(self, stop: GroupStop) -> None:
-        """Prunes the linears of one group and, unless the forwards are to stay dense, puts them in place."""
-        linears = self.skeleton.linears(self.index)
-        method = METHODS[type(self.settings.method)]
-        bound = magnitude_bound(stop.inputs, method.need)
-        statistics = finish(observe(stop.inputs, method.need, bound, len(stop.inputs)))
-        self.clock.lap("statistics")
-        names = [self._stored_name(name) for name in stop.linears]
-        weights = [self.tensors[name].to(self.skeleton.device) for name in names]
-        pruned = self._solve(stop, weights, statistics)
-        self.clock.lap("solve")
-        tokens = stop.inputs[0].flatten(0, -2)
-        tokens = tokens[:: max(1, -(-len(tokens) // ERROR_TOKENS))]
-        for path, name, before, after in zip(stop.linears, names, weights, pruned, strict=True):
-            self.linear_facts[path] = {
-                "parameters": after.numel(),
-                "zeros": int(after.numel() - after.count_nonzero()),
-                "relative_error": relative_output_error(before, after, tokens),
-            }
-            self.tensors[name] = after.cpu()
-            if self.settings.inputs == "pruned":
-                linears[path].weight = nn.Parameter(
-                    after.to(self.skeleton.dtype), requires_grad=False
-                )
-        self.clock.lap("measure")
+        """Prunes the linears of one group and, unless the forwards are to stay dense, puts them in place.
 
-    def _solve(
-        self, stop: GroupStop, weights: list[Tensor], statistics: Statistics
-    ) -> list[Tensor]:
-        sparsities = [self.settings.target_sparsity] * len(weights)
+        Collective. Raises ValueError, naming layer and group, where the group cannot be solved.
+        """
+        paths = [path for path in stop.linears if path in self.chosen]
+        if not paths:
+            return
+        names = [self._stored_name(path) for path in paths]
+        weights = [self.loaded.tensors[name] for name in names]
+        shares = RowShares.of(weights, self.gang)
+        mine = shares.mine(weights)
         try:
-            return prune_group(
-                weights, statistics, sparsities, self.settings.n_of_m, self.settings.method
+            statistics = self._statistics(stop.inputs)
+            failpoint(f"solve-{self.index}-{self.gang.rank}")
+            sparsities = [self.settings.target_sparsity] * len(weights)
+            pruned = prune_group(
+                mine, statistics, sparsities, self.settings.n_of_m, self.settings.method, shares
             )
         except ValueError as error:
-            group = ", ".join(stop.linears)
+            group = ", ".join(paths)
             raise ValueError(f"layer {self.index}, group {group}: {error}") from error
+        self.clock.lap("solve")
+        self._measure(paths, shares, mine, pruned, stop.inputs)
+        self.clock.lap("measure")
+        if self.settings.inputs == "dense":  # the forwards go on through the weights as they were
+            weights = [torch.empty_like(weight) for weight in weights]
+            self.loaded.tensors.update(zip(names, weights, strict=True))
+        for target, part in zip(shares.mine(weights), pruned, strict=True):
+            target.copy_(part)
+        self.gang.broadcast(shares.pieces(weights))
+        if self.settings.inputs == "pruned":
+            self._put_in_place(paths, weights)
+        self.clock.lap("share")
+
+    def _statistics(self, inputs: list[Tensor]) -> Statistics:
+        need = METHODS[type(self.settings.method)].need
+        bound = self.gang.largest(magnitude_bound(inputs, need))
+        sums = observe(inputs, need, bound, self.micro_batches)
+        self.clock.lap("statistics")
+        failpoint(f"reduce-{self.index}-{self.gang.rank}")
+        statistics = finish(add_up(sums, self.gang))
+        self.clock.lap("reduce")
+        return statistics
+
+    def _measure(
+        self,
+        paths: list[str],
+        shares: RowShares,
+        before: list[Tensor],
+        after: list[Tensor],
+        inputs: list[Tensor],
+    ) -> None:
+        """Every linear's zeros and relative output error, each worker measuring its own rows."""
+        tokens = self._sample(inputs)
+        offsets = [0, *itertools.accumulate(math.ceil(rows / shares.chunk) for rows in shares.rows)]
+        mine: dict[int, Tensor] = {}
+        for offset, rows, dense, pruned in zip(
+            offsets, shares.ranges(self.gang.rank), before, after, strict=False
+        ):
+            for index in range(math.ceil(len(dense) / shares.chunk)):
+                chunk = slice(index * shares.chunk, (index + 1) * shares.chunk)
+                row = offset + rows.start // shares.chunk + index
+                mine[row] = output_error(dense[chunk], pruned[chunk], tokens)
+        values = torch.zeros(offsets[-1], 3, dtype=torch.float64)
+        if mine:
+            values[list(mine)] = torch.stack(list(mine.values())).cpu()
+        values = self.gang.collect(values, mine)
+        for path, weight, (start, stop) in zip(
+            paths, before, itertools.pairwise(offsets), strict=True
+        ):
+            error, size, zeros = (math.fsum(column) for column in values[start:stop].T.tolist())
+            self.facts[path] = {
+                "parameters": shares.rows[paths.index(path)] * weight.shape[1],
+                "zeros": int(zeros),
+                "relative_error": math.sqrt(error / size)
+                if size
+                else 0.0
+                if error == 0
+                else math.inf,
+            }
+
+    def _sample(self, inputs: list[Tensor]) -> Tensor:
+        """A few tokens of every micro-batch of all workers, [tokens, in], the same on every worker."""
+        mine = [batch.flatten(0, -2) for batch in inputs]
+        sequence_tokens = inputs[0].shape[-2]  # no micro-batch has fewer
+        each = min(math.ceil(ERROR_TOKENS / self.micro_batches), sequence_tokens)
+        tokens = mine[0].new_empty(self.micro_batches * each, mine[0].shape[1])
+        parts = list(tokens.split(each))
+        for index, batch in zip(self.gang.dealt(range(len(parts))), mine, strict=True):
+            parts[index].copy_(batch[:: len(batch) // each][:each])
+        self.gang.broadcast([(part, index % self.gang.size) for index, part in enumerate(parts)])
+        return tokens
+
+    def _put_in_place(self, paths: list[str], weights: list[Tensor]) -> None:
+        linears = self.skeleton.linears(self.index)
+        for path, weight in zip(paths, weights, strict=True):
+            if linears[path].weight.data_ptr() != weight.data_ptr():  # stored in another dtype
+                placed = weight.to(self.skeleton.dtype)
+                linears[path].weight = nn.Parameter(placed, requires_grad=False)
 
     def commit(self, stage: Stage) -> Record:
-        """Publishes the layer's shard and its done record."""
+        """Publishes the layer's shard and its done record: the owner's part."""
         started = time.perf_counter()
-        data = to_bytes(self.tensors)
+        tensors = {name: tensor.cpu() for name, tensor in self.loaded.tensors.items()}
+        data = to_bytes(tensors)
         published = stage.put(layer_unit(self.index), data, "safetensors", "checkpoint", "model")
-        write_seconds = time.perf_counter() - started
         facts = {
             "layer": self.index,
-            "seconds": {
-                "read": self.read_facts["seconds"],
-                **self.clock.seconds,
-                "write": write_seconds,
-            },
-            "bytes_read": self.read_facts["bytes"],
+            "worker": self.gang.rank,
+            "workers": self.gang.size,
+            "seconds": {**self.clock.seconds, "write": time.perf_counter() - started},
+            "bytes_read": self.loaded.bytes_read,
             "bytes_written": len(data),
             "peak_memory_bytes": _peak_memory(self.skeleton.device),
-            "tensors": {name: tensor.nbytes for name, tensor in sorted(self.tensors.items())},
-            "linears": self.linear_facts,
+            "tensors": {name: tensor.nbytes for name, tensor in sorted(tensors.items())},
+            "linears": {path: self.facts[path] for path in self.chosen},
+            "kept_dense": sorted(self._matrices() - set(self.chosen)),
         }
         return stage.commit(layer_unit(self.index), published, facts)
+
+    def _matrices(self) -> set[str]:
+        """Everything in the layer that might be pruned: its linears and its fused experts."""
+        return {*self.skeleton.linears(self.index), *self.skeleton.fused(self.index)}
 
     def _stored_name(self, path: str) -> str:
         prefix = self.skeleton.layer_prefix(self.index)
         return self.skeleton.stored_name(f"{prefix}{path}.weight")
+
+
+class Writer:
+    """Commits this worker's layers in the background, one at a time, while the next ones are swept."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self._under_way: Future[Record] | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=exception[0] is None)
+
+    def submit(self, layer: LayerInWork) -> Iterator[Record]:
+        """Begins to commit a layer once the one before is written; yields that one's record."""
+        yield from self.written(wait=True)
+        self._under_way = self._pool.submit(layer.commit, self._stage)
+
+    def written(self, wait: bool = False) -> Iterator[Record]:
+        """The record of the layer under way, if it is written."""
+        if self._under_way is not None and (wait or self._under_way.done()):
+            record, self._under_way = self._under_way.result(), None
+            yield record
 
 
 class Clock:
@@ -224,13 +350,15 @@ class Clock:
         self._since = now
 
 
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _agreed(gang: Gang, stage: Stage, units: list[str]) -> set[str]:
+    """The units that are done, as the first worker sees them: the others follow it."""
+    done = stage.done_units() if gang.rank == 0 else set()
+    flags = gang.add(torch.tensor([unit in done for unit in units], device=gang.device).long())
+    return {unit for unit, flag in zip(units, flags.tolist(), strict=True) if flag}
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the GPU since the layer began, or of the process since it started."""
+    """Peak bytes since the process started: of the GPU, or of the process itself."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

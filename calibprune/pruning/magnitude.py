@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibprune.config import Magnitude
-from calibprune.pruning.masks import keep_lowest_removed, keep_n_of_m
+from calibprune.pruning.masks import keep_all_but_lowest, keep_n_of_m
+from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
 
@@ -16,19 +17,21 @@ def prune(
     sparsities: list[float],
     n_of_m: tuple[int, int] | None,
     settings: Magnitude,
+    shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Zeroes each matrix's lowest |W|: over the whole matrix, or within every N:M group.
 
     Statistics are not used, nor sparsities where `n_of_m` is given. Raises ValueError if the width does
     not fit the pattern. Han et al. 2015 (arXiv 1506.02626), section 3.
     """
-    pruned = []
-    for weight, sparsity in zip(weights, sparsities, strict=True):
-        scores = weight.to(torch.float32).abs()
-        keep = (
-            keep_n_of_m(scores, *n_of_m)
-            if n_of_m
-            else keep_lowest_removed(scores, sparsity, per="matrix")
-        )
-        pruned.append(weight.masked_fill(~keep, 0))
-    return pruned
+    shares = shares or RowShares.of(weights)
+    scores = [weight.to(torch.float32).abs() for weight in weights]
+    if n_of_m:
+        keeps = [keep_n_of_m(part, *n_of_m) for part in scores]
+    else:
+        removed = [
+            int(rows * part.shape[1] * sparsity)
+            for rows, part, sparsity in zip(shares.rows, scores, sparsities, strict=True)
+        ]
+        keeps = keep_all_but_lowest(scores, removed, shares.gang)
+    return [weight.masked_fill(~keep, 0) for weight, keep in zip(weights, keeps, strict=True)]

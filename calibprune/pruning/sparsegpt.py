@@ -23,10 +23,11 @@ from calibprune.pruning.masks import (
     keep_n_of_m,
     mark_kept,
 )
+from calibprune.pruning.rows import RowShares, row_chunk
 from calibprune.pruning.statistics import Statistics, full_float32
 
-ROW_CHUNK = 1024
-"""Rows per matrix product: rows split over workers at multiples of it get the same bits on a GPU too."""
+INVERSE_COLUMNS = {"cpu": 192}
+GPU_INVERSE_COLUMNS = 2048
 
 VECTOR = 32  # float32 values in one turn of the vectorised loop
 
@@ -53,13 +54,15 @@ def prune(
     sparsities: list[float],
     n_of_m: tuple[int, int] | None,
     settings: SparseGPT,
+    shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Prunes linears that share one input, and updates what stays to keep their outputs.
 
     Unstructured: of every block of `blocksize` columns, the round(out * columns * sparsity) lowest scores over
     all rows of one linear go (the authors' code removes one more, and every tie). N:M: the choice is made at
     each group's first column, from the weights updated so far, row by row; sparsities are not used.
-    Needs `gram`. Raises NotPositiveDefinite, and ValueError if width or blocksize do not fit the pattern.
+    Needs `gram`. `shares`: `weights` are only this worker's rows, as it says; collective if unstructured. Raises
+    NotPositiveDefinite, and ValueError if width or blocksize do not fit the pattern.
     """
     if statistics.gram is None:
         raise ValueError("SparseGPT needs the Gram matrix of the inputs")
@@ -70,17 +73,17 @@ def prune(
     stacked = torch.cat([weight.to(torch.float32) for weight in weights])
     stacked[:, statistics.gram.diagonal() == 0] = 0
     rows = [len(weight) for weight in weights]
+    shares = shares or RowShares.of(weights)
 
     def lowest_of_each_linear(
         current: Float32[Tensor, "out in"], start: int, stop: int
     ) -> Bool[Tensor, "out columns"]:
         scores = (current[:, start:stop] / upper.diagonal()[start:stop]).square()
-        return torch.cat(
-            [
-                keep_all_but_lowest(part, round(part.numel() * sparsity))
-                for part, sparsity in zip(scores.split(rows), sparsities, strict=True)
-            ]
-        )
+        removed = [
+            round(out * (stop - start) * sparsity)
+            for out, sparsity in zip(shares.rows, sparsities, strict=True)
+        ]
+        return torch.cat(keep_all_but_lowest(scores.split(rows), removed, shares.gang))
 
     chosen = n_of_m or lowest_of_each_linear
     solved = solve(stacked, upper, settings.blocksize, chosen, rows)
@@ -102,9 +105,17 @@ def inverse_factor(gram: Float32[Tensor, "in in"], damping: float) -> Float32[Te
         larger = (damping * 10.0**power for power in range(1, 13))
         enough = next((d for d in larger if _reversed_cholesky(gram, d) is not None), None)
         raise NotPositiveDefinite(damping, enough)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    with full_float32():
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    inverse = torch.zeros_like(factor)
+    columns = INVERSE_COLUMNS.get(factor.device.type, GPU_INVERSE_COLUMNS)
+    with (
+        full_float32()
+    ):  # column by column of the identity, each from its 1 down: a third of the work
+        for start in range(0, len(factor), columns):
+            identity = torch.eye(len(factor) - start, columns, device=factor.device)
+            part = identity[:, : len(factor) - start]
+            inverse[start:, start : start + columns] = torch.linalg.solve_triangular(
+                factor[start:, start:], part, upper=False
+            )
     return inverse.tril_().flip(0, 1).contiguous()
 
 
@@ -193,7 +204,8 @@ def _solve_block_tensors(
         for tail, error in zip(
             weights[:, stop:].split(rows), errors.T.contiguous().split(rows), strict=True
         ):
-            for part, part_error in zip(tail.split(ROW_CHUNK), error.split(ROW_CHUNK), strict=True):
+            chunk = row_chunk(weights.device)
+            for part, part_error in zip(tail.split(chunk), error.split(chunk), strict=True):
                 part.addmm_(part_error, upper[start:stop, stop:], alpha=-1)
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
+
+from calibprune.gang import Gang
 
 Need = Literal["none", "sum_squares", "gram"]
 
@@ -21,6 +23,8 @@ TOKENS_AT_ONCE = {"cpu": 512}
 COLUMNS_AT_ONCE = {"cpu": 256}
 GPU_TOKENS_AT_ONCE = 8192
 GPU_COLUMNS_AT_ONCE = 4096
+
+ROWS_SENT = 512
 
 INTEGER_BITS = 62  # of int64's 63, so that rounding never overflows
 
@@ -38,7 +42,7 @@ class Statistics:
 class IntegerSums:
     """The same sums times 2^exponent, as integers. Of the Gram matrix only the lower triangle is filled.
 
-    Sums of one exponent add up exactly; `merge` does, and so does an all-reduce of the tensors.
+    Sums of one exponent add up exactly, over micro-batches and over workers.
     """
 
     tokens: int
@@ -109,15 +113,18 @@ def scale_exponent(bound: float, micro_batches: int) -> int:
     return min(INTEGER_BITS - total, 126)  # 2^126 is still a float32
 
 
-def merge(a: IntegerSums, b: IntegerSums) -> IntegerSums:
-    """The sums over the tokens of both. Raises ValueError if they were scaled differently."""
-    if a.exponent != b.exponent or (a.gram is None) != (b.gram is None):
-        raise ValueError(
-            f"sums of unlike kinds cannot be merged: exponents {a.exponent} and {b.exponent}"
-        )
-    squares = None if a.sum_squares is None else a.sum_squares + _present(b.sum_squares)
-    gram = None if a.gram is None else a.gram + _present(b.gram)
-    return IntegerSums(a.tokens + b.tokens, a.exponent, squares, gram)
+def add_up(sums: IntegerSums, gang: Gang) -> IntegerSums:
+    """The sums over all workers' tokens, in place. Collective; all workers used the same bound."""
+    tokens = int(gang.add(torch.tensor([sums.tokens], device=gang.device)))
+    if sums.sum_squares is not None:
+        gang.add(sums.sum_squares)
+    if sums.gram is not None and gang.size > 1:
+        for rows in torch.arange(len(sums.gram)).split(
+            ROWS_SENT
+        ):  # the lower triangle, in a few pieces
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            sums.gram[start:stop, :stop] = gang.add(sums.gram[start:stop, :stop].contiguous())
+    return IntegerSums(tokens, sums.exponent, sums.sum_squares, sums.gram)
 
 
 def finish(sums: IntegerSums) -> Statistics:
@@ -133,25 +140,24 @@ def finish(sums: IntegerSums) -> Statistics:
 
 
 @torch.no_grad()
-def relative_output_error(
+def output_error(
     weight: Float[Tensor, "out in"],
     pruned: Float[Tensor, "out in"],
-    inputs: Float[Tensor, "... in"],
-) -> float:
-    """||(W - W') X|| / ||W X|| in the Frobenius norm over these tokens; 0 where both are zero.
+    inputs: Float[Tensor, "tokens in"],
+) -> Float64[Tensor, "3"]:
+    """||(W - W') X||^2 and ||W X||^2 in the Frobenius norm, and the zeros of W'.
 
     Products in the inputs' dtype, norms in float32.
     """
     difference = weight.to(torch.float32) - pruned.to(torch.float32)
-    error, size = (
+    norms = [
         torch.linalg.vector_norm(
             torch.nn.functional.linear(inputs, matrix.to(inputs.dtype)), dtype=torch.float32
-        ).item()
+        )
         for matrix in (difference, weight)
-    )
-    if size == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / size
+    ]
+    zeros = pruned.numel() - pruned.count_nonzero()
+    return torch.stack([*(norm.double().square() for norm in norms), zeros.double()])
 
 
 @contextmanager
@@ -171,12 +177,6 @@ def full_float32() -> Iterator[None]:
 
 def _rows(batch: Float[Tensor, "... in"]) -> Float[Tensor, "tokens in"]:
     return batch.detach().reshape(-1, batch.shape[-1])
-
-
-def _present(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise ValueError("sums of unlike kinds cannot be merged")
-    return value
 
 
 def _column_squares(tokens: Float[Tensor, "tokens in"]) -> Float32[Tensor, "in"]:

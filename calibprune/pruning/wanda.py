@@ -6,6 +6,7 @@ from torch import Tensor
 
 from calibprune.config import Wanda
 from calibprune.pruning.masks import keep_lowest_removed, keep_n_of_m
+from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
 
@@ -16,6 +17,7 @@ def prune(
     sparsities: list[float],
     n_of_m: tuple[int, int] | None,
     settings: Wanda,
+    shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Zeroes the lowest scores of every output row, or of every N:M group.
 

@@ -115,7 +115,9 @@ def test_sigkill_between_data_and_done_loses_only_that_unit(tmp_path):
         f"from calibprune.run import Stage; s = Stage({str(tmp_path)!r}); s.plan({{}}, ['a']); "
         f"s.commit('a', s.put('a', b'x' * 100, 'bin', 'data', 'part'), {{}})"
     )
-    environment = os.environ | {"CALIBPRUNE_FAILPOINT": "between-data-and-done"}
+    (orders := tmp_path.parent / "failpoints").mkdir()
+    (orders / "between-data-and-done-a").touch()
+    environment = os.environ | {"CALIBPRUNE_FAILPOINTS": str(orders)}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
     assert killed.returncode == -9
     stage = Stage(str(tmp_path))

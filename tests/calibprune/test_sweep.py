@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config import ModelSettings
+from calibprune.gang import ALONE
+from calibprune.layers import LayerReader
 from calibprune.model import build_skeleton
-from calibprune.pruning import layerwise
-from calibprune.pruning.export import copy_rest, finish_checkpoint
-from calibprune.run import Stage
 from calibprune.sweep import LayerStop, Sweep
 from tests.tiny import write_tiny_llama
 
@@ -23,7 +22,7 @@ def streamed(skeleton, *, pause_at_groups=True):
         skeleton.layers,
         TOKENS.split(2),
         outer_modules=skeleton.outer_modules,
-        enter_outer=skeleton.place_outer,
+        enter_outer=LayerReader(skeleton, ALONE, stop=0).place_outer,
         leave_outer=lambda name: skeleton.evict(skeleton.outer_modules[name]),
     )
     stops, most = [], 0
@@ -80,7 +79,8 @@ def test_every_checkpoint_byte_is_read_once(tiny_llama):
     skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
     head = skeleton.checkpoint.locations["lm_head.weight"].bytes
     streamed(skeleton)  # the last hidden state does not need the head
-    assert skeleton.checkpoint.bytes_read == skeleton.checkpoint.bytes - head
+    size = (tiny_llama / "model.safetensors").stat().st_size
+    assert skeleton.checkpoint.bytes_read == size - head
 
 
 def test_an_error_of_the_model_comes_through_and_leaves_no_hook_behind(tiny_llama):
@@ -105,42 +105,10 @@ def test_leaving_early_abandons_the_forwards(tiny_llama):
         skeleton.layers,
         TOKENS.split(2),
         outer_modules=skeleton.outer_modules,
-        enter_outer=skeleton.place_outer,
+        enter_outer=LayerReader(skeleton, ALONE, stop=0).place_outer,
     )
     stops = iter(sweep)
     assert isinstance(next(stops), LayerStop)
     stops.close()
     assert len(unwound) == 3
     assert not any(layer._forward_pre_hooks for layer in skeleton.layers)
-
-
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sweeps_hidden_states_are_those_of_the_saved_pruned_checkpoint(
-    tmp_path, method, dtype, monkeypatch
-):
-    path = write_tiny_llama(tmp_path / "model", dtype=dtype)
-    stage = Stage(str(tmp_path / "prune"))
-    settings = PruneSettings.model_validate({"method": {"type": method}, "batch_sequences": 2})
-    skeleton = build_skeleton(ModelSettings(path=str(path)))
-    copy_rest(skeleton, stage)
-    seen = []  # what the last layer's gate and up projections saw while the model was being pruned
-    prune = layerwise.LayerInWork.prune
-
-    def watch(self, stop):
-        if (stop.layer, stop.linears) == (2, ("mlp.gate_proj", "mlp.up_proj")):
-            seen.extend(x.clone() for x in stop.inputs)
-        prune(self, stop)
-
-    monkeypatch.setattr(layerwise.LayerInWork, "prune", watch)
-    assert len(list(layerwise.prune_layers(skeleton, TOKENS, settings, stage))) == 3
-    finish_checkpoint(stage, str(path), settings)
-
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "prune" / "checkpoint")
-    assert saved.dtype == dtype
-    inputs = []
-    saved.model.layers[2].mlp.gate_proj.register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
-    with torch.no_grad():
-        for ids in TOKENS.split(2):
-            saved(ids, use_cache=False)
-    assert torch.equal(torch.cat(seen), torch.cat(inputs))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calibprune.config import SparseGPT
-from calibprune.pruning import sparsegpt
+from calibprune.pruning import rows, sparsegpt
 from calibprune.pruning.sparsegpt import NotPositiveDefinite, inverse_factor, prune, solve
 from calibprune.pruning.statistics import Statistics
 from tests.calibprune.pruning.data import correlated_inputs, plain_statistics, random_weights
@@ -65,7 +65,7 @@ def path(request, monkeypatch):
     """Both ways of running the columns, on the CPU."""
     if request.param == "tensors":
         monkeypatch.setattr(sparsegpt, "_solve_block_compiled", sparsegpt._solve_block_tensors)
-        monkeypatch.setattr(sparsegpt, "ROW_CHUNK", 16)
+        monkeypatch.setitem(rows.ROW_CHUNK, "cpu", 16)
     return request.param
 
 

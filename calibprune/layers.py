@@ -1,0 +1,140 @@
+"""Brings a model's weights to every worker of a gang, module by module: each byte is read once, by one worker.
+
+Layer number i is owned by worker i mod size: it alone reads it, ahead of time, and broadcasts it.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from calibprune.failpoint import failpoint
+from calibprune.gang import Gang
+from calibprune.model import Skeleton
+
+ALIGNMENT = 64
+"""Bytes. The last bits of a product may depend on where its factors begin, so all workers hold them alike."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A layer's tensors by checkpoint name, in their stored dtype, on the gang's device."""
+
+    tensors: dict[str, Tensor]
+    bytes_read: int
+    """By this worker; 0 where another one owns the layer."""
+    seconds: float
+    """Waited for the read and the broadcast."""
+
+
+class LayerReader:
+    """Layers [first, stop) of a model, to be taken in order; a context manager. Collective.
+
+    `committed` says what takes a layer's place: its tensors by name, and None where the checkpoint's own are to
+    be read; the owner alone asks.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        gang: Gang,
+        *,
+        first: int = 0,
+        stop: int | None = None,
+        committed: Callable[[int], Mapping[str, Tensor] | None] = lambda index: None,
+    ) -> None:
+        self._skeleton, self._gang, self._committed = skeleton, gang, committed
+        self._stop = len(skeleton.layers) if stop is None else stop
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._ahead: Future[tuple[Tensor, int]] | None = None
+        self.outer_held: dict[str, Tensor] = {}
+        """Tensors from outside the layers that the first worker has read already."""
+        for index in range(first, self._stop):
+            if gang.owns(index):
+                self._ahead = self._pool.submit(self._read, index)
+                break
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=error is None, cancel_futures=True)
+
+    def take(self, index: int) -> Loaded:
+        """The tensors of the next layer, views of one buffer of their own."""
+        begun, size = time.perf_counter(), 0
+        places, total = self._layout(index)
+        device = self._skeleton.device
+        if self._gang.owns(index):
+            assert self._ahead is not None
+            buffer, size = self._ahead.result()
+            following, self._ahead = index + self._gang.size, None
+            if following < self._stop:
+                self._ahead = self._pool.submit(self._read, following)
+            buffer = buffer.to(device)
+        else:
+            buffer = torch.empty(total, dtype=torch.uint8, device=device)
+        failpoint(f"broadcast-{index}-{self._gang.rank}")
+        self._gang.broadcast([(buffer, index % self._gang.size)])
+        seconds = time.perf_counter() - begun
+        return Loaded(self._views(index, buffer, places), size, seconds)
+
+    def place_outer(self, name: str) -> None:
+        """Puts a module from outside the layers in place: read by the first worker, broadcast."""
+        skeleton, module = self._skeleton, self._skeleton.outer_modules[name]
+        prefix = f"{name}." if name else ""
+        wanted = {
+            skeleton.stored_name(prefix + leaf)
+            for leaf, _ in module.named_parameters(recurse=False)
+        }
+        locations = skeleton.checkpoint.locations
+        tensors = {
+            stored: torch.empty(locations[stored].shape, dtype=locations[stored].dtype)
+            for stored in sorted(wanted)
+        }
+        if self._gang.rank == 0:
+            held = {stored: t for stored, t in self.outer_held.items() if stored in wanted}
+            tensors |= held or skeleton.checkpoint.read(sorted(wanted))
+        tensors = {stored: tensor.to(skeleton.device) for stored, tensor in tensors.items()}
+        self._gang.broadcast([(tensor, 0) for tensor in tensors.values()])
+        skeleton.place(module, prefix, tensors)
+
+    def _layout(self, index: int) -> tuple[dict[str, int], int]:
+        """(first byte of every tensor, bytes in all) of a layer's buffer."""
+        places, end = {}, 0
+        for name in self._skeleton.layer_tensors(index):
+            places[name] = end
+            end += -(-self._skeleton.checkpoint.locations[name].bytes // ALIGNMENT) * ALIGNMENT
+        return places, end
+
+    def _views(self, index: int, buffer: Tensor, places: Mapping[str, int]) -> dict[str, Tensor]:
+        views = {}
+        for name, start in places.items():
+            location = self._skeleton.checkpoint.locations[name]
+            flat = buffer[start : start + location.bytes]
+            views[name] = flat.view(location.dtype).view(location.shape)
+        return views
+
+    def _read(self, index: int) -> tuple[Tensor, int]:
+        """A layer's buffer and the bytes read for it."""
+        places, total = self._layout(index)
+        pinned = self._skeleton.device.type == "cuda"
+        buffer = torch.zeros(total, dtype=torch.uint8, pin_memory=pinned)
+        views = self._views(index, buffer, places)
+        committed = self._committed(index)
+        if committed is None:
+            self._skeleton.checkpoint.read_into(views)
+        else:
+            for name, view in views.items():
+                view.copy_(committed[name])
+        return buffer, sum(view.nbytes for view in views.values())

@@ -1,0 +1,72 @@
+"""How the rows of linears that share one input are dealt to a gang for solving.
+
+Cut at fixed places, so that no matrix product's shape depends on the number of workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from calibprune.gang import ALONE, Gang
+
+# Compiled code solves a row at a time on CPUs; on GPUs a product takes a whole chunk of rows.
+ROW_CHUNK = {"cpu": 64}
+GPU_ROW_CHUNK = 512
+
+
+def row_chunk(device: torch.device) -> int:
+    return ROW_CHUNK.get(device.type, GPU_ROW_CHUNK)
+
+
+@dataclass(frozen=True)
+class RowShares:
+    """Every worker has one run of the stacked rows, in order of rank, cut at multiples of `chunk` of a linear."""
+
+    rows: tuple[int, ...]
+    """Of every linear, whole."""
+    chunk: int
+    gang: Gang = ALONE
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], gang: Gang = ALONE) -> "RowShares":
+        """The shares of whole weights [out, in]."""
+        return cls(tuple(len(w) for w in weights), row_chunk(weights[0].device), gang)
+
+    @cached_property
+    def _cuts(self) -> list[int]:
+        """Where the stacked rows may be cut."""
+        cuts, begun = [], 0
+        for rows in self.rows:
+            cuts += [begun + start for start in range(0, rows, self.chunk)]
+            begun += rows
+        return [*cuts, begun]
+
+    def ranges(self, rank: int) -> list[slice]:
+        """The worker's rows of every linear; empty slices where it has none."""
+        total = sum(self.rows)
+        first, last = (
+            min(self._cuts, key=lambda cut: abs(cut - total * edge / self.gang.size))
+            for edge in (rank, rank + 1)
+        )
+        ranges, begun = [], 0
+        for rows in self.rows:
+            start, stop = (min(max(edge - begun, 0), rows) for edge in (first, last))
+            ranges.append(slice(start, stop))
+            begun += rows
+        return ranges
+
+    def mine(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """This worker's rows of whole weights, as views."""
+        ranges = self.ranges(self.gang.rank)
+        return [weight[part] for weight, part in zip(weights, ranges, strict=True)]
+
+    def pieces(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+        """Every worker's rows of whole weights, as views with the worker's rank: what to broadcast."""
+        return [
+            (weight[part], rank)
+            for rank in range(self.gang.size)
+            for weight, part in zip(weights, self.ranges(rank), strict=True)
+        ]

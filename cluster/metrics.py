@@ -1,0 +1,44 @@
+"""What the layers' done records say, as Prometheus metrics of the Ray cluster."""
+
+from ray.util.metrics import Counter, Gauge
+
+from calibprune.run import Record
+
+
+class LayerMetrics:
+    """Set on the worker that committed a layer; Ray's own agent on every node serves them."""
+
+    def __init__(self) -> None:
+        self._layers = Counter("calibprune_layers_pruned", "Layers committed.")
+        self._read = Counter("calibprune_checkpoint_read_bytes", "Bytes of layers read.")
+        self._written = Counter("calibprune_checkpoint_written_bytes", "Bytes of shards written.")
+        self._seconds = Gauge(
+            "calibprune_layer_seconds", "Seconds by kind of work.", ("layer", "work")
+        )
+        self._memory = Gauge(
+            "calibprune_peak_memory_bytes", "Peak memory of a worker.", ("worker",)
+        )
+        self._sparsity = Gauge(
+            "calibprune_sparsity",
+            "Fraction of a linear's weights that are zero.",
+            ("layer", "linear"),
+        )
+        self._error = Gauge(
+            "calibprune_relative_output_error", "||(W - W') X|| / ||W X||.", ("layer", "linear")
+        )
+
+    def record(self, record: Record) -> None:
+        facts = record.facts
+        self._read.inc(facts["bytes_read"]) if facts["bytes_read"] else None
+        self._written.inc(facts["bytes_written"])
+        if "layer" not in facts:
+            return
+        layer = str(facts["layer"])
+        self._layers.inc()
+        self._memory.set(facts["peak_memory_bytes"], {"worker": str(facts["worker"])})
+        for work, seconds in facts["seconds"].items():
+            self._seconds.set(seconds, {"layer": layer, "work": work})
+        for linear, of in facts["linears"].items():
+            tags = {"layer": layer, "linear": linear}
+            self._sparsity.set(of["zeros"] / of["parameters"], tags)
+            self._error.set(of["relative_error"], tags)

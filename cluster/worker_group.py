@@ -1,0 +1,220 @@
+"""A gang of LayerWorkers from the driver's side: built, watched, and built anew when one of them is lost.
+
+No worker is restarted inside a gang: a new process has no place in the others' collectives. The first loss ends the
+gang, and a new one, of as many workers as the cluster has room for then, takes up the work from what is committed.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from calibprune.config import ClusterSettings
+from calibprune.errors import UserError
+from calibprune.gang import PeerLost
+from cluster.layer_worker import LayerWorker
+from cluster.session import Actors, Bundle, NoRoom, capacity, death
+
+ATTEMPTS = 3
+"""Losses in a row, without a step of progress in between, before the work is given up."""
+POLL_SECONDS = 1.0
+CULPRIT_SECONDS = 15.0
+"""How long a worker whose peers are gone waits for one of them to turn out dead."""
+REBUILD_SECONDS = 10.0
+"""How long a new gang waits for its places before it looks again at what the cluster has."""
+HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 60.0
+
+
+class WorkerLost(RuntimeError):
+    """A worker of the gang died, hangs or failed; names worker, node, how far it was, and why."""
+
+
+class WorkFailed(RuntimeError):
+    """Work that no other worker could do better, or that failed too often."""
+
+
+def run_gang(
+    method: str,
+    arguments: tuple[Any, ...],
+    *,
+    workers: int,
+    bundle: Bundle,
+    cluster: ClusterSettings,
+    layer_timeout_seconds: float | None = None,
+    progress: Callable[[], int],
+    notice: Callable[[str], None],
+) -> Iterator[Any]:
+    """Calls `method(*arguments)`, a generator, on every worker of a gang; yields what they yield, None now and then.
+
+    When a worker is lost the call is made again on a new gang: `method` goes on from what is committed, and
+    `progress()` tells how much that is. `notice` gets a line about every loss. Raises UserError where the gang does
+    not fit or a worker raised one, WorkFailed after too many losses without progress.
+    """
+    attempts, before = 0, progress()
+    group = WorkerGroup(workers, bundle, cluster)
+    while True:
+        try:
+            with group:
+                yield from group.events(method, arguments, layer_timeout_seconds)
+            return
+        except WorkerLost as lost:
+            done = progress()
+            attempts, before = (1 if done > before else attempts + 1), done
+            if attempts >= ATTEMPTS:
+                raise WorkFailed(f"gave up after {attempts} losses in a row: {lost}") from None
+            notice(f"{lost}; going on with a new gang")
+        group = rebuild(workers, bundle, cluster)
+        notice(f"{len(group)} of {workers} workers at work again")
+
+
+def rebuild(workers: int, bundle: Bundle, cluster: ClusterSettings) -> "WorkerGroup":
+    """A gang of as many workers, up to `workers`, as the cluster has room for now."""
+    deadline = time.monotonic() + cluster.start_timeout_seconds
+    while True:
+        room = min(workers, capacity(bundle))
+        try:
+            if room:
+                return WorkerGroup(room, bundle, cluster, place_seconds=REBUILD_SECONDS)
+        except (NoRoom, WorkerLost) as error:
+            reason = str(error)
+        else:
+            reason = "no node has room for a worker"
+        if time.monotonic() > deadline:
+            raise WorkFailed(
+                f"no new gang came up within {cluster.start_timeout_seconds} s: {reason}"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+class WorkerGroup:
+    """LayerWorkers joined into one gang; a context manager that ends them."""
+
+    def __init__(
+        self,
+        count: int,
+        bundle: Bundle,
+        cluster: ClusterSettings,
+        *,
+        place_seconds: float | None = None,
+    ) -> None:
+        seconds = cluster.start_timeout_seconds
+        self._actors = Actors(
+            LayerWorker,
+            count,
+            bundle,
+            [bundle.cpus, seconds],
+            timeout_seconds=place_seconds or seconds,
+            concurrency_groups={"health": 1},
+        )
+        self._start_seconds = float(seconds)
+        self._at = [0] * count
+        try:
+            self._join()
+        except BaseException:
+            self._actors.__exit__()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._actors.handles)
+
+    def __enter__(self) -> "WorkerGroup":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._actors.__exit__()
+
+    def events(
+        self, method: str, arguments: tuple[Any, ...], layer_timeout_seconds: float | None
+    ) -> Iterator[Any]:
+        """What the workers yield, in the order of arrival; None about once a second in between.
+
+        Whole numbers are taken for the number of layers left behind. Raises WorkerLost and UserError.
+        """
+        streams = {
+            getattr(handle, method).options(num_returns="streaming").remote(*arguments): rank
+            for rank, handle in enumerate(self._actors.handles)
+        }
+        moved, longest = time.monotonic(), 0.0
+        suspect: tuple[float, Exception] | None = None
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=POLL_SECONDS)
+            now = time.monotonic()
+            for stream in ready:
+                rank = streams[stream]
+                try:
+                    event = ray.get(next(stream))  # type: ignore[arg-type]
+                except StopIteration:
+                    del streams[stream]
+                except (RayActorError, RayTaskError) as error:
+                    lost = self._lost(rank, error)
+                    if not isinstance(getattr(error, "cause", None), PeerLost):
+                        raise lost from None
+                    suspect = suspect or (now, lost)  # one of its peers is to blame: which?
+                    del streams[stream]
+                else:
+                    if isinstance(event, int) and event > self._at[rank]:
+                        self._at[rank] = event
+                        if event == min(self._at):
+                            longest, moved = max(longest, now - moved), now
+                    yield event
+            if suspect and (now - suspect[0] > CULPRIT_SECONDS or not streams):
+                raise suspect[1]
+            limit = layer_timeout_seconds or (
+                max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest) if longest else self._start_seconds
+            )
+            if now - moved > limit:
+                raise self._hanging(limit)
+            if not ready:
+                yield None
+
+    def _join(self) -> None:
+        handles, count = self._actors.handles, len(self)
+        try:
+            meeting = None
+            if count > 1:
+                meeting = ray.get(handles[0].open_meeting.remote(), timeout=self._start_seconds)
+            joining = {
+                handle.join.remote(rank, count, meeting): rank
+                for rank, handle in enumerate(handles)
+            }
+            deadline = time.monotonic() + self._start_seconds
+            while joining:
+                left = max(0.0, deadline - time.monotonic())
+                ready, _ = ray.wait(list(joining), num_returns=1, timeout=left)
+                if not ready:
+                    rank = min(joining.values())
+                    raise WorkerLost(f"{self._named(rank)} did not start within {left:.0f} s")
+                rank = joining.pop(ready[0])
+                ray.get(ready[0])
+        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+            raise self._lost(0 if count == 1 else None, error) from None
+
+    def _lost(self, rank: int | None, error: Exception) -> Exception:
+        """What to raise for a worker's error: the user's to mend, or a loss that a new gang may survive."""
+        cause = death(error) if isinstance(error, RayActorError) else getattr(error, "cause", error)
+        if isinstance(cause, UserError):
+            return UserError(str(cause))
+        where = self._named(rank) if rank is not None else "a worker"
+        at = f" at layer {self._at[rank]}" if rank is not None else ""
+        reason = " ".join(str(cause).split())[:400] or type(cause).__name__
+        if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
+            return WorkFailed(f"{where}{at}: {reason}")
+        return WorkerLost(f"{where} was lost{at}: {reason}")
+
+    def _hanging(self, limit: float) -> WorkerLost:
+        """Names the workers that do not even say where they are, or all of them."""
+        asked = {
+            handle.where.options(concurrency_group="health").remote(): rank
+            for rank, handle in enumerate(self._actors.handles)
+        }
+        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=5.0)
+        ranks = sorted(asked[reference] for reference in silent) or sorted(asked.values())
+        named = ", ".join(self._named(rank) for rank in ranks)
+        state = "does not answer" if silent else "makes no progress"
+        layer = min(self._at)
+        return WorkerLost(f"{named} {state} at layer {layer}: no step within {limit:.0f} s")
+
+    def _named(self, rank: int) -> str:
+        return f"worker {rank} on {self._actors.nodes[rank]}"

@@ -1,0 +1,34 @@
+"""A Ray cluster of several nodes on this machine: real raylets, each with as many CPUs as asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.cluster_utils import Cluster
+
+DEATHS_SEEN_SOON = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+
+
+@contextmanager
+def cluster_of(*cpus: int) -> Iterator[Cluster]:
+    """Nodes with so many CPUs; this process is connected to them as a driver."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": cpus[0],
+            "include_dashboard": False,
+            "_system_config": DEATHS_SEEN_SOON,
+        },
+    )
+    try:
+        for count in cpus[1:]:
+            cluster.add_node(num_cpus=count)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
