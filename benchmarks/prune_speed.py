@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.layerwise import prune_layers
-from calibprune.run import Stage
+from calibprune.run import Record, Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", default=".cache/demo-model")
@@ -62,9 +62,10 @@ def prune(method: str) -> tuple[float, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
         skeleton = build_skeleton(settings)
-        for record in prune_layers(skeleton, pool, wanted, Stage(folder)):
-            for kind, seconds in record.facts["seconds"].items():
-                parts[kind] = parts.get(kind, 0) + seconds
+        for event in prune_layers(skeleton, pool, wanted, Stage(folder)):
+            if isinstance(event, Record):
+                for kind, seconds in event.facts.get("seconds", {}).items():
+                    parts[kind] = parts.get(kind, 0) + seconds
         return time.perf_counter() - begun, parts
 
 

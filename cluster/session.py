@@ -125,6 +125,7 @@ class Actors:
         timeout_seconds: float,
         concurrency: int | None = None,
         concurrency_groups: Mapping[str, int] | None = None,
+        spinning: bool = False,
     ) -> None:
         self._bundle = bundle
         self._check_capacity(count)
@@ -144,7 +145,7 @@ class Actors:
             "num_gpus": bundle.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "runtime_env": {"env_vars": _thread_environment(bundle.cpus)},
+            "runtime_env": {"env_vars": _thread_environment(bundle.cpus, spinning)},
         }
         if concurrency is not None:
             self._options["max_concurrency"] = concurrency
@@ -194,10 +195,18 @@ class Actors:
         return f"{count} x ({_shown(self._bundle.as_resources())})"
 
 
-def _thread_environment(cpus: int) -> dict[str, str]:
-    """Threads that wait for one another asleep: by default they spin, and where anything else wants the same cores
-    that makes CPU work up to ten times slower."""
-    return {"OMP_NUM_THREADS": str(cpus), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:
+    """How threads wait for one another between two operations.
+
+    Left alone they spin for long, and where anything else wants the same cores that makes CPU work up to ten times
+    slower: asleep is safe. `spinning`: briefly, for work of many small operations that has its cores to itself;
+    memory is kept for the next operation too.
+    """
+    environment = {"OMP_NUM_THREADS": str(cpus)}
+    if not spinning:
+        return environment | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    memory = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    return environment | {"GOMP_SPINCOUNT": "100000"} | memory
 
 
 def death(error: RayActorError) -> Exception:

@@ -107,7 +107,9 @@ class WorkerGroup:
             [bundle.cpus, seconds],
             timeout_seconds=place_seconds or seconds,
             concurrency_groups={"health": 1},
+            spinning=True,
         )
+        self.nodes = self._actors.nodes
         self._start_seconds = float(seconds)
         self._at = [0] * count
         try:
@@ -132,6 +134,7 @@ class WorkerGroup:
 
         Whole numbers are taken for the number of layers left behind. Raises WorkerLost and UserError.
         """
+        self._at = [0] * len(self)
         streams = {
             getattr(handle, method).options(num_returns="streaming").remote(*arguments): rank
             for rank, handle in enumerate(self._actors.handles)
@@ -217,4 +220,4 @@ class WorkerGroup:
         return WorkerLost(f"{named} {state} at layer {layer}: no step within {limit:.0f} s")
 
     def _named(self, rank: int) -> str:
-        return f"worker {rank} on {self._actors.nodes[rank]}"
+        return f"worker {rank} on {self.nodes[rank]}"

@@ -42,6 +42,7 @@ def run(run: Run) -> None:
         facts |= _prune(run, stage, bundle, len(layers) + 1, missing)
     finish_checkpoint(stage, run.skeleton.checkpoint.url, settings)
     storage.remove_folder(storage.join(stage.url, SNAPSHOTS))
+    facts["bytes_written"] = sum(record.bytes for record in stage.done().values())
     stage.finish(facts | {"seconds": time.monotonic() - started})
 
 

@@ -102,7 +102,16 @@ def prune_facts(run: Run) -> dict[str, Any]:
             for name, linear in record.facts["linears"].items()
         }
         layers.append(facts)
-    return {"method": settings.method.type, "pattern": settings.pattern, "layers": layers}
+    facts = run.stage("prune").manifest()["facts"]
+    return {
+        "method": settings.method.type,
+        "pattern": settings.pattern,
+        "workers": facts.get("workers"),
+        "losses": facts.get("losses", []),
+        "bytes_read": facts.get("bytes_read"),
+        "bytes_written": facts["bytes_written"],
+        "layers": layers,
+    }
 
 
 def perplexity_facts(run: Run) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from calibprune.pruning.snapshots import Snapshots
 from calibprune.pruning.statistics import (
     Statistics,
     add_up,
+    column_squares,
     finish,
     magnitude_bound,
     observe,
@@ -99,10 +100,8 @@ def prune_layers(
         for stop in sweep:
             clock.lap("sweep")
             if isinstance(stop, LayerStop):
-                if layer is not None and gang.owns(layer.index):
-                    yield from writer.submit(layer)
+                yield from writer.submit(layer)
                 layer = None
-                yield from writer.written()
                 yield stop.layer
                 if stop.layer > missing[-1]:
                     break
@@ -126,8 +125,7 @@ def prune_layers(
             if stop.layer == missing[-1] and layer is not None and layer.complete:
                 break
             clock.start()
-        if layer is not None and gang.owns(layer.index):
-            yield from writer.submit(layer)
+        yield from writer.submit(layer)
         yield from writer.written(wait=True)
         yield missing[-1] + 1
 
@@ -209,12 +207,13 @@ class LayerInWork:
         self.gang.broadcast(shares.pieces(weights))
         if self.settings.inputs == "pruned":
             self._put_in_place(paths, weights)
-        self.clock.lap("share")
+        self.clock.lap("gather")
 
     def _statistics(self, inputs: list[Tensor]) -> Statistics:
         need = METHODS[type(self.settings.method)].need
-        bound = self.gang.largest(magnitude_bound(inputs, need))
-        sums = observe(inputs, need, bound, self.micro_batches)
+        squares = column_squares(inputs, need)
+        bound = self.gang.largest(magnitude_bound(squares))
+        sums = observe(inputs, squares, need, bound, self.micro_batches)
         self.clock.lap("statistics")
         failpoint(f"reduce-{self.index}-{self.gang.rank}")
         statistics = finish(add_up(sums, self.gang))
@@ -230,7 +229,7 @@ class LayerInWork:
         inputs: list[Tensor],
     ) -> None:
         """Every linear's zeros and relative output error, each worker measuring its own rows."""
-        tokens = self._sample(inputs)
+        tokens = self._sample(inputs).to(torch.float32)
         offsets = [0, *itertools.accumulate(math.ceil(rows / shares.chunk) for rows in shares.rows)]
         mine: dict[int, Tensor] = {}
         for offset, rows, dense, pruned in zip(
@@ -320,10 +319,12 @@ class Writer:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(wait=exception[0] is None)
 
-    def submit(self, layer: LayerInWork) -> Iterator[Record]:
-        """Begins to commit a layer once the one before is written; yields that one's record."""
-        yield from self.written(wait=True)
-        self._under_way = self._pool.submit(layer.commit, self._stage)
+    def submit(self, layer: LayerInWork | None) -> Iterator[Record]:
+        """Begins to commit a layer, if it is this worker's, once the one before is written; yields what is written."""
+        owned = layer if layer is not None and layer.gang.owns(layer.index) else None
+        yield from self.written(wait=owned is not None)
+        if owned is not None:
+            self._under_way = self._pool.submit(owned.commit, self._stage)
 
     def written(self, wait: bool = False) -> Iterator[Record]:
         """The record of the layer under way, if it is written."""

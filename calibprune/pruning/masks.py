@@ -6,6 +6,7 @@ Where scores are equal the lowest column is removed first. Scores are finite and
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import no_type_check
 
 import numba
@@ -15,6 +16,9 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from calibprune.gang import ALONE, Gang
+
+GROUPS_AT_ONCE = 1 << 16
+ROWS_AT_ONCE = 64
 
 
 def keep_lowest_removed(scores: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
@@ -83,10 +87,9 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], kept: int, group: int) -> Bool[
         return _keep_n_of_m_torch(scores, kept, group)
     keep = torch.empty(scores.shape, dtype=torch.bool)
     grouped, flags = scores.view(-1, group).numpy(), keep.view(-1, group).numpy()
-    for_row_chunks(
+    on_threads(
         lambda rows: _keep_groups(grouped[rows], group - kept, flags[rows]),
-        len(grouped),
-        torch.get_num_threads(),
+        row_slices(len(grouped), GROUPS_AT_ONCE),
     )
     return keep
 
@@ -99,16 +102,33 @@ def check_width(width: int, group: int) -> None:
         )
 
 
-def for_row_chunks(work: Callable[[slice], None], rows: int, threads: int) -> None:
-    """Runs `work`, compiled code that needs no GIL, on slices of the rows, on so many threads."""
-    if threads == 1 or rows < 2 * threads:
-        return work(slice(0, rows))
-    size = -(-rows // (2 * threads))
-    slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, slices):
+def on_threads(work: Callable[[slice], None], parts: Sequence[slice]) -> None:
+    """Runs `work`, code that leaves the GIL alone, on slices of the rows, on as many threads as torch has.
+
+    Torch itself keeps to the calling thread meanwhile: after every operation its own threads spin for a while,
+    waiting for the next, and would take the cores from the work.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) < 2:
+        for part in parts:
+            work(part)
+        return
+    torch.set_num_threads(1)
+    try:
+        for _ in _pool(threads).map(work, parts):
             pass
-    return None
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def row_slices(rows: int, most: int) -> list[slice]:
+    """Slices of at most so many rows."""
+    return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -144,7 +164,13 @@ def _keep_n_of_m_torch(
 def _nth_lowest(scores: Float32[Tensor, "rows width"], n: int) -> Float32[Tensor, " rows"]:
     """Every row's n-th lowest score, counted from 1."""
     if scores.device.type == "cpu":  # far faster than torch.sort, topk or kthvalue
-        return torch.from_numpy(np.partition(scores.numpy(), n - 1, axis=1)[:, n - 1].copy())
+        values, lowest = scores.numpy(), np.empty(len(scores), np.float32)
+
+        def select(rows: slice) -> None:
+            lowest[rows] = np.partition(values[rows], n - 1, axis=1)[:, n - 1]
+
+        on_threads(select, row_slices(len(values), ROWS_AT_ONCE))
+        return torch.from_numpy(lowest)
     if scores.shape[0] == 1:  # a GPU selects within one row on a single block
         return scores.sort(dim=1).values[:, n - 1]
     return scores.kthvalue(n, dim=1).values

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from calibprune.gang import ALONE, Gang
 
-# Compiled code solves a row at a time on CPUs; on GPUs a product takes a whole chunk of rows.
-ROW_CHUNK = {"cpu": 64}
+ROW_CHUNK = {"cpu": 128}
 GPU_ROW_CHUNK = 512
 
 

@@ -5,8 +5,8 @@ row; elsewhere as tensor operations over all rows at once. Either way a row's re
 weights stay, does not depend on the rows beside it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import no_type_check
 
 import numba
@@ -18,18 +18,17 @@ from torch import Tensor
 from calibprune.config import SparseGPT
 from calibprune.pruning.masks import (
     check_width,
-    for_row_chunks,
     keep_all_but_lowest,
     keep_n_of_m,
     mark_kept,
+    on_threads,
 )
 from calibprune.pruning.rows import RowShares, row_chunk
 from calibprune.pruning.statistics import Statistics, full_float32
 
-INVERSE_COLUMNS = {"cpu": 192}
-GPU_INVERSE_COLUMNS = 2048
+INVERSE_ROWS = 128
 
-VECTOR = 32  # float32 values in one turn of the vectorised loop
+LANES = 64  # rows that the compiled code solves side by side
 
 # (weights so far, first column, last column + 1) -> which weights of these columns stay
 ChooseKeep = Callable[[Float32[Tensor, "out in"], int, int], Bool[Tensor, "out columns"]]
@@ -105,18 +104,21 @@ def inverse_factor(gram: Float32[Tensor, "in in"], damping: float) -> Float32[Te
         larger = (damping * 10.0**power for power in range(1, 13))
         enough = next((d for d in larger if _reversed_cholesky(gram, d) is not None), None)
         raise NotPositiveDefinite(damping, enough)
-    inverse = torch.zeros_like(factor)
-    columns = INVERSE_COLUMNS.get(factor.device.type, GPU_INVERSE_COLUMNS)
-    with (
-        full_float32()
-    ):  # column by column of the identity, each from its 1 down: a third of the work
-        for start in range(0, len(factor), columns):
-            identity = torch.eye(len(factor) - start, columns, device=factor.device)
-            part = identity[:, : len(factor) - start]
-            inverse[start:, start : start + columns] = torch.linalg.solve_triangular(
-                factor[start:, start:], part, upper=False
-            )
-    return inverse.tril_().flip(0, 1).contiguous()
+    with full_float32():
+        return _reversed(_lower_inverse(factor))
+
+
+def _lower_inverse(lower: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
+    """Inverse of a lower triangular matrix by halves, so that most of the work is matrix products."""
+    half = len(lower) // 2
+    if half < INVERSE_ROWS:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False).tril_()
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = first = _lower_inverse(lower[:half, :half].contiguous())
+    inverse[half:, half:] = second = _lower_inverse(lower[half:, half:].contiguous())
+    inverse[half:, :half] = second @ (lower[half:, :half].contiguous() @ first).neg_()
+    return inverse
 
 
 def solve(
@@ -132,40 +134,71 @@ def solve(
     column; `rows` the rows of each of the stacked linears. arXiv 2301.00774, algorithm 1.
     """
     weights = weights.clone(memory_format=torch.contiguous_format)
-    width, rows = weights.shape[1], rows or [len(weights)]
-    on_cpu = weights.device.type == "cpu"
-    solve_block = _solve_block_compiled if on_cpu else _solve_block_tensors
-    with _torch_threads_idle() as threads:
-        for start in range(0, width, blocksize):
-            stop = min(start + blocksize, width)
-            if isinstance(chosen, tuple):
-                keep, n_of_m = torch.ones_like(weights[:, start:stop], dtype=torch.bool), chosen
-            else:
-                keep, n_of_m = chosen(weights, start, stop).contiguous(), None
-            solve_block(weights, keep, upper, start, n_of_m=n_of_m, rows=rows, threads=threads)
+    width, chunk = weights.shape[1], row_chunk(weights.device)
+    parts, begun = [], 0  # the same cuts whoever solves the rows: no product's shape depends on it
+    for count in rows or [len(weights)]:
+        starts = range(begun, begun + count, chunk)
+        parts += [slice(start, min(start + chunk, begun + count)) for start in starts]
+        begun += count
+    compiled = _runs_compiled(weights.device)
+    for start in range(0, width, blocksize):
+        stop = min(start + blocksize, width)
+        if isinstance(chosen, tuple):
+            keep, n_of_m = torch.ones_like(weights[:, start:stop], dtype=torch.bool), chosen
+        else:
+            keep, n_of_m = chosen(weights, start, stop).contiguous(), None
+        if compiled:
+            on_threads(partial(_solve_part, weights, keep, upper, start, n_of_m), parts)
+            continue
+        errors = _solve_block_tensors(weights, keep, upper, start, n_of_m)
+        for part in parts:
+            _pass_on_errors(weights[part, stop:], errors[part], upper[start:stop, stop:])
     return weights
 
 
-@contextmanager
-def _torch_threads_idle() -> Iterator[int]:
-    """Runs torch on the calling thread alone; yields how many threads it had.
+def _runs_compiled(device: torch.device) -> bool:
+    return device.type == "cpu"
 
-    After every operation torch's threads spin for milliseconds, waiting for the next: that would take the
-    cores from the compiled code between two operations.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
+
+def _solve_part(
+    weights: Float32[Tensor, "out in"],
+    keep: Bool[Tensor, "out columns"],
+    upper: Float32[Tensor, "in in"],
+    start: int,
+    n_of_m: tuple[int, int] | None,
+    rows: slice,
+) -> None:
+    """Solves some rows of one block, in compiled code, and updates the columns after it, in place."""
+    stop = start + keep.shape[1]
+    errors = torch.zeros(rows.stop - rows.start, stop - start)
+    _solve_rows(
+        weights[rows].numpy(), keep[rows].numpy(), errors.numpy(), upper.numpy(), start, n_of_m or (0, 0)
+    )  # fmt: skip
+    _pass_on_errors(weights[rows, stop:], errors, upper[start:stop, stop:])
+
+
+def _pass_on_errors(
+    tail: Float32[Tensor, "out tail"],
+    errors: Float32[Tensor, "out columns"],
+    upper: Float32[Tensor, "columns tail"],
+) -> None:
+    """tail -= errors @ upper, through memory of its own: a product's last bits may depend on where its result lies."""
+    with full_float32():
+        tail -= torch.mm(errors.contiguous(), upper)
+
+
+def _reversed(matrix: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
+    """A copy with rows and columns in reverse order."""
+    if matrix.device.type == "cpu":  # several times faster than torch's flip there
+        return torch.from_numpy(matrix.numpy()[::-1, ::-1].copy())
+    return matrix.flip(0, 1)
 
 
 def _reversed_cholesky(
     gram: Float32[Tensor, "in in"], damping: float
 ) -> Float32[Tensor, "in in"] | None:
     """Lower Cholesky factor of the damped Gram matrix with rows and columns reversed, None if it has none."""
-    damped = gram.flip(0, 1)
+    damped = _reversed(gram)
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
@@ -179,12 +212,9 @@ def _solve_block_tensors(
     keep: Bool[Tensor, "out columns"],
     upper: Float32[Tensor, "in in"],
     start: int,
-    *,
     n_of_m: tuple[int, int] | None,
-    rows: list[int],
-    threads: int,
-) -> None:
-    """Solves one block and updates the columns after it, in place; the block is held transposed."""
+) -> Float32[Tensor, "out columns"]:
+    """Solves one block of all rows in place, column by column; returns the errors that the columns after it take on."""
     stop = start + keep.shape[1]
     inner = upper[start:stop, start:stop]
     pivots = inner.diagonal()
@@ -200,33 +230,7 @@ def _solve_block_tensors(
         block[i:].addcmul_(inner[i, i:, None], errors[i], value=-1)
         block[i].masked_fill_(~keep_columns[i], 0)
     weights[:, start:stop] = block.T
-    with full_float32():
-        for tail, error in zip(
-            weights[:, stop:].split(rows), errors.T.contiguous().split(rows), strict=True
-        ):
-            chunk = row_chunk(weights.device)
-            for part, part_error in zip(tail.split(chunk), error.split(chunk), strict=True):
-                part.addmm_(part_error, upper[start:stop, stop:], alpha=-1)
-
-
-def _solve_block_compiled(
-    weights: Float32[Tensor, "out in"],
-    keep: Bool[Tensor, "out columns"],
-    upper: Float32[Tensor, "in in"],
-    start: int,
-    *,
-    n_of_m: tuple[int, int] | None,
-    rows: list[int],
-    threads: int,
-) -> None:
-    """The same in compiled code, a row at a time: no product spans rows, so any split gives the same bits."""
-    pattern = n_of_m or (0, 0)
-    values, flags, factor = weights.numpy(), keep.numpy(), upper.contiguous().numpy()
-    for_row_chunks(
-        lambda part: _solve_rows(values[part], flags[part], factor, start, pattern),
-        len(weights),
-        threads,
-    )
+    return errors.T.contiguous()
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -234,53 +238,43 @@ def _solve_block_compiled(
 def _solve_rows(
     weights: np.ndarray,
     keep: np.ndarray,
+    errors: np.ndarray,
     upper: np.ndarray,
     start: int,
     pattern: tuple[int, int],  # (0, 0): `keep` says what stays
 ) -> None:
+    """The same in compiled code. Every operation is on one row's own values, whatever rows stand beside it."""
     kept, group = pattern
     columns = keep.shape[1]
-    stop = start + columns
-    inner = upper[start:stop, start:stop].copy()  # near in memory
-    errors = np.empty(columns, np.float32)  # of the removed weights, in order
-    removed = np.empty(columns, np.int64)  # their columns
+    inner = upper[start : start + columns, start : start + columns].copy()  # near in memory
+    block = np.empty(
+        (columns, LANES), np.float32
+    )  # transposed: the loop over rows is the vectorised one
+    error = np.empty(LANES, np.float32)
     scores = np.empty(group, np.float32)
-    for row in range(weights.shape[0]):
-        count = 0
+    for first in range(0, weights.shape[0], LANES):
+        lanes = min(LANES, weights.shape[0] - first)
         for i in range(columns):
-            weight = weights[row, start:stop]
+            for row in range(lanes):
+                block[i, row] = weights[first + row, start + i]
+        for i in range(columns):
             if group > 0 and i % group == 0:
-                for k in range(group):
-                    scores[k] = (weight[i + k] / inner[i + k, i + k]) ** 2
-                mark_kept(scores, group - kept, keep[row, i : i + group])
-            if keep[row, i]:
-                continue
-            error = weight[i] / inner[i, i]
-            errors[count], removed[count] = error, start + i
-            count += 1
-            first = i // VECTOR * VECTOR  # whole vectors; U is zero left of the diagonal
-            target, factor = weight[first:], inner[i, first:]
-            for k in range(len(target)):
-                target[k] -= error * factor[k]
-            weight[i] = 0
-        _subtract(weights[row, stop:], errors[:count], removed[:count], upper)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-@no_type_check
-def _subtract(
-    target: np.ndarray, errors: np.ndarray, columns: np.ndarray, upper: np.ndarray
-) -> None:
-    """Last columns of a row -= sum of errors_i * upper[columns_i], four rows of `upper` at a time."""
-    first = upper.shape[1] - len(target)
-    fours = len(errors) // 4 * 4
-    for i in range(0, fours, 4):
-        e0, e1, e2, e3 = errors[i], errors[i + 1], errors[i + 2], errors[i + 3]
-        u0, u1 = upper[columns[i], first:], upper[columns[i + 1], first:]
-        u2, u3 = upper[columns[i + 2], first:], upper[columns[i + 3], first:]
-        for k in range(len(target)):
-            target[k] -= (e0 * u0[k] + e1 * u1[k]) + (e2 * u2[k] + e3 * u3[k])
-    for i in range(fours, len(errors)):
-        error, factor = errors[i], upper[columns[i], first:]
-        for k in range(len(target)):
-            target[k] -= error * factor[k]
+                for row in range(lanes):
+                    for k in range(group):
+                        scores[k] = (block[i + k, row] / inner[i + k, i + k]) ** 2
+                    mark_kept(scores, group - kept, keep[first + row, i : i + group])
+            pivot = inner[i, i]
+            for row in range(lanes):
+                removed = not keep[first + row, i]
+                error[row] = block[i, row] / pivot if removed else np.float32(0)
+                errors[first + row, i] = error[row]
+            for j in range(i + 1, columns):
+                factor = inner[i, j]
+                for row in range(LANES):
+                    block[j, row] -= error[row] * factor
+        for row in range(lanes):
+            for i in range(columns):
+                if keep[first + row, i]:
+                    weights[first + row, start + i] = block[i, row]
+                else:
+                    weights[first + row, start + i] = 0

@@ -51,15 +51,22 @@ class IntegerSums:
     gram: Int64[Tensor, "in in"] | None
 
 
-def magnitude_bound(inputs: list[Float[Tensor, "... in"]], need: Need) -> float:
-    """The largest sum of x_j^2 that any column reaches in any one of these micro-batches.
+def column_squares(
+    inputs: list[Float[Tensor, "... in"]], need: Need
+) -> list[Float32[Tensor, "in"]]:
+    """Every micro-batch's sum of x_j^2 over its tokens; none where nothing is needed."""
+    return [] if need == "none" else [_column_squares(_rows(batch)) for batch in inputs]
+
+
+def magnitude_bound(squares: list[Float32[Tensor, "in"]]) -> float:
+    """The largest sum of x_j^2 that any column reaches in any one of these micro-batches, from `column_squares`.
 
     Take the maximum over all workers and pass it to `observe`: by Cauchy-Schwarz it bounds every entry of
     every micro-batch's Gram matrix. Raises ValueError where an input is not finite.
     """
-    if need == "none" or not inputs:
+    if not squares:
         return 0.0
-    peaks = torch.stack([_column_squares(_rows(batch)).max() for batch in inputs]).tolist()
+    peaks = torch.stack([sums.max() for sums in squares]).tolist()
     for index, peak in enumerate(peaks):
         if not math.isfinite(peak):
             raise ValueError(
@@ -69,13 +76,17 @@ def magnitude_bound(inputs: list[Float[Tensor, "... in"]], need: Need) -> float:
 
 
 def observe(
-    inputs: list[Float[Tensor, "... in"]], need: Need, bound: float, micro_batches: int
+    inputs: list[Float[Tensor, "... in"]],
+    squares: list[Float32[Tensor, "in"]],
+    need: Need,
+    bound: float,
+    micro_batches: int,
 ) -> IntegerSums:
     """Adds up the micro-batches' sums, each rounded to a multiple of one power of two.
 
-    `bound` is the maximum of `magnitude_bound` over all workers and `micro_batches` their number over all
-    workers: together they fix the power of two so that the grand total fits int64. Raises ValueError on
-    no input at all, on inputs beyond the bound and on more micro-batches than announced.
+    `squares` are `column_squares` of the inputs; `bound` is the maximum of `magnitude_bound` over all workers and
+    `micro_batches` their number over all workers: together they fix the power of two so that the grand total fits
+    int64. Raises ValueError on no input at all, on inputs beyond the bound and on more micro-batches than announced.
     """
     if not inputs:
         raise ValueError("no micro-batch to observe")
@@ -90,13 +101,12 @@ def observe(
     shape = (width, width) if need == "gram" else (width,)
     sums = torch.zeros(shape, dtype=torch.int64, device=device)
     peaks = []
-    for batch in inputs:
+    for batch, sum_squares in zip(inputs, squares, strict=True):
         if need == "gram":
             peaks.append(_add_gram(sums, _rows(batch), 2.0**exponent))
         else:
-            squares = _column_squares(_rows(batch))
-            peaks.append(squares.max())
-            sums += squares.mul_(2.0**exponent).round_().long()
+            peaks.append(sum_squares.max())
+            sums += (sum_squares * 2.0**exponent).round_().long()
     peak = torch.stack(peaks).max().item()
     if not peak <= bound * 1.001:  # the two are rounded differently
         raise ValueError(f"inputs reach {peak:g}, beyond the bound {bound:g} of all micro-batches")
@@ -119,10 +129,8 @@ def add_up(sums: IntegerSums, gang: Gang) -> IntegerSums:
     if sums.sum_squares is not None:
         gang.add(sums.sum_squares)
     if sums.gram is not None and gang.size > 1:
-        for rows in torch.arange(len(sums.gram)).split(
-            ROWS_SENT
-        ):  # the lower triangle, in a few pieces
-            start, stop = int(rows[0]), int(rows[-1]) + 1
+        for start in range(0, len(sums.gram), ROWS_SENT):  # the lower triangle is all there is
+            stop = min(start + ROWS_SENT, len(sums.gram))
             sums.gram[start:stop, :stop] = gang.add(sums.gram[start:stop, :stop].contiguous())
     return IntegerSums(tokens, sums.exponent, sums.sum_squares, sums.gram)
 
@@ -145,17 +153,10 @@ def output_error(
     pruned: Float[Tensor, "out in"],
     inputs: Float[Tensor, "tokens in"],
 ) -> Float64[Tensor, "3"]:
-    """||(W - W') X||^2 and ||W X||^2 in the Frobenius norm, and the zeros of W'.
-
-    Products in the inputs' dtype, norms in float32.
-    """
-    difference = weight.to(torch.float32) - pruned.to(torch.float32)
-    norms = [
-        torch.linalg.vector_norm(
-            torch.nn.functional.linear(inputs, matrix.to(inputs.dtype)), dtype=torch.float32
-        )
-        for matrix in (difference, weight)
-    ]
+    """||(W - W') X||^2 and ||W X||^2 in the Frobenius norm, and the zeros of W'; in float32."""
+    dense, inputs = weight.to(torch.float32), inputs.to(torch.float32)
+    difference = dense - pruned
+    norms = [torch.linalg.vector_norm(inputs @ matrix.T) for matrix in (difference, dense)]
     zeros = pruned.numel() - pruned.count_nonzero()
     return torch.stack([*(norm.double().square() for norm in norms), zeros.double()])
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 # Colour -> CSS variable. page.html.j2 gives every variable a light and a dark value.
 INK, MUTED, RULE, CARD, ON_HEAT = "#1d2733", "#5a6675", "#dbe0e7", "#ffffff", "#fefefe"
 DENSE, PRUNED, DROPPED = "#8793a3", "#1c6a8d", "#c4702b"
-PARTS = ("#8b98a8", "#1d6b8e", "#5fa8a0", "#b58d3d", "#8d6fa8", "#c5712c")
+PARTS = ("#8b98a8", "#1d6b8e", "#5fa8a0", "#b58d3d", "#8d6fa8", "#c5712c", "#7d9b4e", "#b0577b")
 VARIABLES = {
     INK: "ink", MUTED: "muted", RULE: "rule", CARD: "card", ON_HEAT: "on-heat",
     DENSE: "dense", PRUNED: "pruned", DROPPED: "dropped",

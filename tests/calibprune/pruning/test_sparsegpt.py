@@ -63,9 +63,9 @@ def reference(weight, gram, sparsity, n_of_m, blocksize=128):
 @pytest.fixture(params=["compiled", "tensors"])
 def path(request, monkeypatch):
     """Both ways of running the columns, on the CPU."""
+    monkeypatch.setitem(rows.ROW_CHUNK, "cpu", 16)
     if request.param == "tensors":
-        monkeypatch.setattr(sparsegpt, "_solve_block_compiled", sparsegpt._solve_block_tensors)
-        monkeypatch.setitem(rows.ROW_CHUNK, "cpu", 16)
+        monkeypatch.setattr(sparsegpt, "_runs_compiled", lambda device: False)
     return request.param
 
 
@@ -129,7 +129,7 @@ def test_both_paths_agree(monkeypatch):
     for n_of_m in (None, (2, 4)):
         compiled = prune(weights, statistics, [0.5, 0.6], n_of_m, settings())
         with monkeypatch.context() as patch:
-            patch.setattr(sparsegpt, "_solve_block_compiled", sparsegpt._solve_block_tensors)
+            patch.setattr(sparsegpt, "_runs_compiled", lambda device: False)
             tensors = prune(weights, statistics, [0.5, 0.6], n_of_m, settings())
         for a, b in zip(compiled, tensors, strict=True):
             assert torch.equal(a == 0, b == 0)

@@ -3,16 +3,24 @@ import math
 import pytest
 import torch
 
+from calibprune.pruning import statistics as product
 from calibprune.pruning.statistics import (
     IntegerSums,
     finish,
     full_float32,
-    magnitude_bound,
-    observe,
     output_error,
     scale_exponent,
 )
 from tests.calibprune.pruning.data import correlated_inputs, random_weights
+
+
+def magnitude_bound(inputs, need):
+    return product.magnitude_bound(product.column_squares(inputs, need))
+
+
+def observe(inputs, need, bound, micro_batches):
+    squares = product.column_squares(inputs, need)
+    return product.observe(inputs, squares, need, bound, micro_batches)
 
 
 def micro_batches(dtype=torch.float32, width=70):
@@ -161,7 +169,7 @@ def test_output_error():
 
     assert relative(weight, pruned, x) == pytest.approx(expected.item(), rel=1e-5)
     in_bfloat16 = relative(weight.bfloat16(), pruned.bfloat16(), x.bfloat16())
-    assert in_bfloat16 == pytest.approx(expected.item(), rel=0.02)
+    assert in_bfloat16 == pytest.approx(expected.item(), rel=0.01)
     assert output_error(weight, weight, x)[0] == 0
 
 

@@ -1,0 +1,74 @@
+"""Fixtures for gangs: models and a pool on disk, failpoints that actors obey."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from calibprune.config import ModelSettings, PruneSettings
+from calibprune.model import build_skeleton
+from calibprune.pruning.layerwise import prune_layers
+from calibprune.run import Stage
+from tests.cluster.gangs import DTYPES, LAYERS, TOKENS, Run, shards
+from tests.tiny import write_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def failpoints(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("failpoints")
+    os.environ["CALIBPRUNE_FAILPOINTS"] = str(folder)
+    yield folder
+    del os.environ["CALIBPRUNE_FAILPOINTS"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: str(
+            write_tiny_llama(
+                folder / name, layers=LAYERS, hidden=128, intermediate=416, dtype=dtype, tied=name == "bfloat16"
+            )
+        )
+        for name, dtype in DTYPES.items()
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pool")
+    table = pa.table({"token_ids": pa.array(TOKENS.tolist(), pa.list_(pa.int32()))})
+    pq.write_table(table, folder / "pool.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    """The files of a run without any gang, in this process: what every other run has to equal."""
+    made: dict[tuple, dict[str, bytes]] = {}
+
+    def files(dtype: str, way: dict) -> dict[str, bytes]:
+        key = (dtype, way["method"]["type"], way["pattern"])
+        if key not in made:
+            stage = Stage(str(tmp_path_factory.mktemp("alone")))
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                skeleton = build_skeleton(ModelSettings(path=models[dtype]))
+                settings = PruneSettings.model_validate(way)
+                list(prune_layers(skeleton, TOKENS, settings, stage))
+            finally:
+                torch.set_num_threads(threads)
+            made[key] = shards(stage)
+        return made[key]
+
+    return files
+
+
+@pytest.fixture
+def run(models, pool, tmp_path) -> Run:
+    return Run(models, pool, tmp_path / "run")

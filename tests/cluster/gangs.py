@@ -1,0 +1,54 @@
+"""Gangs to prune with in tests: models, a pool, what a run without a gang writes, and runs that survive failures."""
+
+from pathlib import Path
+
+import torch
+
+from calibprune.config import ClusterSettings, ModelSettings, PruneSettings
+from calibprune.run import Stage
+from cluster.session import Bundle
+from cluster.worker_group import run_gang
+
+LAYERS = 5
+BUNDLE = Bundle(cpus=1, gpus=0)
+SETTINGS = ClusterSettings(start_timeout_seconds=120)
+TOKENS = torch.randint(0, 258, (11, 40), generator=torch.Generator().manual_seed(1))
+WAYS = [
+    {"method": {"type": method}, "pattern": pattern, "batch_sequences": 2}
+    for method in ("wanda", "sparsegpt")
+    for pattern in ("unstructured", "2:4")
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def shards(stage: Stage) -> dict[str, bytes]:
+    found = Path(stage.url, "checkpoint").glob("*.safetensors")
+    return {path.name: path.read_bytes() for path in found}
+
+
+def facts(stage: Stage) -> list[dict]:
+    """What the done records say of the layers' linears."""
+    return [record.facts.get("linears") for record in stage.done().values()]
+
+
+class Run:
+    """A pruning on a gang that is to survive what its failpoints do to it."""
+
+    def __init__(self, models, pool, folder: Path) -> None:
+        self.stage = Stage(str(folder))
+        self.way = WAYS[2]
+        settings = PruneSettings.model_validate(self.way | {"layer_timeout_seconds": None})
+        self.arguments = (ModelSettings(path=models["float32"]), settings, pool, self.stage.url)
+        self.notices: list[str] = []
+
+    def __call__(self, workers: int = 2, **options) -> "Run":
+        for _ in run_gang(
+            "prune", self.arguments, workers=workers, bundle=BUNDLE, cluster=SETTINGS,
+            progress=lambda: len(self.stage.done_units()), notice=self.notices.append, **options,
+        ):  # fmt: skip
+            pass
+        return self
+
+    @property
+    def losses(self) -> list[str]:
+        return [notice for notice in self.notices if "lost" in notice or "answer" in notice]

@@ -1,0 +1,144 @@
+"""Gangs of real actors over several Ray nodes: the same bytes for any number of workers, whatever happens to them."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from calibprune.config import ModelSettings, PruneSettings
+from calibprune.errors import UserError
+from calibprune.model import build_skeleton
+from calibprune.pruning.export import REST
+from calibprune.pruning.layerwise import layer_unit
+from calibprune.run import Record, Stage
+from cluster.worker_group import WorkerGroup, WorkFailed
+from tests.cluster.gangs import BUNDLE, LAYERS, SETTINGS, WAYS, shards
+from tests.cluster.nodes import cluster_of
+
+
+@pytest.fixture(scope="module")
+def nodes(failpoints):
+    with cluster_of(2, 1, 1) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize(("size", "on_nodes"), [(1, {1}), (2, {1, 2}), (3, {2, 3}), (4, {3})])
+def test_any_number_of_workers_on_any_number_of_nodes_writes_the_same_bytes(
+    nodes, models, pool, alone, tmp_path, size, on_nodes
+):
+    with WorkerGroup(size, BUNDLE, SETTINGS) as group:
+        assert len(set(group.nodes)) in on_nodes
+        for dtype, path in models.items():
+            checkpoint = build_skeleton(ModelSettings(path=path)).checkpoint
+            for number, way in enumerate(WAYS):
+                stage = Stage(str(tmp_path / f"{dtype}-{number}"))
+                arguments = (
+                    ModelSettings(path=path),
+                    PruneSettings.model_validate(way),
+                    pool,
+                    stage.url,
+                )
+                events = [e for e in group.events("prune", arguments, None) if e is not None]
+                assert shards(stage) == alone(dtype, way), (dtype, way)
+                records = {e.unit: e for e in events if isinstance(e, Record)}
+                assert records.keys() == {REST, *map(layer_unit, range(LAYERS))}
+                for index in range(LAYERS):
+                    layer = records[layer_unit(index)].facts
+                    assert (layer["worker"], layer["workers"]) == (index % size, size)
+                read = [e["bytes_read"] for e in events if isinstance(e, dict)]
+                assert len(read) == size
+                assert checkpoint.bytes <= sum(read) <= 1.01 * checkpoint.bytes
+
+
+def test_workers_killed_in_a_collective_while_writing_and_before_the_done_record(
+    nodes, failpoints, alone, run
+):
+    (failpoints / "reduce-0-1").touch()
+    (failpoints / "writing-model-layer-00001").touch()
+    (failpoints / "between-data-and-done-layer-00003").touch()
+    run()
+    assert not list(failpoints.iterdir())
+    assert shards(run.stage) == alone("float32", run.way)
+    assert len(run.losses) == 3
+    assert "worker 1 on" in run.losses[0] and "layer 0" in run.losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where",
+    [
+        "enter-2-0",
+        "broadcast-2-0",
+        "broadcast-2-1",
+        "reduce-2-0",
+        "solve-2-1",
+        "writing-model-layer-00002",
+    ],
+)
+def test_a_worker_killed_anywhere(nodes, failpoints, alone, run, where):
+    (failpoints / where).touch()
+    run()
+    assert not list(failpoints.iterdir())
+    assert len(run.losses) == 1
+    assert shards(run.stage) == alone("float32", run.way)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_named_and_replaced(nodes, failpoints, alone, run):
+    (failpoints / "solve-3-1").write_text(str(int(signal.SIGSTOP)))
+    run(layer_timeout_seconds=20)
+    assert shards(run.stage) == alone("float32", run.way)
+    (loss,) = run.losses
+    assert "worker 1 on" in loss and "does not answer at layer 3" in loss
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_dies_ends_the_run_with_its_name_and_place(
+    nodes, failpoints, run, monkeypatch
+):
+    number = 0
+
+    def again(text: str) -> None:
+        nonlocal number
+        number += 1
+        (failpoints / "solve-2-1").touch()
+
+    run.notices = type("Notices", (list,), {"append": lambda self, text: again(text)})()
+    (failpoints / "solve-2-1").touch()
+    with pytest.raises(WorkFailed, match=r"3 losses in a row: worker 1 on .* at layer 2"):
+        run()
+    (failpoints / "solve-2-1").unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_snapshots_spare_the_sweep_through_finished_layers(nodes, failpoints, alone, run):
+    settings = PruneSettings.model_validate(run.way | {"snapshot_layers": 2})
+    run.arguments = (run.arguments[0], settings, *run.arguments[2:])
+    (failpoints / "solve-4-0").touch()
+    run()
+    assert shards(run.stage) == alone("float32", run.way)
+    assert len(run.losses) == 1
+    kept = {path.name for path in Path(run.stage.url, "snapshots").iterdir()}
+    assert kept == {"00002", "00004"}
+
+
+def test_more_workers_than_the_cluster_has_room_for(nodes, run):
+    with pytest.raises(UserError, match=r"5 x \(1 CPU\) were asked for, the cluster has 4 CPU"):
+        run(workers=5)
+
+
+def test_numbers_that_cannot_be_solved_name_worker_layer_and_group(nodes, run, tmp_path, models):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in Path(models["float32"]).iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 3] = float("inf")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    run.arguments = (ModelSettings(path=str(broken)), *run.arguments[1:])
+    with pytest.raises(
+        WorkFailed, match=r"worker \d on .* layer 1, group mlp.gate_proj, mlp.up_proj"
+    ):
+        run()
