@@ -200,6 +200,8 @@ class PruneSettings(Section):
     """Linears whose path, such as `model.layers.7.mlp.down_proj`, one of these is found in are left dense."""
     batch_sequences: PositiveInt = 4
     """Sequences in one micro-batch, the unit that is dealt to the workers."""
+    offload: bool | None = None
+    """Keep what paused forwards hold in host memory; None: where it does not fit the GPU. Without effect on CPUs."""
     snapshot_layers: PositiveInt | None = None
     """Keep the hidden states every so many layers, for a resume to start from; None: it sweeps through what is done."""
     layer_timeout_seconds: PositiveInt | None = None

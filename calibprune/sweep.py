@@ -5,6 +5,7 @@ Knows nothing of pruning, storage or devices: the caller puts weights in place a
 A greenlet belongs to the thread that made it: run a whole sweep on one thread.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,9 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from calibprune.parking import Parking
 
 
 @dataclass
@@ -54,8 +58,10 @@ class Sweep:
         leave_outer: Callable[[str], None] | None = None,
         first: int = 0,
         hidden: Callable[[int], Tensor] | None = None,
+        parking: Parking | None = None,
     ) -> None:
         """`first`: the layers before it are passed over, and it is entered with `hidden(micro-batch index)`.
+        `parking` takes what a forward holds while it is paused.
 
         `enter_outer(name)` is called before a module outside the layers is first used, `leave_outer(name)` when
         the decoder layers have been reached and it may be freed; it is entered again if it is used again."""
@@ -67,7 +73,7 @@ class Sweep:
         self._leave_outer = leave_outer or (lambda name: None)
         self._entered: set[str] = set()
         self._groups: dict[tuple, list[tuple[str, ...]]] = {}
-        self._first, self._hidden = first, hidden
+        self._first, self._hidden, self._parking = first, hidden, parking
         self.results: list[Any] = []
 
     def __iter__(self) -> Iterator[LayerStop | GroupStop]:
@@ -133,7 +139,10 @@ class Sweep:
             if self._hidden is not None and key == self._first:
                 value = self._hidden(forwards.index(getcurrent()))
                 args, kwargs = _with_only_input(args, kwargs, value)
+            parked = self._parking.park(sys._getframe()) if self._parking else []
             driver.switch((key, args, kwargs))
+            if self._parking:
+                self._parking.fetch(parked)
             return args, kwargs
 
         return hook
@@ -178,6 +187,9 @@ class Sweep:
                 linear.register_forward_pre_hook(observe(name), with_kwargs=True)
                 for name, linear in linears.items()
             ]
+            if self._parking:
+                here = self._parking.device
+                args, kwargs = tree_map_only(Tensor, lambda t: t.to(here), (args, kwargs))
             try:
                 layer.forward(*args, **kwargs)
             finally:

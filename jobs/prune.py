@@ -15,7 +15,7 @@ from cluster.worker_group import run_gang
 from jobs.progress import Steps, say
 from jobs.run_folder import Run, versions
 
-SETTINGS_WITHOUT_EFFECT = {"pool", "snapshot_layers", "layer_timeout_seconds"}
+SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
 """On the result, that is: they may differ when a run is taken up again."""
 
 

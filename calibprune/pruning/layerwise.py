@@ -5,12 +5,11 @@ worker holds at any time: two layers of weights, its paused micro-batches and on
 with the number of layers. What comes out does not depend on the number of workers, bit for bit.
 """
 
-import itertools
 import math
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from calibprune.failpoint import failpoint
 from calibprune.gang import ALONE, Gang
 from calibprune.layers import LayerReader, Loaded
 from calibprune.model import Skeleton
+from calibprune.parking import Fetched, Parking
 from calibprune.pruning.export import REST, copy_rest
 from calibprune.pruning.methods import METHODS, prune_group
 from calibprune.pruning.rows import RowShares
@@ -94,6 +94,7 @@ def prune_layers(
             reader,
             first,
             lambda batch: snapshots.read(first, batch).to(skeleton.device),
+            bool(settings.offload) and skeleton.device.type != "cpu",
         )
         layer: LayerInWork | None = None
         clock = Clock()
@@ -136,6 +137,7 @@ def _sweep(
     reader: LayerReader,
     first: int,
     hidden: Callable[[int], Tensor],
+    offload: bool,
 ) -> Sweep:
     def leave_outer(name: str) -> None:
         skeleton.evict(skeleton.outer_modules[name])
@@ -150,6 +152,7 @@ def _sweep(
         leave_outer=leave_outer,
         first=first,
         hidden=hidden if first else None,
+        parking=Parking(skeleton.device) if offload else None,
     )
 
 
@@ -186,8 +189,9 @@ class LayerInWork:
         weights = [self.loaded.tensors[name] for name in names]
         shares = RowShares.of(weights, self.gang)
         mine = shares.mine(weights)
+        inputs = Fetched(stop.inputs, self.skeleton.device)
         try:
-            statistics = self._statistics(stop.inputs)
+            statistics = self._statistics(inputs)
             failpoint(f"solve-{self.index}-{self.gang.rank}")
             sparsities = [self.settings.target_sparsity] * len(weights)
             pruned = prune_group(
@@ -197,7 +201,7 @@ class LayerInWork:
             group = ", ".join(paths)
             raise ValueError(f"layer {self.index}, group {group}: {error}") from error
         self.clock.lap("solve")
-        self._measure(paths, shares, mine, pruned, stop.inputs)
+        self._measure(paths, shares, mine, pruned, inputs)
         self.clock.lap("measure")
         if self.settings.inputs == "dense":  # the forwards go on through the weights as they were
             weights = [torch.empty_like(weight) for weight in weights]
@@ -209,7 +213,7 @@ class LayerInWork:
             self._put_in_place(paths, weights)
         self.clock.lap("gather")
 
-    def _statistics(self, inputs: list[Tensor]) -> Statistics:
+    def _statistics(self, inputs: Sequence[Tensor]) -> Statistics:
         need = METHODS[type(self.settings.method)].need
         squares = column_squares(inputs, need)
         bound = self.gang.largest(magnitude_bound(squares))
@@ -226,46 +230,34 @@ class LayerInWork:
         shares: RowShares,
         before: list[Tensor],
         after: list[Tensor],
-        inputs: list[Tensor],
+        inputs: Sequence[Tensor],
     ) -> None:
         """Every linear's zeros and relative output error, each worker measuring its own rows."""
         tokens = self._sample(inputs).to(torch.float32)
-        offsets = [0, *itertools.accumulate(math.ceil(rows / shares.chunk) for rows in shares.rows)]
-        mine: dict[int, Tensor] = {}
-        for offset, rows, dense, pruned in zip(
-            offsets, shares.ranges(self.gang.rank), before, after, strict=False
+        measured = [output_error(b, a, tokens) for b, a in zip(before, after, strict=True)]
+        values = torch.zeros(self.gang.size, len(paths), 3, dtype=torch.float64)
+        values[self.gang.rank] = torch.stack(measured).cpu()
+        values = self.gang.collect(values, [self.gang.rank])
+        for path, rows, dense, of_workers in zip(
+            paths, shares.rows, before, values.unbind(1), strict=True
         ):
-            for index in range(math.ceil(len(dense) / shares.chunk)):
-                chunk = slice(index * shares.chunk, (index + 1) * shares.chunk)
-                row = offset + rows.start // shares.chunk + index
-                mine[row] = output_error(dense[chunk], pruned[chunk], tokens)
-        values = torch.zeros(offsets[-1], 3, dtype=torch.float64)
-        if mine:
-            values[list(mine)] = torch.stack(list(mine.values())).cpu()
-        values = self.gang.collect(values, mine)
-        for path, weight, (start, stop) in zip(
-            paths, before, itertools.pairwise(offsets), strict=True
-        ):
-            error, size, zeros = (math.fsum(column) for column in values[start:stop].T.tolist())
+            error, size, zeros = (math.fsum(column) for column in of_workers.T.tolist())
+            relative = math.sqrt(error / size) if size else 0.0 if error == 0 else math.inf
             self.facts[path] = {
-                "parameters": shares.rows[paths.index(path)] * weight.shape[1],
+                "parameters": rows * dense.shape[1],
                 "zeros": int(zeros),
-                "relative_error": math.sqrt(error / size)
-                if size
-                else 0.0
-                if error == 0
-                else math.inf,
+                "relative_error": float(f"{relative:.5g}"),  # the rest is rounding
             }
 
-    def _sample(self, inputs: list[Tensor]) -> Tensor:
+    def _sample(self, inputs: Sequence[Tensor]) -> Tensor:
         """A few tokens of every micro-batch of all workers, [tokens, in], the same on every worker."""
-        mine = [batch.flatten(0, -2) for batch in inputs]
-        sequence_tokens = inputs[0].shape[-2]  # no micro-batch has fewer
+        sequence_tokens, width = inputs[0].shape[-2:]  # no micro-batch has fewer tokens
         each = min(math.ceil(ERROR_TOKENS / self.micro_batches), sequence_tokens)
-        tokens = mine[0].new_empty(self.micro_batches * each, mine[0].shape[1])
+        tokens = inputs[0].new_empty(self.micro_batches * each, width)
         parts = list(tokens.split(each))
-        for index, batch in zip(self.gang.dealt(range(len(parts))), mine, strict=True):
-            parts[index].copy_(batch[:: len(batch) // each][:each])
+        for index, batch in zip(self.gang.dealt(range(len(parts))), inputs, strict=True):
+            rows = batch.flatten(0, -2)
+            parts[index].copy_(rows[:: len(rows) // each][:each])
         self.gang.broadcast([(part, index % self.gang.size) for index, part in enumerate(parts)])
         return tokens
 

@@ -1,10 +1,11 @@
 """SparseGPT: weights are removed column by column, and those still to come make up for it.
 
-Frantar & Alistarh 2023 (arXiv 2301.00774), algorithm 1. On CPUs the columns run in compiled code, row by
-row; elsewhere as tensor operations over all rows at once. Either way a row's result, given which of its
-weights stay, does not depend on the rows beside it.
+Frantar & Alistarh 2023 (arXiv 2301.00774), algorithm 1. Within a block the columns run in compiled code:
+numba's on CPUs, Triton's on GPUs, or as tensor operations where there is neither. A row's result, given which of
+its weights stay, does not depend on the rows beside it.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import no_type_check
@@ -150,7 +151,7 @@ def solve(
         if compiled:
             on_threads(partial(_solve_part, weights, keep, upper, start, n_of_m), parts)
             continue
-        errors = _solve_block_tensors(weights, keep, upper, start, n_of_m)
+        errors = _block_solver(weights.device)(weights, keep, upper, start, n_of_m)
         for part in parts:
             _pass_on_errors(weights[part, stop:], errors[part], upper[start:stop, stop:])
     return weights
@@ -158,6 +159,15 @@ def solve(
 
 def _runs_compiled(device: torch.device) -> bool:
     return device.type == "cpu"
+
+
+def _block_solver(device: torch.device) -> Callable[..., Tensor]:
+    """One kernel for a whole block where Triton is at hand, else an operation at a time."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from calibprune.pruning.sparsegpt_triton import solve_block
+
+        return solve_block
+    return _solve_block_tensors
 
 
 def _solve_part(

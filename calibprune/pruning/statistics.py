@@ -5,7 +5,7 @@ changes a bit. Where the inputs come from and how sums travel between workers is
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +52,7 @@ class IntegerSums:
 
 
 def column_squares(
-    inputs: list[Float[Tensor, "... in"]], need: Need
+    inputs: Sequence[Float[Tensor, "... in"]], need: Need
 ) -> list[Float32[Tensor, "in"]]:
     """Every micro-batch's sum of x_j^2 over its tokens; none where nothing is needed."""
     return [] if need == "none" else [_column_squares(_rows(batch)) for batch in inputs]
@@ -76,7 +76,7 @@ def magnitude_bound(squares: list[Float32[Tensor, "in"]]) -> float:
 
 
 def observe(
-    inputs: list[Float[Tensor, "... in"]],
+    inputs: Sequence[Float[Tensor, "... in"]],
     squares: list[Float32[Tensor, "in"]],
     need: Need,
     bound: float,
@@ -92,16 +92,17 @@ def observe(
         raise ValueError("no micro-batch to observe")
     if len(inputs) > micro_batches:
         raise ValueError(f"{len(inputs)} micro-batches observed, of {micro_batches} in total")
-    tokens = sum(batch.numel() // batch.shape[-1] for batch in inputs)
     if need == "none":
+        tokens = sum(batch.numel() // batch.shape[-1] for batch in inputs)
         return IntegerSums(tokens, 0, None, None)
 
-    exponent = scale_exponent(bound, micro_batches)
-    width, device = inputs[0].shape[-1], inputs[0].device
+    tokens, exponent = 0, scale_exponent(bound, micro_batches)
+    width, device = squares[0].shape[0], squares[0].device
     shape = (width, width) if need == "gram" else (width,)
     sums = torch.zeros(shape, dtype=torch.int64, device=device)
     peaks = []
     for batch, sum_squares in zip(inputs, squares, strict=True):
+        tokens += batch.numel() // width
         if need == "gram":
             peaks.append(_add_gram(sums, _rows(batch), 2.0**exponent))
         else:

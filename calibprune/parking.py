@@ -1,0 +1,71 @@
+"""Moves what paused forwards hold on a GPU to pinned host memory, and back before they go on.
+
+The tensors are found in the frames of the paused forward and swapped in place, so that whoever else holds them there
+sees the same: the model's own code stays as it is.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+LEAST_BYTES = 1 << 20
+
+
+class Parking:
+    """`device` is where forwards run; `to_host` makes a copy elsewhere. Smaller tensors stay where they are."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        to_host: Callable[[Tensor], Tensor] | None = None,
+        least_bytes: int = LEAST_BYTES,
+    ) -> None:
+        self.device, self._least_bytes = device, least_bytes
+        self._to_host = to_host or _pinned
+
+    def park(self, frame: FrameType | None) -> list[Tensor]:
+        """Moves the activations that this frame and its callers name; returns them."""
+        parked: dict[int, Tensor] = {}
+        while frame is not None:
+            for value in list(frame.f_locals.values()):
+                if isinstance(value, Tensor) and self._is_activation(value):
+                    parked.setdefault(id(value), value)
+            frame = frame.f_back
+        for tensor in parked.values():
+            tensor.data = self._to_host(tensor)
+        return list(parked.values())
+
+    def fetch(self, parked: Sequence[Tensor]) -> None:
+        for tensor in parked:
+            tensor.data = tensor.data.to(self.device)
+
+    def _is_activation(self, tensor: Tensor) -> bool:
+        return (
+            tensor.device == self.device
+            and tensor.is_floating_point()
+            and not isinstance(tensor, nn.Parameter)
+            and tensor.nbytes >= self._least_bytes
+        )
+
+
+class Fetched(Sequence[Tensor]):
+    """Tensors that are brought to the device one at a time, each only while it is looked at."""
+
+    def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
+        self._tensors, self._device = tensors, device
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return self._tensors[index].to(self._device)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (tensor.to(self._device) for tensor in self._tensors)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor)

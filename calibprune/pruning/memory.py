@@ -1,0 +1,96 @@
+"""How much memory a pruning worker will need at most, part by part, before anything is loaded."""
+
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+from calibprune.config import PruneSettings
+from calibprune.model import Skeleton
+from calibprune.pruning.methods import METHODS
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Peak bytes of one worker by what holds them. Parts peak at different times; `bytes` knows which together."""
+
+    process: int
+    """The interpreter and its libraries; nothing on a GPU."""
+    layers: int
+    """The layer at work, the one read ahead, the one being written and its serialised copies."""
+    outside: int
+    """Embeddings and head, while they are copied at the start."""
+    paused: int
+    """What the paused forwards hold at the stop where they hold most."""
+    forward: int
+    """What one micro-batch takes more while it runs."""
+    solving: int
+    """Statistics, factorisation and copies of the widest group's weights."""
+
+    @property
+    def bytes(self) -> int:
+        at_work = self.layers + self.paused + max(self.forward, self.solving)
+        return self.process + max(at_work, self.outside)
+
+    def parts(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def worker_memory(
+    skeleton: Skeleton,
+    settings: PruneSettings,
+    sequences: int,
+    tokens: int,
+    workers: int,
+    process_bytes: int = 0,
+) -> WorkerMemory:
+    """The prediction for the first worker of `workers`, which also copies what lies outside the layers.
+
+    `sequences` of `tokens` tokens make the pool. On a GPU (`skeleton.device`) only what lies there is counted.
+    """
+    on_gpu = skeleton.device.type == "cuda"
+    stored = skeleton.checkpoint.locations
+    layer = max(
+        sum(stored[name].bytes for name in skeleton.layer_tensors(index))
+        for index in range(len(skeleton.layers))
+    )
+    linears = skeleton.linears(0).values()
+    outer = {
+        stored[name].bytes: name for name in skeleton.rest_tensors()
+    }  # by size: the embedding is the largest
+    rest = sum(stored[name].bytes for name in skeleton.rest_tensors())
+    batches = -(-sequences // settings.batch_sequences)
+    mine = min(sequences, -(-batches // workers) * settings.batch_sequences)
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    held_per_token = _held_per_token(hidden, [linear.in_features for linear in linears])
+    itemsize = skeleton.dtype.itemsize
+    batch_tokens = min(settings.batch_sequences, sequences) * tokens
+    widest = max(linear.in_features for linear in linears)
+    most_rows = max(_rows_of_groups(skeleton))
+    need = METHODS[type(settings.method)].need
+    gram = 20 * widest**2 if need == "gram" else 0  # int64 sums, then float32 sums and factors
+    # the widest group's weights in float32: scores or updated weights, a copy, and the mask
+    weights = 9 * most_rows // workers
+    return WorkerMemory(
+        process=0 if on_gpu else process_bytes,
+        layers=layer * (2 if on_gpu else 5),
+        outside=max(outer, default=0) if on_gpu else 3 * rest,
+        paused=mine * tokens * held_per_token * itemsize,
+        forward=batch_tokens * 3 * max(linear.out_features for linear in linears) * itemsize,
+        solving=gram + weights + (batch_tokens * widest * 4 if need == "gram" else 0),
+    )
+
+
+def _held_per_token(hidden: int, widths: list[int]) -> int:
+    """Numbers that a paused forward holds per token at its widest stop: the layer's input, the residual after
+    attention, and what is about to enter the linears."""
+    return 2 * hidden + max(widths)
+
+
+def _rows_of_groups(skeleton: Skeleton) -> list[int]:
+    """Weights of the linears of the first layer that may share an input: those of one block and one width."""
+    groups: dict[tuple[str, int], int] = {}
+    for name, linear in skeleton.linears(0).items():
+        assert isinstance(linear, nn.Linear)
+        key = (name.rpartition(".")[0], linear.in_features)
+        groups[key] = groups.get(key, 0) + linear.weight.numel()
+    return list(groups.values())
