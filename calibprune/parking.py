@@ -9,6 +9,7 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 LEAST_BYTES = 1 << 20
 
@@ -29,7 +30,7 @@ class Parking:
         """Moves the activations that this frame and its callers name; returns them."""
         parked: dict[int, Tensor] = {}
         while frame is not None:
-            for value in list(frame.f_locals.values()):
+            for value in tree_leaves(list(frame.f_locals.values())):  # args and kwargs too
                 if isinstance(value, Tensor) and self._is_activation(value):
                     parked.setdefault(id(value), value)
             frame = frame.f_back

@@ -22,6 +22,7 @@ from calibprune.evaluation.perplexity import Perplexity, sweep_perplexity
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
 from calibprune.pruning.layerwise import prune_layers
+from calibprune.pruning.memory import offload_needed
 from calibprune.run import Record, Stage
 from cluster.metrics import LayerMetrics
 
@@ -55,15 +56,21 @@ class LayerWorker:
 
     def prune(
         self, model: ModelSettings, settings: PruneSettings, pool_url: str, stage_url: str
-    ) -> Iterator[Record | int | dict[str, Any]]:
+    ) -> Iterator[Record | int | str | dict[str, Any]]:
         """Commits every layer that is missing; rows and weights stay here.
 
-        Yields the number of layers left behind, each done record of its own, and last what this worker used.
+        Yields a line for the user to read, if there is one, the number of layers left behind, each done record of
+        its own, and last what this worker used.
         """
         torch.set_num_threads(self._cpus)
         skeleton = build_skeleton(model, self._device)
-        stage = Stage(stage_url)
-        for event in prune_layers(skeleton, read_pool(pool_url), settings, stage, self._gang):
+        stage, pool = Stage(stage_url), read_pool(pool_url)
+        sequences, tokens = pool.shape
+        reason = offload_needed(skeleton, settings, sequences, tokens, self._gang.size)
+        if reason and self._gang.rank == 0:
+            yield reason
+        settings = settings.model_copy(update={"offload": reason is not None})
+        for event in prune_layers(skeleton, pool, settings, stage, self._gang):
             if isinstance(event, int):
                 self._at = f"layer {event}"
             else:

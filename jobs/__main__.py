@@ -83,17 +83,20 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a configuration and its inputs, and say what the run will need. Starts no work."""
     from calibprune.config import load_config
-    from jobs.check import check_before_work, requirements
+    from jobs.check import advice, check_before_work, requirements
     from jobs.run_folder import Run
 
     checked = Run(load_config(config, overrides or ()))
     check_before_work(checked, ALL)
-    for name, value in requirements(checked).items():
+    needed = requirements(checked)
+    for name, value in needed.items():
         shown = f"{value:,}" if isinstance(value, int) else value
         if name.endswith("bytes"):
             shown = f"{value / 2**30:.3g} GiB"
         print(f"{name.removesuffix('_bytes').replace('_', ' '):<26} {shown}")
     print("the configuration is fine")
+    for line in advice(needed, checked.config.cluster.workers):
+        typer.echo(f"note: {line}", err=True)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """Bad input gets a clear error before work starts; and what a run will need, told in advance."""
 
+import os
+import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +31,10 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         and not run.stage("generate").finished
     ):
         _check_generate(run)
+    if "prune" in stages:
+        from calibprune.pruning.selection import chosen_linears
+
+        chosen_linears(run.skeleton, run.config.prune)
     if "prune" in stages and run.config.prune.pool is not None:
         from calibprune.calibration.pool import read_pool
 
@@ -117,33 +123,66 @@ def kept_at_most(config: Config) -> int:
 
 
 def requirements(run: Run) -> dict[str, Any]:
-    """What a run will need: parameters, bytes to move, memory of one pruning worker."""
+    """What a run will need: parameters, bytes to move, memory of one pruning worker, part by part."""
+    from calibprune.pruning.memory import worker_memory
+    from calibprune.pruning.selection import chosen_linears
+
     skeleton, config = run.skeleton, run.config
-    sizes = [
-        sum(skeleton.checkpoint.locations[name].bytes for name in skeleton.layer_tensors(index))
-        for index in range(len(skeleton.layers))
-    ]
     linears = [
         linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
     ]
-    widest = max(linear.in_features for linear in linears)
     settings = config.curate
     tokens = settings.sequences * settings.sequence_tokens
-    element = skeleton.dtype.itemsize
-    hidden = skeleton.model.config.get_text_config().hidden_size
-    # paused before the widest linear: its input and the residual stream of every micro-batch
-    held = tokens * (widest + 2 * hidden) * element
-    gram = widest**2 * (4 + 8 + 4) if config.prune.method.type == "sparsegpt" else 0
-    rest = sum(skeleton.checkpoint.locations[name].bytes for name in skeleton.rest_tensors())
+    workers = config.cluster.workers
+    memory = worker_memory(
+        skeleton, config.prune, settings.sequences, settings.sequence_tokens, workers, _own_memory()
+    )
+    picked = chosen_linears(skeleton, config.prune)
+    pruned = sum(
+        skeleton.linears(index)[name].weight.numel()
+        for index, names in enumerate(picked)
+        for name in names
+    )
+    prunable = sum(linear.weight.numel() for linear in linears)
     return {
         "model": type(skeleton.model).__name__,
         "layers": len(skeleton.layers),
         "parameters": sum(parameter.numel() for parameter in skeleton.model.parameters()),
-        "prunable_parameters": sum(linear.weight.numel() for linear in linears),
+        "prunable_parameters": prunable,
+        "pruned_parameters": pruned,
+        "sparsity_of_prunable": config.prune.target_sparsity * pruned / prunable,
         "dtype": run.dtype,
         "generated_tokens_at_most": config.generate.samples * config.generate.max_tokens,
         "calibration_tokens": tokens,
         "checkpoint_bytes": skeleton.checkpoint.bytes,
         "bytes_written": skeleton.checkpoint.bytes,
-        "worker_memory_bytes": 2 * max(sizes) + rest + held + gram,
+        "worker_memory_bytes": memory.bytes,
+        **{f"worker_memory_{name}_bytes": value for name, value in memory.parts().items()},
     }
+
+
+def advice(needed: dict[str, Any], workers: int) -> list[str]:
+    """What to change where a worker would not fit this machine, were its workers to run here."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed["worker_memory_bytes"] * workers <= available:
+        return []
+    told = [
+        f"{workers} workers of {_gib(needed['worker_memory_bytes'])} do not fit the {_gib(available)} of this "
+        f"machine; on GPUs, what paused forwards hold moves to host memory where it does not fit (prune.offload)"
+    ]
+    if needed["worker_memory_forward_bytes"] > needed["worker_memory_paused_bytes"] / 2:
+        told.append("lower prune.batch_sequences: one micro-batch takes much of it while it runs")
+    else:
+        told.append(
+            "most of it is held by paused forwards: use more workers, or lower curate.sequences"
+        )
+    return told
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _own_memory() -> int:
+    """What a process with these libraries loaded takes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

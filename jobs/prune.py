@@ -75,6 +75,8 @@ def _prune(
             match event:
                 case Record():
                     steps.add(f"{settings.method.type} {event.unit}")
+                case str():
+                    say(f"prune: {event}")
                 case dict():
                     used.append(event)
     return {

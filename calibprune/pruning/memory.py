@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import nn
 
 from calibprune.config import PruneSettings
 from calibprune.model import Skeleton
 from calibprune.pruning.methods import METHODS
+
+GPU_SHARE = 0.9
+"""Of a GPU's memory; the rest is left to its libraries and to fragments."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,26 @@ def worker_memory(
     )
 
 
+def offload_needed(
+    skeleton: Skeleton, settings: PruneSettings, sequences: int, tokens: int, workers: int
+) -> str | None:
+    """Why what paused forwards hold has to move to host memory, in one line; None where it fits or is ruled out."""
+    if skeleton.device.type == "cpu" or settings.offload is False:
+        return None
+    needed = worker_memory(skeleton, settings, sequences, tokens, workers)
+    available = torch.cuda.get_device_properties(skeleton.device).total_memory
+    if needed.bytes <= GPU_SHARE * available and not settings.offload:
+        return None
+    return (
+        f"paused forwards keep their {needed.paused / 2**30:.1f} GiB in host memory: of {available / 2**30:.1f} GiB "
+        f"of GPU memory a worker would need {needed.bytes / 2**30:.1f} GiB"
+    )
+
+
 def _held_per_token(hidden: int, widths: list[int]) -> int:
-    """Numbers that a paused forward holds per token at its widest stop: the layer's input, the residual after
-    attention, and what is about to enter the linears."""
-    return 2 * hidden + max(widths)
+    """Numbers that a paused forward holds per token at its widest stop: what is about to enter the linears and, as
+    wide as the hidden states, what entered their block before, the residual, the layer's input and the model's."""
+    return 4 * hidden + max(widths)
 
 
 def _rows_of_groups(skeleton: Skeleton) -> list[int]:

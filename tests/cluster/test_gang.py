@@ -1,12 +1,17 @@
 """Gangs of real actors over several Ray nodes: the same bytes for any number of workers, whatever happens to them."""
 
 import signal
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.errors import UserError
+from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import REST
 from calibprune.pruning.layerwise import layer_unit
@@ -15,6 +20,11 @@ from cluster.worker_group import WorkerGroup, WorkFailed
 from tests.cluster.gangs import BUNDLE, LAYERS, SETTINGS, WAYS, shards
 from tests.cluster.nodes import cluster_of
 
+WINDOWS = {
+    name: torch.randint(0, 258, (count, 40), generator=torch.Generator().manual_seed(count))
+    for name, count in {"one": 5, "two": 3}.items()
+}
+
 
 @pytest.fixture(scope="module")
 def nodes(failpoints):
@@ -22,9 +32,22 @@ def nodes(failpoints):
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def perplexities(models):
+    """Of one process without a gang."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        skeleton = build_skeleton(ModelSettings(path=models["bfloat16"]))
+        *_, found = sweep_perplexity(skeleton, WINDOWS, 1)
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
 @pytest.mark.parametrize(("size", "on_nodes"), [(1, {1}), (2, {1, 2}), (3, {2, 3}), (4, {3})])
 def test_any_number_of_workers_on_any_number_of_nodes_writes_the_same_bytes(
-    nodes, models, pool, alone, tmp_path, size, on_nodes
+    nodes, models, pool, alone, perplexities, tmp_path, size, on_nodes
 ):
     with WorkerGroup(size, BUNDLE, SETTINGS) as group:
         assert len(set(group.nodes)) in on_nodes
@@ -48,6 +71,9 @@ def test_any_number_of_workers_on_any_number_of_nodes_writes_the_same_bytes(
                 read = [e["bytes_read"] for e in events if isinstance(e, dict)]
                 assert len(read) == size
                 assert checkpoint.bytes <= sum(read) <= 1.01 * checkpoint.bytes
+        arguments = (ModelSettings(path=models["bfloat16"]), WINDOWS, 1, None)
+        found = [e for e in group.events("evaluate", arguments, None) if isinstance(e, dict)]
+        assert len(found) == size and all(each == perplexities for each in found)
 
 
 def test_workers_killed_in_a_collective_while_writing_and_before_the_done_record(
@@ -61,6 +87,40 @@ def test_workers_killed_in_a_collective_while_writing_and_before_the_done_record
     assert shards(run.stage) == alone("float32", run.way)
     assert len(run.losses) == 3
     assert "worker 1 on" in run.losses[0] and "layer 0" in run.losses[0]
+
+
+@pytest.mark.slow
+def test_what_the_records_say_is_served_as_prometheus_metrics(nodes, run):
+    run()
+    wanted = {
+        f'calibprune_sparsity{{layer="{layer}",linear="{linear}"}}'
+        for layer in range(LAYERS)
+        for linear in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    deadline = time.monotonic() + 60
+    while True:
+        text = "".join(
+            urllib.request.urlopen(
+                f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10
+            ).read().decode()
+            for node in ray.nodes()
+            if node["Alive"]
+        )  # fmt: skip
+        series = {name for name in wanted if _series(text, name)}
+        if series == wanted or time.monotonic() > deadline:
+            break
+        time.sleep(2)
+    assert series == wanted
+    assert "calibprune_layer_seconds{" in text.replace("ray_calibprune", "calibprune")
+
+
+def _series(text: str, name: str) -> bool:
+    """Whether a line has this metric with at least these labels, the value being that of half the weights."""
+    metric, labels = name.removesuffix("}").split("{")
+    for line in text.splitlines():
+        if line.startswith(f"ray_{metric}{{") and all(label in line for label in labels.split(",")):
+            return abs(float(line.rsplit(" ", 1)[-1]) - 0.5) < 0.01
+    return False
 
 
 @pytest.mark.slow

@@ -22,9 +22,12 @@ LAYERS = 8
 CONFIG = """
 model: {{path: {model}}}
 output: {output}
-generate: {{prefixes: {{type: bos}}, samples: 80, max_tokens: 96, min_tokens: 96, shard_rows: 10, cpu_kvcache_gib: 1}}
+cluster: {{workers: 2, cpus_per_worker: 1}}
+generate:
+  {{engines: 1, prefixes: {{type: bos}}, samples: 80, max_tokens: 96, min_tokens: 96, shard_rows: 10,
+    cpu_kvcache_gib: 1}}
 curate: {{sequences: 48, sequence_tokens: 96}}
-prune: {{method: {{type: sparsegpt}}, sparsity: 0.5}}
+prune: {{method: {{type: sparsegpt}}, sparsity: 0.5, batch_sequences: 8}}
 evaluate:
   perplexity: [{{name: docs, path: python-docs}}]
   sequences: 4

@@ -1,0 +1,146 @@
+"""The layer-by-layer pruning: what is left dense, what a done record says, what memory it takes."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calibprune.config import ModelSettings, PruneSettings
+from calibprune.errors import UserError
+from calibprune.model import build_skeleton
+from calibprune.pruning.layerwise import layer_unit, prune_layers
+from calibprune.pruning.memory import worker_memory
+from calibprune.run import Stage
+from tests.tiny import write_tiny_llama
+
+TOKENS = torch.randint(0, 258, (6, 40), generator=torch.Generator().manual_seed(1))
+
+
+def settings(**changes) -> PruneSettings:
+    return PruneSettings.model_validate(
+        {"method": {"type": "wanda"}, "batch_sequences": 2} | changes
+    )
+
+
+def prune(model, folder, **changes) -> tuple[Stage, dict[str, torch.Tensor]]:
+    stage = Stage(str(folder))
+    skeleton = build_skeleton(ModelSettings(path=str(model)))
+    list(prune_layers(skeleton, TOKENS, settings(**changes), stage))
+    tensors: dict[str, torch.Tensor] = {}
+    for record in stage.done().values():
+        tensors |= load_file(folder / str(record.file))
+    return stage, tensors
+
+
+def test_only_the_chosen_layers_and_linears_are_pruned(tiny_llama, tmp_path):
+    stage, after = prune(
+        tiny_llama, tmp_path, layers=r"layers\.[12]$", keep=[r"down_proj$", r"\.1\..*k_proj"]
+    )
+    before = load_file(tiny_llama / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        linear = "_proj.weight" in name
+        kept = "down_proj" in name or name.endswith("layers.1.self_attn.k_proj.weight")
+        if linear and not kept and not name.startswith("model.layers.0."):
+            assert ((tensor == 0).sum(1) == tensor.shape[1] // 2).all(), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+    facts = stage.done()
+    assert facts[layer_unit(0)].facts["linears"] == {}
+    assert facts[layer_unit(1)].facts["kept_dense"] == ["mlp.down_proj", "self_attn.k_proj"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "blocks"}, "prune.layers 'blocks' matches none of model.layers.0 ... model.layers.2"),
+        ({"keep": ["down_prj"]}, "prune.keep: 'down_prj' matches no linear, such as model.layers.0.self_attn.q_proj"),
+        ({"keep": ["_proj"]}, "leave no linear to prune"),
+    ],
+)  # fmt: skip
+def test_expressions_that_match_nothing_or_everything(tiny_llama, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        prune(tiny_llama, tmp_path, **changes)
+
+
+def test_an_expression_that_is_none():
+    with pytest.raises(ValueError, match="not a regular expression"):
+        settings(keep=["("])
+
+
+def test_a_done_record_says_where_the_time_and_the_bytes_went(tiny_llama, tmp_path):
+    stage, _ = prune(tiny_llama, tmp_path)
+    layer = stage.done()[layer_unit(1)].facts
+    kinds = {"load", "sweep", "statistics", "reduce", "solve", "measure", "gather", "write"}
+    assert layer["seconds"].keys() == kinds
+    assert layer["bytes_read"] == sum(layer["tensors"].values()) < layer["bytes_written"]
+    assert layer["peak_memory_bytes"] > 0
+    for linear in layer["linears"].values():
+        assert linear["zeros"] == linear["parameters"] // 2
+        assert 0.05 < linear["relative_error"] < 0.9
+
+
+def test_errors_recorded_are_those_of_the_linears_outputs(tiny_llama, tmp_path, monkeypatch):
+    """Measured on so many tokens that they are all there are."""
+    from calibprune.pruning import layerwise
+
+    monkeypatch.setattr(layerwise, "ERROR_TOKENS", TOKENS.numel())
+    inputs = []
+    prune_group = layerwise.LayerInWork.prune
+
+    def watch(self, stop):
+        if (stop.layer, stop.linears) == (0, ("mlp.down_proj",)):
+            inputs.extend(x.clone() for x in stop.inputs)
+        prune_group(self, stop)
+
+    monkeypatch.setattr(layerwise.LayerInWork, "prune", watch)
+    stage, after = prune(tiny_llama, tmp_path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    dense, pruned = load_file(tiny_llama / "model.safetensors")[name].double(), after[name].double()
+    x = torch.cat(inputs).flatten(0, 1).double()
+    expected = ((x @ (dense - pruned).T).norm() / (x @ dense.T).norm()).item()
+    recorded = stage.done()[layer_unit(0)].facts["linears"]["mlp.down_proj"]["relative_error"]
+    assert recorded == pytest.approx(expected, rel=1e-4)
+
+
+MEASURED = """
+import json, resource, sys, torch, transformers
+from calibprune.calibration.pool import read_pool
+from calibprune.config import ModelSettings, PruneSettings
+from calibprune.model import build_skeleton
+from calibprune.pruning.layerwise import prune_layers
+from calibprune.run import Stage
+model, pool, folder, settings = sys.argv[1:]
+torch.set_num_threads(1)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+skeleton, before = build_skeleton(ModelSettings(path=model)), peak()
+list(prune_layers(skeleton, read_pool(pool), PruneSettings.model_validate_json(settings), Stage(folder)))
+print(json.dumps([before, peak()]))
+"""
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_memory_is_predicted(tmp_path, method):
+    path = write_tiny_llama(
+        tmp_path / "model", layers=3, hidden=256, intermediate=1408, dtype=torch.bfloat16
+    )
+    (tmp_path / "pool").mkdir()
+    tokens = torch.randint(0, 258, (96, 512)).tolist()
+    table = pa.table({"token_ids": pa.array(tokens, pa.list_(pa.int32()))})
+    pq.write_table(table, tmp_path / "pool" / "pool.parquet")
+    wanted = settings(method={"type": method}, batch_sequences=8)
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(path), str(tmp_path / "pool"), str(tmp_path / "out"),
+         wanted.model_dump_json()],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    before, peak = json.loads(ran.stdout.splitlines()[-1])
+    skeleton = build_skeleton(ModelSettings(path=str(path)))
+    predicted = worker_memory(skeleton, wanted, 96, 512, 1, before)
+    assert peak - before > 150e6, "too little to tell"
+    assert abs(predicted.bytes / peak - 1) < 0.25, (predicted, before, peak)

@@ -1,0 +1,105 @@
+"""Paused forwards whose tensors are elsewhere meanwhile compute what they would have computed."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from calibprune.config import ModelSettings
+from calibprune.gang import ALONE
+from calibprune.layers import LayerReader
+from calibprune.model import build_skeleton
+from calibprune.parking import Fetched, Parking
+from calibprune.sweep import GroupStop, LayerStop, Sweep
+from tests.tiny import write_tiny_llama
+
+TOKENS = torch.randint(0, 258, (6, 64), generator=torch.Generator().manual_seed(1))
+HIDDEN, INTERMEDIATE, LAYERS = 64, 160, 3
+
+
+class Elsewhere:
+    """Stands for host memory: makes copies, and knows which storages were let go."""
+
+    def __init__(self) -> None:
+        self.left: list[weakref.ref] = []
+        self.bytes = 0
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.left.append(weakref.ref(tensor.untyped_storage()))
+        self.bytes += tensor.nbytes
+        return tensor.clone()
+
+
+def sweep(skeleton, parking):
+    base = skeleton.model.base_model
+    return Sweep(
+        lambda ids: base(input_ids=ids, use_cache=False).last_hidden_state,
+        skeleton.layers,
+        TOKENS.split(2),
+        outer_modules=skeleton.outer_modules,
+        enter_outer=LayerReader(skeleton, ALONE, stop=0).place_outer,
+        parking=parking,
+    )
+
+
+@torch.no_grad()
+def run(path, parking, at_stop=lambda stop: None):
+    skeleton = build_skeleton(ModelSettings(path=path))
+    swept = sweep(skeleton, parking)
+    with LayerReader(skeleton, ALONE) as reader:
+        for stop in swept:
+            if isinstance(stop, LayerStop):
+                skeleton.place_layer(stop.layer, reader.take(stop.layer).tensors)
+            at_stop(stop)
+    return torch.cat(swept.results)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    return str(write_tiny_llama(folder, layers=LAYERS, hidden=HIDDEN, intermediate=INTERMEDIATE))
+
+
+def test_the_forwards_compute_the_same(path):
+    elsewhere = Elsewhere()
+    parked = run(path, Parking(torch.device("cpu"), elsewhere, least_bytes=4096))
+    assert torch.equal(parked, run(path, None))
+    stops_of_layer = 5  # entered, q k v, o, gate up, down
+    assert len(elsewhere.left) >= 3 * LAYERS * stops_of_layer
+
+
+def test_what_is_widest_leaves_at_the_widest_stop(path):
+    elsewhere, held = Elsewhere(), []
+
+    def at_stop(stop):
+        if isinstance(stop, GroupStop) and stop.linears == ("mlp.down_proj",):
+            gc.collect()
+            held.append(elsewhere.bytes)
+        elsewhere.bytes = 0
+
+    run(path, Parking(torch.device("cpu"), elsewhere, least_bytes=4096), at_stop)
+    tokens, itemsize = TOKENS.numel(), 4
+    # what enters the linear and, as wide as the hidden states, what entered the MLP, the residual, the layer, the model
+    assert held[1] >= tokens * (INTERMEDIATE + 4 * HIDDEN) * itemsize
+
+
+def test_small_tensors_parameters_and_whole_numbers_stay():
+    def frame_of(a, b, c, d):
+        import sys
+
+        return sys._getframe()
+
+    big, small = torch.ones(64, 64), torch.ones(4)
+    whole, parameter = torch.ones(4096, dtype=torch.int64), torch.nn.Parameter(torch.ones(64, 64))
+    parking = Parking(torch.device("cpu"), lambda tensor: tensor.clone(), least_bytes=1024)
+    parked = parking.park(frame_of(big, small, whole, parameter))
+    assert any(tensor is big for tensor in parked)
+    assert not any(tensor is other for tensor in parked for other in (small, whole, parameter))
+
+
+def test_fetched_brings_one_at_a_time():
+    tensors = [torch.ones(2), torch.zeros(3)]
+    fetched = Fetched(tensors, torch.device("cpu"))
+    assert len(fetched) == 2 and fetched[1].shape == (3,)
+    assert [tensor.shape[0] for tensor in fetched] == [2, 3]
