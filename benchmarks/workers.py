@@ -63,7 +63,7 @@ def seconds(
     group: Any, method: str, tokens: str, until: int | None = None, folder: str | None = None
 ) -> float:
     """Of pruning on a gang that is ready; `until`: leave it after so many layers are committed."""
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
         stage = Stage(folder or made)
         arguments = (ModelSettings(path=options.model), settings(method), tokens, stage.url)
         begun, committed = time.perf_counter(), 0

@@ -24,7 +24,7 @@ CULPRIT_SECONDS = 15.0
 """How long a worker whose peers are gone waits for one of them to turn out dead."""
 REBUILD_SECONDS = 10.0
 """How long a new gang waits for its places before it looks again at what the cluster has."""
-HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 60.0
+HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 180.0
 
 
 class WorkerLost(RuntimeError):
@@ -53,10 +53,10 @@ def run_gang(
     not fit or a worker raised one, WorkFailed after too many losses without progress.
     """
     attempts, before = 0, progress()
-    group = WorkerGroup(workers, bundle, cluster)
+    group: WorkerGroup | None = None
     while True:
         try:
-            with group:
+            with group or WorkerGroup(workers, bundle, cluster) as group:
                 yield from group.events(method, arguments, layer_timeout_seconds)
             return
         except WorkerLost as lost:
@@ -111,7 +111,7 @@ class WorkerGroup:
         )
         self.nodes = self._actors.nodes
         self._start_seconds = float(seconds)
-        self._at = [0] * count
+        self._at = [-1] * count
         try:
             self._join()
         except BaseException:
@@ -134,7 +134,7 @@ class WorkerGroup:
 
         Whole numbers are taken for the number of layers left behind. Raises WorkerLost and UserError.
         """
-        self._at = [0] * len(self)
+        self._at = [-1] * len(self)
         streams = {
             getattr(handle, method).options(num_returns="streaming").remote(*arguments): rank
             for rank, handle in enumerate(self._actors.handles)
@@ -164,9 +164,9 @@ class WorkerGroup:
                     yield event
             if suspect and (now - suspect[0] > CULPRIT_SECONDS or not streams):
                 raise suspect[1]
-            limit = layer_timeout_seconds or (
-                max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest) if longest else self._start_seconds
-            )
+            limit = layer_timeout_seconds or max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)
+            if min(self._at) < (0 if layer_timeout_seconds else 1):  # nothing is measured yet
+                limit = max(limit, self._start_seconds)
             if now - moved > limit:
                 raise self._hanging(limit)
             if not ready:
@@ -200,7 +200,7 @@ class WorkerGroup:
         if isinstance(cause, UserError):
             return UserError(str(cause))
         where = self._named(rank) if rank is not None else "a worker"
-        at = f" at layer {self._at[rank]}" if rank is not None else ""
+        at = f" at layer {max(self._at[rank], 0)}" if rank is not None else ""
         reason = " ".join(str(cause).split())[:400] or type(cause).__name__
         if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
             return WorkFailed(f"{where}{at}: {reason}")
@@ -216,7 +216,7 @@ class WorkerGroup:
         ranks = sorted(asked[reference] for reference in silent) or sorted(asked.values())
         named = ", ".join(self._named(rank) for rank in ranks)
         state = "does not answer" if silent else "makes no progress"
-        layer = min(self._at)
+        layer = max(min(self._at), 0)
         return WorkerLost(f"{named} {state} at layer {layer}: no step within {limit:.0f} s")
 
     def _named(self, rank: int) -> str:

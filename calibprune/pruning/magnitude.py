@@ -29,9 +29,11 @@ def prune(
     if n_of_m:
         keeps = [keep_n_of_m(part, *n_of_m) for part in scores]
     else:
-        removed = [
-            int(rows * part.shape[1] * sparsity)
-            for rows, part, sparsity in zip(shares.rows, scores, sparsities, strict=True)
-        ]
-        keeps = keep_all_but_lowest(scores, removed, shares.gang)
+        whole = shares.gather(torch.cat(scores)).split(shares.rows)
+        keeps = shares.mine(
+            [
+                keep_all_but_lowest(part, int(part.numel() * sparsity))
+                for part, sparsity in zip(whole, sparsities, strict=True)
+            ]
+        )
     return [weight.masked_fill(~keep, 0) for weight, keep in zip(weights, keeps, strict=True)]

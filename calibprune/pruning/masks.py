@@ -3,7 +3,6 @@
 Where scores are equal the lowest column is removed first. Scores are finite and compared in float32.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,8 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
-
-from calibprune.gang import ALONE, Gang
 
 GROUPS_AT_ONCE = 1 << 16
 ROWS_AT_ONCE = 64
@@ -37,43 +34,26 @@ def keep_lowest_removed(scores: Float[Tensor, "out in"], sparsity: float) -> Boo
     return keep
 
 
-def keep_all_but_lowest(
-    scores: Sequence[Float[Tensor, "_ in"]], removed: Sequence[int], gang: Gang = ALONE
-) -> list[Bool[Tensor, "_ in"]]:
-    """Removes exactly so many of each matrix's scores, the lowest; equal ones by column, then by row.
-
-    A gang's workers hold the matrices' rows in order of rank, each as many as it likes, and each gets its rows'
-    answer; `removed` counts whole matrices. Collective.
-    """
-    scores = [part.detach().to(torch.float32).contiguous() for part in scores]
-    if gang.size == 1:
-        for part, count in zip(scores, removed, strict=True):
-            if not 0 <= count <= part.numel():
-                raise ValueError(f"cannot remove {count} of {part.numel()} weights")
-        thresholds = [
-            _nth_lowest(part.view(1, -1), count)[0] if count else part.new_tensor(-math.inf)
-            for part, count in zip(scores, removed, strict=True)
-        ]
-    else:
-        thresholds = _nth_lowest_in_gang(scores, removed, gang)
-    keeps = [part > threshold for part, threshold in zip(scores, thresholds, strict=True)]
-    gone = torch.stack([(~keep).sum() for keep in keeps])
-    surplus = (gang.add(gone).cpu() - torch.tensor(removed)).tolist()
-    return [
-        keep | _last_ties(part == threshold, too_many, gang) if too_many else keep
-        for keep, part, threshold, too_many in zip(keeps, scores, thresholds, surplus, strict=True)
-    ]
-
-
-def _last_ties(
-    tied: Bool[Tensor, "rows columns"], count: int, gang: Gang
-) -> Bool[Tensor, "rows columns"]:
-    """Of a matrix's marked entries the last `count`, by column, then by row."""
-    of_rank = torch.zeros(gang.size, tied.shape[1], dtype=torch.int64, device=tied.device)
-    of_rank[gang.rank] = tied.sum(0)
-    in_column = gang.add(of_rank).sum(0)
-    before = in_column.cumsum(0) - in_column + of_rank[: gang.rank].sum(0)
-    return tied & (tied.cumsum(0) + before > in_column.sum() - count)
+def keep_all_but_lowest(scores: Float[Tensor, "out in"], removed: int) -> Bool[Tensor, "out in"]:
+    """Removes exactly `removed` of the matrix's scores, the lowest; equal ones by column, then by row."""
+    if not 0 <= removed <= scores.numel():
+        raise ValueError(f"cannot remove {removed} of {scores.numel()} weights")
+    if removed == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    scores = scores.detach().to(torch.float32)
+    threshold = _nth_lowest(scores.reshape(1, -1), removed)
+    keep = scores > threshold
+    surplus = removed - int((~keep).sum())
+    if surplus == 0:
+        return keep
+    tied = scores == threshold
+    kept_ties_from = tied.sum(0).cumsum(0)  # ties in this column and those before it
+    removed_ties = int(kept_ties_from[-1]) + surplus
+    column = int(torch.searchsorted(kept_ties_from, removed_ties))
+    keep[:, column + 1 :] |= tied[:, column + 1 :]
+    before = int(kept_ties_from[column - 1]) if column else 0
+    keep[:, column] |= tied[:, column] & (tied[:, column].cumsum(0) > removed_ties - before)
+    return keep
 
 
 def keep_n_of_m(scores: Float[Tensor, "out in"], kept: int, group: int) -> Bool[Tensor, "out in"]:
@@ -174,59 +154,3 @@ def _nth_lowest(scores: Float32[Tensor, "rows width"], n: int) -> Float32[Tensor
     if scores.shape[0] == 1:  # a GPU selects within one row on a single block
         return scores.sort(dim=1).values[:, n - 1]
     return scores.kthvalue(n, dim=1).values
-
-
-DIGITS = ((21, 11), (10, 11), (0, 10))  # (lowest bit, bits) of a float32 in turn, the highest first
-
-
-def _nth_lowest_in_gang(
-    scores: Sequence[Float32[Tensor, "_ columns"]], nth: Sequence[int], gang: Gang
-) -> list[Float32[Tensor, ""]]:
-    """Each matrix's n-th lowest score, counted from 1, over the rows of all workers; -inf for n = 0.
-
-    Floats sort like integers once negative ones are turned round: their digits are counted over all workers, from
-    the highest down, each time among the scores that share the digits found so far.
-    """
-    keys = [part.view(torch.int32) for part in scores]
-    prefix, rest = [-1] * len(keys), list(nth)
-    for low, bits in DIGITS:
-        counts = torch.stack(
-            [_count_digits(k, p, low, bits) for k, p in zip(keys, prefix, strict=True)]
-        )
-        sums = gang.add(counts.to(scores[0].device)).cpu().cumsum(1)
-        for index, n in enumerate(rest):
-            digit = int(torch.searchsorted(sums[index], n))
-            if n and digit == sums.shape[1]:
-                raise ValueError(f"cannot remove {nth[index]} weights: there are not so many")
-            rest[index] = n - (int(sums[index, digit - 1]) if digit and n else 0)
-            prefix[index] = digit if low == DIGITS[0][0] else prefix[index] << bits | digit
-    offset = 1 << 31
-    found = [(key - offset) ^ (0x7FFFFFFF if key < offset else 0) for key in prefix]
-    values = torch.tensor(found, dtype=torch.int32).view(torch.float32).to(scores[0].device)
-    return [
-        value if n else value.new_tensor(-math.inf) for value, n in zip(values, nth, strict=True)
-    ]
-
-
-def _count_digits(bits: Tensor, prefix: int, low: int, width: int) -> Tensor:
-    """How many keys have each value in bits [low, low + width), of those whose higher bits are `prefix`."""
-    if bits.device.type == "cpu":
-        counts = np.zeros(1 << width, np.int64)
-        _count_digits_compiled(bits.numpy().ravel(), prefix, low, width, counts)
-        return torch.from_numpy(counts)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).flatten().long() + (1 << 31)
-    if prefix >= 0:
-        keys = keys[keys >> (low + width) == prefix]
-    return torch.bincount((keys >> low) & ((1 << width) - 1), minlength=1 << width)
-
-
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _count_digits_compiled(
-    bits: np.ndarray, prefix: int, low: int, width: int, counts: np.ndarray
-) -> None:
-    mask = (1 << width) - 1
-    for value in bits:
-        key = np.int64(value ^ ((value >> np.int32(31)) & np.int32(0x7FFFFFFF))) + 2147483648
-        if prefix < 0 or key >> (low + width) == prefix:
-            counts[(key >> low) & mask] += 1

@@ -43,19 +43,33 @@ class RowShares:
             begun += rows
         return [*cuts, begun]
 
-    def ranges(self, rank: int) -> list[slice]:
-        """The worker's rows of every linear; empty slices where it has none."""
+    def run(self, rank: int) -> slice:
+        """The worker's run of the stacked rows."""
         total = sum(self.rows)
         first, last = (
             min(self._cuts, key=lambda cut: abs(cut - total * edge / self.gang.size))
             for edge in (rank, rank + 1)
         )
-        ranges, begun = [], 0
+        return slice(first, last)
+
+    def ranges(self, rank: int) -> list[slice]:
+        """The worker's rows of every linear; empty slices where it has none."""
+        run, ranges, begun = self.run(rank), [], 0
         for rows in self.rows:
-            start, stop = (min(max(edge - begun, 0), rows) for edge in (first, last))
+            start, stop = (min(max(edge - begun, 0), rows) for edge in (run.start, run.stop))
             ranges.append(slice(start, stop))
             begun += rows
         return ranges
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """All workers' runs of stacked rows from this worker's own; the same on all of them. Collective."""
+        if self.gang.size == 1:
+            return mine
+        whole = mine.new_empty(sum(self.rows), *mine.shape[1:])
+        whole[self.run(self.gang.rank)] = mine
+        ranks = range(self.gang.size)
+        self.gang.broadcast([(whole[self.run(rank)], rank) for rank in ranks])
+        return whole
 
     def mine(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """This worker's rows of whole weights, as views."""

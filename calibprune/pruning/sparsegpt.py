@@ -78,12 +78,12 @@ def prune(
     def lowest_of_each_linear(
         current: Float32[Tensor, "out in"], start: int, stop: int
     ) -> Bool[Tensor, "out columns"]:
-        scores = (current[:, start:stop] / upper.diagonal()[start:stop]).square()
-        removed = [
-            round(out * (stop - start) * sparsity)
-            for out, sparsity in zip(shares.rows, sparsities, strict=True)
+        scores = shares.gather((current[:, start:stop] / upper.diagonal()[start:stop]).square())
+        keep = [
+            keep_all_but_lowest(part, round(part.numel() * sparsity))
+            for part, sparsity in zip(scores.split(shares.rows), sparsities, strict=True)
         ]
-        return torch.cat(keep_all_but_lowest(scores.split(rows), removed, shares.gang))
+        return torch.cat(keep)[shares.run(shares.gang.rank)]
 
     chosen = n_of_m or lowest_of_each_linear
     solved = solve(stacked, upper, settings.blocksize, chosen, rows)

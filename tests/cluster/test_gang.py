@@ -45,7 +45,15 @@ def perplexities(models):
     return found
 
 
-@pytest.mark.parametrize(("size", "on_nodes"), [(1, {1}), (2, {1, 2}), (3, {2, 3}), (4, {3})])
+@pytest.mark.parametrize(
+    ("size", "on_nodes"),
+    [
+        pytest.param(1, {1}, marks=pytest.mark.slow),
+        (2, {1, 2}),
+        pytest.param(3, {2, 3}, marks=pytest.mark.slow),
+        (4, {3}),
+    ],
+)
 def test_any_number_of_workers_on_any_number_of_nodes_writes_the_same_bytes(
     nodes, models, pool, alone, perplexities, tmp_path, size, on_nodes
 ):

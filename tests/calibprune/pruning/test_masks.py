@@ -46,7 +46,7 @@ def test_counts_and_choice(shape, sparsity, ties):
     per_row, per_matrix = int(shape[1] * sparsity), int(shape[0] * shape[1] * sparsity)
     keep = keep_lowest_removed(scores, sparsity)
     assert torch.equal(keep, reference_rows(scores, per_row))
-    keep = keep_all_but_lowest([scores], [per_matrix])[0]
+    keep = keep_all_but_lowest(scores, per_matrix)
     assert torch.equal(keep, reference_matrix(scores, per_matrix))
 
 
@@ -54,14 +54,14 @@ def test_counts_and_choice(shape, sparsity, ties):
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_all_scores_equal(removed, value):
     scores = torch.full((10, 12), value)
-    keep = keep_all_but_lowest([scores], [removed])[0]
+    keep = keep_all_but_lowest(scores, removed)
     assert torch.equal(keep, reference_matrix(scores, removed))
 
 
 def test_impossible_counts_raise():
     for removed in (-1, 121):
         with pytest.raises(ValueError, match="120"):
-            keep_all_but_lowest([torch.zeros(10, 12)], [removed])
+            keep_all_but_lowest(torch.zeros(10, 12), removed)
 
 
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 8), (5, 6)])
@@ -100,6 +100,6 @@ def test_scores_are_not_modified():
     scores = torch.rand(20, 40)
     before = scores.clone()
     keep_lowest_removed(scores, 0.5)
-    keep_all_but_lowest([scores], [400])
+    keep_all_but_lowest(scores, 400)
     keep_n_of_m(scores, 2, 4)
     assert torch.equal(scores, before)
