@@ -215,5 +215,5 @@ def test_a_killed_pruning_worker_is_replaced_within_the_same_command(finished, f
             worker.kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "starting another" in errors
+    assert "2 of 2 workers at work again" in errors
     assert checkpoint_bytes(run) == checkpoint_bytes(finished)
