@@ -118,17 +118,18 @@ def resume(folder: Path) -> None:
 
 
 ONE = """
-import json, resource, sys, torch, transformers
+import json, sys, torch, transformers
 from calibprune.calibration.pool import read_pool
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.layerwise import prune_layers
+from calibprune.process import host_memory
 from calibprune.run import Stage
 model, tokens, folder, settings = sys.argv[1:]
 skeleton, stage = build_skeleton(ModelSettings(path=model)), Stage(folder)
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+base = host_memory()
 for _ in prune_layers(skeleton, read_pool(tokens), PruneSettings.model_validate_json(settings), stage): pass
-print(json.dumps([base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([base, host_memory("VmHWM")]))
 """
 
 

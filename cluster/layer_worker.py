@@ -7,7 +7,6 @@ where the work stands. All work is in the library.
 import datetime
 import logging
 import os
-import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from calibprune.config import ModelSettings, PruneSettings
 from calibprune.evaluation.perplexity import Perplexity, sweep_perplexity
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
+from calibprune.process import host_memory
 from calibprune.pruning.layerwise import prune_layers
 from calibprune.pruning.memory import offload_needed
 from calibprune.run import Record, Stage
@@ -77,8 +77,10 @@ class LayerWorker:
                 self._metrics = self._metrics or LayerMetrics()
                 self._metrics.record(event)
             yield event
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        yield {"bytes_read": skeleton.checkpoint.bytes_read, "peak_host_memory_bytes": peak}
+        yield {
+            "bytes_read": skeleton.checkpoint.bytes_read,
+            "peak_host_memory_bytes": host_memory("VmHWM"),
+        }
 
     def evaluate(
         self,

@@ -1,7 +1,6 @@
 """Bad input gets a clear error before work starts; and what a run will need, told in advance."""
 
 import os
-import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +123,7 @@ def kept_at_most(config: Config) -> int:
 
 def requirements(run: Run) -> dict[str, Any]:
     """What a run will need: parameters, bytes to move, memory of one pruning worker, part by part."""
+    from calibprune.process import host_memory
     from calibprune.pruning.memory import worker_memory
     from calibprune.pruning.selection import chosen_linears
 
@@ -135,7 +135,7 @@ def requirements(run: Run) -> dict[str, Any]:
     tokens = settings.sequences * settings.sequence_tokens
     workers = config.cluster.workers
     memory = worker_memory(
-        skeleton, config.prune, settings.sequences, settings.sequence_tokens, workers, _own_memory()
+        skeleton, config.prune, settings.sequences, settings.sequence_tokens, workers, host_memory()
     )
     picked = chosen_linears(skeleton, config.prune)
     pruned = sum(
@@ -181,8 +181,3 @@ def advice(needed: dict[str, Any], workers: int) -> list[str]:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
-
-
-def _own_memory() -> int:
-    """What a process with these libraries loaded takes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,6 +13,7 @@ from calibprune.errors import UserError
 from calibprune.gang import ALONE, Gang
 from calibprune.layers import LayerReader
 from calibprune.model import Skeleton
+from calibprune.process import return_free_memory
 from calibprune.sweep import LayerStop, Sweep
 
 LOSS_ROWS = 256
@@ -82,6 +83,7 @@ def sweep_perplexity(
             stop.pause_at_groups = False
             if stop.layer > 0:
                 skeleton.evict(skeleton.layers[stop.layer - 1])
+                return_free_memory()
             yield stop.layer
             skeleton.place_layer(stop.layer, reader.take(stop.layer).tensors)
     yield len(skeleton.layers)

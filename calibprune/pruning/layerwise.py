@@ -6,7 +6,6 @@ with the number of layers. What comes out does not depend on the number of worke
 """
 
 import math
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from calibprune.gang import ALONE, Gang
 from calibprune.layers import LayerReader, Loaded
 from calibprune.model import Skeleton
 from calibprune.parking import Fetched, Parking
+from calibprune.process import host_memory, return_free_memory
 from calibprune.pruning.export import REST, copy_rest
 from calibprune.pruning.methods import METHODS, prune_group
 from calibprune.pruning.rows import RowShares
@@ -109,6 +109,7 @@ def prune_layers(
                 failpoint(f"enter-{stop.layer}-{gang.rank}")
                 if stop.layer > first:
                     skeleton.evict(skeleton.layers[stop.layer - 1])
+                    return_free_memory()
                     snapshots.write(stop.layer, stop.hidden)
                 clock = Clock()
                 loaded = reader.take(stop.layer)
@@ -354,4 +355,4 @@ def _peak_memory(device: torch.device) -> int:
     """Peak bytes since the process started: of the GPU, or of the process itself."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return host_memory("VmHWM")

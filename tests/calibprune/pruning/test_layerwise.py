@@ -109,18 +109,19 @@ def test_errors_recorded_are_those_of_the_linears_outputs(tiny_llama, tmp_path, 
 
 
 MEASURED = """
-import json, resource, sys, torch, transformers
+import json, sys, torch, transformers
 from calibprune.calibration.pool import read_pool
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.layerwise import prune_layers
+from calibprune.process import host_memory
 from calibprune.run import Stage
 model, pool, folder, settings = sys.argv[1:]
 torch.set_num_threads(1)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-skeleton, before = build_skeleton(ModelSettings(path=model)), peak()
+skeleton = build_skeleton(ModelSettings(path=model))
+before = host_memory()
 list(prune_layers(skeleton, read_pool(pool), PruneSettings.model_validate_json(settings), Stage(folder)))
-print(json.dumps([before, peak()]))
+print(json.dumps([before, host_memory("VmHWM")]))
 """
 
 
@@ -142,5 +143,31 @@ def test_memory_is_predicted(tmp_path, method):
     before, peak = json.loads(ran.stdout.splitlines()[-1])
     skeleton = build_skeleton(ModelSettings(path=str(path)))
     predicted = worker_memory(skeleton, wanted, 96, 512, 1, before)
-    assert peak - before > 150e6, "too little to tell"
+    assert peak - before > 150e6, ("too little to tell", before, peak)
     assert abs(predicted.bytes / peak - 1) < 0.25, (predicted, before, peak)
+
+
+GROWTH = """
+import sys, tempfile, torch
+from calibprune.config import ModelSettings, PruneSettings
+from calibprune.model import build_skeleton
+from calibprune.process import host_memory
+from calibprune.pruning.layerwise import prune_layers
+from calibprune.run import Stage
+skeleton, after = build_skeleton(ModelSettings(path=sys.argv[1])), {}
+settings = PruneSettings.model_validate({"method": {"type": "wanda"}})
+for event in prune_layers(skeleton, torch.zeros(4, 32, dtype=torch.int64), settings, Stage(sys.argv[2])):
+    if isinstance(event, int): after[event] = host_memory()
+print(after[24] - after[6])
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    path = write_tiny_llama(
+        tmp_path / "model", layers=24, hidden=384, intermediate=1344, heads=6, kv_heads=6, dtype=torch.bfloat16
+    )  # fmt: skip
+    layer = 2 * (4 * 384**2 + 3 * 384 * 1344)
+    ran = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(path), str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert int(ran.stdout.splitlines()[-1]) < 4 * layer, "of 18 layers swept in between"
