@@ -13,6 +13,10 @@ GPU_SHARE = 0.9
 """Of a GPU's memory; the rest is left to its libraries and to fragments."""
 
 
+LIBRARIES_AT_WORK = 100 << 20
+"""What libraries take on a CPU once they compute: compiled kernels, packing buffers, one heap per thread. Measured."""
+
+
 @dataclass(frozen=True)
 class WorkerMemory:
     """Peak bytes of one worker by what holds them. Parts peak at different times; `bytes` knows which together."""
@@ -75,7 +79,7 @@ def worker_memory(
     # the widest group's weights in float32: scores or updated weights, a copy, and the mask
     weights = 9 * most_rows // workers
     return WorkerMemory(
-        process=0 if on_gpu else process_bytes,
+        process=0 if on_gpu else process_bytes + LIBRARIES_AT_WORK,
         layers=layer * (2 if on_gpu else 5),
         outside=max(outer, default=0) if on_gpu else 3 * rest,
         paused=mine * tokens * held_per_token * itemsize,
