@@ -9,6 +9,7 @@ import typer
 
 from calibprune import __version__
 from calibprune.errors import UserError
+from jobs import progress
 
 if TYPE_CHECKING:
     from jobs.run_folder import Run
@@ -154,12 +155,14 @@ def _read_report(finished: "Run") -> dict:
 
 
 def _stop(number: int, frame: object) -> None:
+    progress.stop_asked = True
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point: errors in one line; exit code 2 for what the user can mend, 1 for what failed, 130 for Ctrl-C."""
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     try:
         app()
     except Exception as error:

@@ -15,6 +15,8 @@ from rich.progress import (
 )
 
 LOG_SECONDS = 15.0
+stop_asked = False
+"""Set when a signal asks to stop: an exception raised from a signal handler may be lost inside a library's callback."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -61,7 +63,9 @@ class Steps:
             self._bar.stop()
 
     def to(self, done: int, detail: str = "") -> None:
-        """`done` steps are done now."""
+        """`done` steps are done now. Raises KeyboardInterrupt if the user asked to stop."""
+        if stop_asked:
+            raise KeyboardInterrupt
         self._done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, detail=detail)

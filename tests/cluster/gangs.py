@@ -26,11 +26,6 @@ def shards(stage: Stage) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in found}
 
 
-def facts(stage: Stage) -> list[dict]:
-    """What the done records say of the layers' linears."""
-    return [record.facts.get("linears") for record in stage.done().values()]
-
-
 class Run:
     """A pruning on a gang that is to survive what its failpoints do to it."""
 

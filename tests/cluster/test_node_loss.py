@@ -1,5 +1,7 @@
 """A node of the cluster dies under a gang, and comes back."""
 
+import signal
+
 import pytest
 
 from cluster.worker_group import run_gang
@@ -15,15 +17,15 @@ def test_a_node_that_dies_and_one_that_comes_back(failpoints, run, alone):
             "prune", run.arguments, workers=3, bundle=BUNDLE, cluster=SETTINGS,
             progress=lambda: len(run.stage.done_units()), notice=run.notices.append,
         )  # fmt: skip
-        killed = returned = False
+        stopped, killed, returned = failpoints / "solve-2-0", False, False
+        stopped.write_text(str(int(signal.SIGSTOP)))  # all wait for the first worker, at layer 2
         for _ in events:
-            done = len(run.stage.done_units())
-            if done >= 2 and not killed:
+            if not killed and not stopped.exists():
                 cluster.remove_node(lost, allow_graceful=False)  # SIGKILL of its raylet
                 killed = True
             if killed and not returned and any("2 of 3" in notice for notice in run.notices):
-                cluster.add_node(num_cpus=1)
                 (failpoints / "solve-4-0").touch()
+                cluster.add_node(num_cpus=1)
                 returned = True
         assert shards(run.stage) == alone("float32", run.way)
         assert killed and returned, run.notices

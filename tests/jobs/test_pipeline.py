@@ -167,7 +167,9 @@ def test_a_driver_killed_in_generate_and_in_prune_resumes_to_the_same_bytes(fini
     assert "unfinished" not in calibprune("status", run).stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_cleanly_and_says_how_to_resume(finished, folder, number):
     config, run = write_config(folder, number.name), folder / number.name
     shutil.copytree(finished, run)
@@ -199,6 +201,7 @@ def test_a_corrupted_pruned_shard_is_detected_and_named(finished, folder):
     assert f"{shard.name} is damaged" in result.stderr and len(result.stderr.splitlines()) < 6
 
 
+@pytest.mark.slow
 def test_a_killed_pruning_worker_is_replaced_within_the_same_command(finished, folder):
     run = folder / "worker-killed"
     shutil.copytree(finished, run)
