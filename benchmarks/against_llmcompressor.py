@@ -36,7 +36,8 @@ from calibprune.calibration.pool import read_pool
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import finish_checkpoint
-from calibprune.pruning.layerwise import layer_unit, prune_layers
+from calibprune.pruning.layer import layer_unit
+from calibprune.pruning.layerwise import prune_layers
 from calibprune.pruning.export import REST
 from calibprune.run import Stage
 model, pool, folder, settings, threads, dtype = sys.argv[1:]

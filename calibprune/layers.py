@@ -3,11 +3,9 @@
 Layer number i is owned by worker i mod size: it alone reads it, ahead of time, and broadcasts it.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -28,8 +26,6 @@ class Loaded:
     tensors: dict[str, Tensor]
     bytes_read: int
     """By this worker; 0 where another one owns the layer."""
-    seconds: float
-    """Waited for the read and the broadcast."""
 
 
 class LayerReader:
@@ -62,17 +58,12 @@ class LayerReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._pool.shutdown(wait=error is None, cancel_futures=True)
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=exception[0] is None, cancel_futures=True)
 
     def take(self, index: int) -> Loaded:
         """The tensors of the next layer, views of one buffer of their own."""
-        begun, size = time.perf_counter(), 0
+        size = 0
         places, total = self._layout(index)
         device = self._skeleton.device
         if self._gang.owns(index):
@@ -86,8 +77,7 @@ class LayerReader:
             buffer = torch.empty(total, dtype=torch.uint8, device=device)
         failpoint(f"broadcast-{index}-{self._gang.rank}")
         self._gang.broadcast([(buffer, index % self._gang.size)])
-        seconds = time.perf_counter() - begun
-        return Loaded(self._views(index, buffer, places), size, seconds)
+        return Loaded(self._views(index, buffer, places), size)
 
     def place_outer(self, name: str) -> None:
         """Puts a module from outside the layers in place: read by the first worker, broadcast."""

@@ -6,7 +6,6 @@ where the work stands. All work is in the library.
 
 import datetime
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,15 +43,14 @@ class LayerWorker:
         self._meeting = Meeting(address, self._timeout)
         return address, self._meeting.port
 
-    def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> int:
-        """Takes its place in the gang; returns this process's id."""
+    def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> None:
+        """Takes its place in the gang."""
         torch.set_num_threads(self._cpus)
         store = None
         if meeting is not None:
             store = self._meeting.store if self._meeting else meet(*meeting, self._timeout)
         self._gang = join(rank, size, self._device, store, ray.util.get_node_ip_address())
         self._at = "ready"
-        return os.getpid()
 
     def prune(
         self, model: ModelSettings, settings: PruneSettings, pool_url: str, stage_url: str

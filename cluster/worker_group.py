@@ -70,7 +70,7 @@ def run_gang(
 
 
 def rebuild(workers: int, bundle: Bundle, cluster: ClusterSettings) -> "WorkerGroup":
-    """A gang of as many workers, up to `workers`, as the cluster has room for now."""
+    """A gang of as many workers, up to `workers`, as there is room for in the cluster."""
     deadline = time.monotonic() + cluster.start_timeout_seconds
     while True:
         room = min(workers, capacity(bundle))

@@ -83,7 +83,7 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a configuration and its inputs, and say what the run will need. Starts no work."""
-    from calibprune.config import load_config
+    from calibprune.config_file import load_config
     from jobs.check import advice, check_before_work, requirements
     from jobs.run_folder import Run
 
@@ -137,7 +137,7 @@ def options(
 
 
 def _run(config: str, overrides: list[str] | None, stages: "list[str] | tuple[str, ...]") -> "Run":
-    from calibprune.config import load_config
+    from calibprune.config_file import load_config
 
     settings = load_config(config, overrides or ())
     from jobs.pipeline import run_stages

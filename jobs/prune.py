@@ -6,7 +6,7 @@ from typing import Any
 from calibprune import storage
 from calibprune.calibration.pool import pool_identity, read_pool
 from calibprune.pruning.export import REST, finish_checkpoint
-from calibprune.pruning.layerwise import layer_unit
+from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.selection import chosen_linears
 from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
 from calibprune.run import Record, Stage

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
+from calibprune.pruning.rows import row_slices
+
 GROUPS_AT_ONCE = 1 << 16
 ROWS_AT_ONCE = 64
 
@@ -69,7 +71,7 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], kept: int, group: int) -> Bool[
     grouped, flags = scores.view(-1, group).numpy(), keep.view(-1, group).numpy()
     on_threads(
         lambda rows: _keep_groups(grouped[rows], group - kept, flags[rows]),
-        row_slices(len(grouped), GROUPS_AT_ONCE),
+        row_slices([len(grouped)], GROUPS_AT_ONCE),
     )
     return keep
 
@@ -104,11 +106,6 @@ def on_threads(work: Callable[[slice], None], parts: Sequence[slice]) -> None:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def row_slices(rows: int, most: int) -> list[slice]:
-    """Slices of at most so many rows."""
-    return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -149,7 +146,7 @@ def _nth_lowest(scores: Float32[Tensor, "rows width"], n: int) -> Float32[Tensor
         def select(rows: slice) -> None:
             lowest[rows] = np.partition(values[rows], n - 1, axis=1)[:, n - 1]
 
-        on_threads(select, row_slices(len(values), ROWS_AT_ONCE))
+        on_threads(select, row_slices([len(values)], ROWS_AT_ONCE))
         return torch.from_numpy(lowest)
     if scores.shape[0] == 1:  # a GPU selects within one row on a single block
         return scores.sort(dim=1).values[:, n - 1]

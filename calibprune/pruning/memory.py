@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 
 import torch
-from torch import nn
 
 from calibprune.config import PruneSettings
 from calibprune.model import Skeleton
@@ -11,7 +10,6 @@ from calibprune.pruning.methods import METHODS
 
 GPU_SHARE = 0.9
 """Of a GPU's memory; the rest is left to its libraries and to fragments."""
-
 
 LIBRARIES_AT_WORK = 100 << 20
 """What libraries take on a CPU once they compute: compiled kernels, packing buffers, one heap per thread. Measured."""
@@ -62,10 +60,7 @@ def worker_memory(
         for index in range(len(skeleton.layers))
     )
     linears = skeleton.linears(0).values()
-    outer = {
-        stored[name].bytes: name for name in skeleton.rest_tensors()
-    }  # by size: the embedding is the largest
-    rest = sum(stored[name].bytes for name in skeleton.rest_tensors())
+    rest = [stored[name].bytes for name in skeleton.rest_tensors()]
     batches = -(-sequences // settings.batch_sequences)
     mine = min(sequences, -(-batches // workers) * settings.batch_sequences)
     hidden = skeleton.model.config.get_text_config().hidden_size
@@ -73,15 +68,14 @@ def worker_memory(
     itemsize = skeleton.dtype.itemsize
     batch_tokens = min(settings.batch_sequences, sequences) * tokens
     widest = max(linear.in_features for linear in linears)
-    most_rows = max(_rows_of_groups(skeleton))
     need = METHODS[type(settings.method)].need
     gram = 20 * widest**2 if need == "gram" else 0  # int64 sums, then float32 sums and factors
     # the widest group's weights in float32: scores or updated weights, a copy, and the mask
-    weights = 9 * most_rows // workers
+    weights = 9 * max(_weights_of_groups(skeleton)) // workers
     return WorkerMemory(
         process=0 if on_gpu else process_bytes + LIBRARIES_AT_WORK,
         layers=layer * (2 if on_gpu else 5),
-        outside=max(outer, default=0) if on_gpu else 3 * rest,
+        outside=max(rest, default=0) if on_gpu else 3 * sum(rest),
         paused=mine * tokens * held_per_token * itemsize,
         forward=batch_tokens * 3 * max(linear.out_features for linear in linears) * itemsize,
         solving=gram + weights + (batch_tokens * widest * 4 if need == "gram" else 0),
@@ -110,11 +104,10 @@ def _held_per_token(hidden: int, widths: list[int]) -> int:
     return 4 * hidden + max(widths)
 
 
-def _rows_of_groups(skeleton: Skeleton) -> list[int]:
+def _weights_of_groups(skeleton: Skeleton) -> list[int]:
     """Weights of the linears of the first layer that may share an input: those of one block and one width."""
     groups: dict[tuple[str, int], int] = {}
     for name, linear in skeleton.linears(0).items():
-        assert isinstance(linear, nn.Linear)
         key = (name.rpartition(".")[0], linear.in_features)
         groups[key] = groups.get(key, 0) + linear.weight.numel()
     return list(groups.values())

@@ -20,6 +20,16 @@ def row_chunk(device: torch.device) -> int:
     return ROW_CHUNK.get(device.type, GPU_ROW_CHUNK)
 
 
+def row_slices(rows: Sequence[int], most: int) -> list[slice]:
+    """Slices of at most `most` of the stacked rows of several matrices, none across two of them."""
+    slices, begun = [], 0
+    for count in rows:
+        end = begun + count
+        slices += [slice(start, min(start + most, end)) for start in range(begun, end, most)]
+        begun = end
+    return slices
+
+
 @dataclass(frozen=True)
 class RowShares:
     """Every worker has one run of the stacked rows, in order of rank, cut at multiples of `chunk` of a linear."""
@@ -37,11 +47,7 @@ class RowShares:
     @cached_property
     def _cuts(self) -> list[int]:
         """Where the stacked rows may be cut."""
-        cuts, begun = [], 0
-        for rows in self.rows:
-            cuts += [begun + start for start in range(0, rows, self.chunk)]
-            begun += rows
-        return [*cuts, begun]
+        return [*(part.start for part in row_slices(self.rows, self.chunk)), sum(self.rows)]
 
     def run(self, rank: int) -> slice:
         """The worker's run of the stacked rows."""

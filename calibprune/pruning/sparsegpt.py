@@ -24,7 +24,7 @@ from calibprune.pruning.masks import (
     mark_kept,
     on_threads,
 )
-from calibprune.pruning.rows import RowShares, row_chunk
+from calibprune.pruning.rows import RowShares, row_chunk, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
 
 INVERSE_ROWS = 128
@@ -135,25 +135,22 @@ def solve(
     column; `rows` the rows of each of the stacked linears. arXiv 2301.00774, algorithm 1.
     """
     weights = weights.clone(memory_format=torch.contiguous_format)
-    width, chunk = weights.shape[1], row_chunk(weights.device)
-    parts, begun = [], 0  # the same cuts whoever solves the rows: no product's shape depends on it
-    for count in rows or [len(weights)]:
-        starts = range(begun, begun + count, chunk)
-        parts += [slice(start, min(start + chunk, begun + count)) for start in starts]
-        begun += count
-    compiled = _runs_compiled(weights.device)
-    for start in range(0, width, blocksize):
-        stop = min(start + blocksize, width)
-        if isinstance(chosen, tuple):
-            keep, n_of_m = torch.ones_like(weights[:, start:stop], dtype=torch.bool), chosen
-        else:
-            keep, n_of_m = chosen(weights, start, stop).contiguous(), None
-        if compiled:
-            on_threads(partial(_solve_part, weights, keep, upper, start, n_of_m), parts)
-            continue
-        errors = _block_solver(weights.device)(weights, keep, upper, start, n_of_m)
-        for part in parts:
-            _pass_on_errors(weights[part, stop:], errors[part], upper[start:stop, stop:])
+    width = weights.shape[1]
+    # the same cuts whoever solves the rows: no product's shape depends on it
+    parts = row_slices(rows or [len(weights)], row_chunk(weights.device))
+    with full_float32():  # out here: the threads share the setting
+        for start in range(0, width, blocksize):
+            stop = min(start + blocksize, width)
+            if isinstance(chosen, tuple):
+                keep, n_of_m = torch.ones_like(weights[:, start:stop], dtype=torch.bool), chosen
+            else:
+                keep, n_of_m = chosen(weights, start, stop).contiguous(), None
+            if _runs_compiled(weights.device):
+                on_threads(partial(_solve_part, weights, keep, upper, start, n_of_m), parts)
+                continue
+            errors = _block_solver(weights.device)(weights, keep, upper, start, n_of_m)
+            for part in parts:
+                _pass_on_errors(weights[part, stop:], errors[part], upper[start:stop, stop:])
     return weights
 
 
@@ -193,8 +190,7 @@ def _pass_on_errors(
     upper: Float32[Tensor, "columns tail"],
 ) -> None:
     """tail -= errors @ upper, through memory of its own: a product's last bits may depend on where its result lies."""
-    with full_float32():
-        tail -= torch.mm(errors.contiguous(), upper)
+    tail -= torch.mm(errors.contiguous(), upper)
 
 
 def _reversed(matrix: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
@@ -257,9 +253,8 @@ def _solve_rows(
     kept, group = pattern
     columns = keep.shape[1]
     inner = upper[start : start + columns, start : start + columns].copy()  # near in memory
-    block = np.empty(
-        (columns, LANES), np.float32
-    )  # transposed: the loop over rows is the vectorised one
+    # transposed: the loop over rows is the vectorised one
+    block = np.empty((columns, LANES), np.float32)
     error = np.empty(LANES, np.float32)
     scores = np.empty(group, np.float32)
     for first in range(0, weights.shape[0], LANES):

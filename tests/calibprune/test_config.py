@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from calibprune.config import Config, load_config, parse_pattern
+from calibprune.config import Config, parse_pattern
+from calibprune.config_file import load_config
 from calibprune.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.errors import UserError
 from calibprune.model import build_skeleton
-from calibprune.pruning import layerwise
+from calibprune.pruning import layer
 from calibprune.pruning.export import REST, finish_checkpoint
-from calibprune.pruning.layerwise import layer_unit, prune_layers
+from calibprune.pruning.layer import layer_unit
+from calibprune.pruning.layerwise import prune_layers
 from calibprune.run import Record, Stage
 
 TOKENS = torch.randint(0, 300, (6, 48), generator=torch.Generator().manual_seed(1))
@@ -70,7 +71,7 @@ def test_zeros_where_asked_and_the_saved_checkpoint_computes_what_the_sweep_did(
     )
     last = list(skeleton.linears(LAYERS - 1))[-1]
     seen, groups = [], set()  # what the last linear of all saw while the model was being pruned
-    prune = layerwise.LayerInWork.prune
+    prune = layer.LayerInWork.prune
 
     def watch(self, stop):
         groups.add(stop.linears)
@@ -78,7 +79,7 @@ def test_zeros_where_asked_and_the_saved_checkpoint_computes_what_the_sweep_did(
             seen.extend(x.clone() for x in stop.inputs)
         prune(self, stop)
 
-    monkeypatch.setattr(layerwise.LayerInWork, "prune", watch)
+    monkeypatch.setattr(layer.LayerInWork, "prune", watch)
     events = list(prune_layers(skeleton, TOKENS, settings, stage))
     assert sum(isinstance(event, Record) for event in events) == LAYERS + 1
     expected = SHARED_INPUTS.get(

@@ -14,7 +14,7 @@ from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import REST
-from calibprune.pruning.layerwise import layer_unit
+from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record, Stage
 from cluster.worker_group import WorkerGroup, WorkFailed
 from tests.cluster.gangs import BUNDLE, LAYERS, SETTINGS, WAYS, shards

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.errors import UserError
 from calibprune.model import build_skeleton
-from calibprune.pruning.layerwise import layer_unit, prune_layers
+from calibprune.pruning.layer import layer_unit
+from calibprune.pruning.layerwise import prune_layers
 from calibprune.pruning.memory import worker_memory
 from calibprune.run import Stage
 from tests.tiny import write_tiny_llama
@@ -87,18 +88,18 @@ def test_a_done_record_says_where_the_time_and_the_bytes_went(tiny_llama, tmp_pa
 
 def test_errors_recorded_are_those_of_the_linears_outputs(tiny_llama, tmp_path, monkeypatch):
     """Measured on so many tokens that they are all there are."""
-    from calibprune.pruning import layerwise
+    from calibprune.pruning import layer
 
-    monkeypatch.setattr(layerwise, "ERROR_TOKENS", TOKENS.numel())
+    monkeypatch.setattr(layer, "ERROR_TOKENS", TOKENS.numel())
     inputs = []
-    prune_group = layerwise.LayerInWork.prune
+    prune_group = layer.LayerInWork.prune
 
     def watch(self, stop):
         if (stop.layer, stop.linears) == (0, ("mlp.down_proj",)):
             inputs.extend(x.clone() for x in stop.inputs)
         prune_group(self, stop)
 
-    monkeypatch.setattr(layerwise.LayerInWork, "prune", watch)
+    monkeypatch.setattr(layer.LayerInWork, "prune", watch)
     stage, after = prune(tiny_llama, tmp_path, batch_sequences=1)
     name = "model.layers.0.mlp.down_proj.weight"
     dense, pruned = load_file(tiny_llama / "model.safetensors")[name].double(), after[name].double()

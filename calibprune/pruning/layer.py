@@ -1,0 +1,206 @@
+"""One layer while it is pruned: its groups solved one after another, measured, and committed by its owner."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibprune.checkpoint import to_bytes
+from calibprune.config import PruneSettings
+from calibprune.failpoint import failpoint
+from calibprune.gang import Gang
+from calibprune.layers import Loaded
+from calibprune.model import Skeleton
+from calibprune.parking import Fetched
+from calibprune.process import host_memory
+from calibprune.pruning.methods import METHODS, prune_group
+from calibprune.pruning.rows import RowShares
+from calibprune.pruning.statistics import (
+    Statistics,
+    add_up,
+    column_squares,
+    finish,
+    magnitude_bound,
+    observe,
+    output_error,
+)
+from calibprune.run import Record, Stage
+from calibprune.sweep import GroupStop
+
+ERROR_TOKENS = 256
+"""Tokens, spread over all micro-batches, that a linear's relative output error is measured on."""
+
+
+def layer_unit(index: int) -> str:
+    return f"layer-{index:05d}"
+
+
+class Clock:
+    """Seconds by kind of work, lap by lap."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start()
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self, kind: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[kind] += now - self._since
+        self._since = now
+
+
+@dataclass
+class LayerInWork:
+    """One layer between being put in place and being committed."""
+
+    skeleton: Skeleton
+    settings: PruneSettings
+    gang: Gang
+    index: int
+    chosen: tuple[str, ...]
+    """Paths, inside the layer, of the linears to prune; the others stay dense."""
+    micro_batches: int
+    """Of the whole gang."""
+    loaded: Loaded
+    """Everything stored under the layer; pruned weights replace theirs here."""
+    clock: Clock
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return self.facts.keys() == set(self.chosen)
+
+    def prune(self, stop: GroupStop) -> None:
+        """Prunes the linears of one group and, unless the forwards are to stay dense, puts them in place.
+
+        Collective. Raises ValueError, naming layer and group, where the group cannot be solved.
+        """
+        paths = [path for path in stop.linears if path in self.chosen]
+        if not paths:
+            return
+        names = [self._stored_name(path) for path in paths]
+        weights = [self.loaded.tensors[name] for name in names]
+        shares = RowShares.of(weights, self.gang)
+        mine = shares.mine(weights)
+        inputs = Fetched(stop.inputs, self.skeleton.device)
+        try:
+            statistics = self._statistics(inputs)
+            failpoint(f"solve-{self.index}-{self.gang.rank}")
+            sparsities = [self.settings.target_sparsity] * len(weights)
+            pruned = prune_group(
+                mine, statistics, sparsities, self.settings.n_of_m, self.settings.method, shares
+            )
+        except ValueError as error:
+            group = ", ".join(paths)
+            raise ValueError(f"layer {self.index}, group {group}: {error}") from error
+        self.clock.lap("solve")
+        self._measure(paths, shares, mine, pruned, inputs)
+        self.clock.lap("measure")
+        if self.settings.inputs == "dense":  # the forwards go on through the weights as they were
+            weights = [torch.empty_like(weight) for weight in weights]
+            self.loaded.tensors.update(zip(names, weights, strict=True))
+        for target, part in zip(shares.mine(weights), pruned, strict=True):
+            target.copy_(part)
+        self.gang.broadcast(shares.pieces(weights))
+        if self.settings.inputs == "pruned":
+            self._put_in_place(paths, weights)
+        self.clock.lap("gather")
+
+    def _statistics(self, inputs: Sequence[Tensor]) -> Statistics:
+        need = METHODS[type(self.settings.method)].need
+        squares = column_squares(inputs, need)
+        bound = self.gang.largest(magnitude_bound(squares))
+        sums = observe(inputs, squares, need, bound, self.micro_batches)
+        self.clock.lap("statistics")
+        failpoint(f"reduce-{self.index}-{self.gang.rank}")
+        statistics = finish(add_up(sums, self.gang))
+        self.clock.lap("reduce")
+        return statistics
+
+    def _measure(
+        self,
+        paths: list[str],
+        shares: RowShares,
+        before: list[Tensor],
+        after: list[Tensor],
+        inputs: Sequence[Tensor],
+    ) -> None:
+        """Every linear's zeros and relative output error, each worker measuring its own rows."""
+        tokens = self._sample(inputs).to(torch.float32)
+        measured = [output_error(b, a, tokens) for b, a in zip(before, after, strict=True)]
+        values = torch.zeros(self.gang.size, len(paths), 3, dtype=torch.float64)
+        values[self.gang.rank] = torch.stack(measured).cpu()
+        values = self.gang.collect(values, [self.gang.rank])
+        for path, rows, dense, of_workers in zip(
+            paths, shares.rows, before, values.unbind(1), strict=True
+        ):
+            error, size, zeros = (math.fsum(column) for column in of_workers.T.tolist())
+            relative = math.sqrt(error / size) if size else 0.0 if error == 0 else math.inf
+            self.facts[path] = {
+                "parameters": rows * dense.shape[1],
+                "zeros": int(zeros),
+                "relative_error": float(f"{relative:.5g}"),  # the rest is rounding
+            }
+
+    def _sample(self, inputs: Sequence[Tensor]) -> Tensor:
+        """A few tokens of every micro-batch of all workers, [tokens, in], the same on every worker."""
+        sequence_tokens, width = inputs[0].shape[-2:]  # no micro-batch has fewer tokens
+        each = min(math.ceil(ERROR_TOKENS / self.micro_batches), sequence_tokens)
+        tokens = inputs[0].new_empty(self.micro_batches * each, width)
+        parts = list(tokens.split(each))
+        for index, batch in zip(self.gang.dealt(range(len(parts))), inputs, strict=True):
+            rows = batch.flatten(0, -2)
+            parts[index].copy_(rows[:: len(rows) // each][:each])
+        self.gang.broadcast([(part, index % self.gang.size) for index, part in enumerate(parts)])
+        return tokens
+
+    def _put_in_place(self, paths: list[str], weights: list[Tensor]) -> None:
+        linears = self.skeleton.linears(self.index)
+        for path, weight in zip(paths, weights, strict=True):
+            if linears[path].weight.data_ptr() != weight.data_ptr():  # stored in another dtype
+                placed = weight.to(self.skeleton.dtype)
+                linears[path].weight = nn.Parameter(placed, requires_grad=False)
+
+    def commit(self, stage: Stage) -> Record:
+        """Publishes the layer's shard and its done record: the owner's part."""
+        started = time.perf_counter()
+        tensors = {name: tensor.cpu() for name, tensor in self.loaded.tensors.items()}
+        data = to_bytes(tensors)
+        published = stage.put(layer_unit(self.index), data, "safetensors", "checkpoint", "model")
+        facts = {
+            "layer": self.index,
+            "worker": self.gang.rank,
+            "workers": self.gang.size,
+            "seconds": {**self.clock.seconds, "write": time.perf_counter() - started},
+            "bytes_read": self.loaded.bytes_read,
+            "bytes_written": len(data),
+            "peak_memory_bytes": _peak_memory(self.skeleton.device),
+            "tensors": {name: tensor.nbytes for name, tensor in sorted(tensors.items())},
+            "linears": {path: self.facts[path] for path in self.chosen},
+            "kept_dense": sorted(self._matrices() - set(self.chosen)),
+        }
+        return stage.commit(layer_unit(self.index), published, facts)
+
+    def _matrices(self) -> set[str]:
+        """Everything in the layer that might be pruned: its linears and its fused experts."""
+        return {*self.skeleton.linears(self.index), *self.skeleton.fused(self.index)}
+
+    def _stored_name(self, path: str) -> str:
+        prefix = self.skeleton.layer_prefix(self.index)
+        return self.skeleton.stored_name(f"{prefix}{path}.weight")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes since the process started: of the GPU, or of the process itself."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return host_memory("VmHWM")
