@@ -19,7 +19,7 @@ import torch
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.layerwise import prune_layers
-from calibprune.pruning.methods import METHODS
+from calibprune.pruning.methods import need_of
 from calibprune.pruning.sparsegpt import inverse_factor
 from calibprune.run import Record, Stage
 
@@ -106,13 +106,13 @@ with tempfile.TemporaryDirectory() as name:
     linears = skeleton.linears(0)
 
 tokens = options.sequences * options.tokens
-need = METHODS[type(settings.method)].need
+need = need_of(settings)
 widths = [options.hidden] * 3 + [options.intermediate]  # q,k,v | o | gate,up | down
 forward = 2 * tokens * sum(linear.weight.numel() for linear in linears.values())
 forward += 2 * tokens * options.tokens * options.hidden  # causal attention: half of QK^T and of PV
-gram = sum(tokens * width**2 for width in widths) if need == "gram" else 0
+gram = sum(tokens * width**2 for width in widths) if "gram" in need else 0
 rate = product_rate()
-factor = factorisation_seconds(widths) if need == "gram" else 0.0
+factor = factorisation_seconds(widths) if "gram" in need else 0.0
 floor = (forward + gram) / rate + factor
 parts = {kind: statistics.median(m[kind] for m in measured[1:]) for kind in measured[0]}
 work = sum(seconds for kind, seconds in parts.items() if kind not in ("load", "write"))

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     field_validator,
@@ -29,6 +30,11 @@ def _regular_expression(expression: str) -> str:
     except re.error as error:
         raise ValueError(f"not a regular expression: {error}") from None
     return expression
+
+
+def _named(value: object) -> object:
+    """A name alone stands for that type with its defaults."""
+    return {"type": value} if isinstance(value, str) else value
 
 
 Url = Annotated[str, AfterValidator(_without_credentials)]
@@ -160,18 +166,103 @@ class Wanda(Section):
     type: Literal["wanda"]
 
 
+class RIA(Section):
+    type: Literal["ria"]
+    power: Annotated[float, Field(ge=0)] = 0.5
+    """Of the norm of the inputs."""
+    per_row: bool = False
+    """Compare within every row instead of within the whole matrix."""
+
+
+class DSnoT(Section):
+    type: Literal["dsnot"]
+    initial: Literal["wanda", "magnitude"] = "wanda"
+    max_swaps: PositiveInt = 50
+    """Most exchanges in one row."""
+    variance_power: Annotated[float, Field(ge=0)] = 1.0
+    faithful: bool = False
+    """As the published code does: the MLP is left as it starts, and a row ends below the threshold. Otherwise every
+    linear takes part and a row ends when no exchange lowers its error."""
+    threshold: Annotated[float, Field(ge=0)] = 0.1
+    """Of the expected output error summed over one sequence's tokens; only if `faithful`."""
+
+
 class SparseGPT(Section):
     type: Literal["sparsegpt"]
     blocksize: PositiveInt = 128
     damping: Annotated[float, Field(gt=0)] = 0.01
     """Fraction of the Gram matrix's mean diagonal that is added to its diagonal."""
+    per_row: bool = False
+    """Remove equally many weights of every row instead of comparing all rows of a block."""
 
 
-Method = Annotated[Magnitude | Wanda | SparseGPT, Field(discriminator="type")]
+class ALPS(Section):
+    type: Literal["alps"]
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    """Fraction of the Gram matrix's mean diagonal that is added to its diagonal."""
+    rho: Annotated[float, Field(gt=0)] = 0.1
+    """Penalty at the start; it grows as the support settles."""
+    max_iterations: PositiveInt = 300
+    """Of the search for the support."""
+    refit_iterations: PositiveInt = 100
+    """Most steps of conjugate gradients that refit the weights that stay."""
+    per_row: bool = False
+    """Compare within every row instead of within the whole matrix."""
+
+
+Method = Annotated[
+    Magnitude | Wanda | RIA | DSnoT | SparseGPT | ALPS,
+    Field(discriminator="type"),
+    BeforeValidator(_named),
+]
+
+
+class Swaps(Section):
+    """Any method's mask refined by the best exchanges of one kept and one pruned weight of a row."""
+
+    type: Literal["swaps"]
+    max_swaps: PositiveInt = 100
+    """Most exchanges in one row."""
 
 
 class UniformAllocation(Section):
+    """Every layer the same sparsity."""
+
     type: Literal["uniform"]
+
+
+class OWL(Section):
+    """Denser where more weights stand out from their layer's mean; takes a dense sweep of its own first."""
+
+    type: Literal["owl"]
+    lam: Annotated[float, Field(ge=0)] = 0.08
+    """Lambda: half the range of the sparsities."""
+    m: Annotated[float, Field(gt=0)] = 5.0
+    """M: a weight stands out if its score is more than M times the mean."""
+    per: Literal["layer", "linear"] = "layer"
+
+
+class AlphaPruning(Section):
+    """Denser where the weights' spectrum has the heavier tail. No calibration data."""
+
+    type: Literal["alphapruning"]
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Sparsities go from 1 - epsilon to 1 + epsilon, times a common factor."""
+    per: Literal["layer", "linear"] = "layer"
+
+
+class ListAllocation(Section):
+    """A sparsity of your own for every layer."""
+
+    type: Literal["list"]
+    sparsities: tuple[Annotated[float, Field(ge=0, lt=1)], ...]
+
+
+Allocation = Annotated[
+    UniformAllocation | OWL | AlphaPruning | ListAllocation,
+    Field(discriminator="type"),
+    BeforeValidator(_named),
+]
 
 
 class PruneSettings(Section):
@@ -180,7 +271,10 @@ class PruneSettings(Section):
     """Fraction of weights removed; None: 0.5, or what the pattern says."""
     pattern: str = "unstructured"
     """`unstructured`, or "N:M": N of every M consecutive input weights are kept."""
-    allocation: UniformAllocation = UniformAllocation(type="uniform")
+    allocation: Allocation = UniformAllocation(type="uniform")
+    """How the sparsity is shared out over layers; its mean over parameters is `sparsity` all the same."""
+    refine: Annotated[Swaps | None, BeforeValidator(_named)] = None
+    """What makes the method's mask better; None: nothing."""
     inputs: Literal["pruned", "dense"] = "pruned"
     """What a layer is calibrated on: outputs of the pruned layers before it, or of the dense ones."""
     layers: Regex | None = None

@@ -78,6 +78,15 @@ def explain(error: ValidationError, content: Any) -> str:
         return f"unknown key {key}: {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing"
+    context = problem.get("ctx", {})
+    if problem["type"] == "union_tag_invalid":
+        tag, valid = context["tag"], context["expected_tags"].replace("'", "")
+        near = difflib.get_close_matches(tag, valid.split(", "), n=1, cutoff=0.5)
+        return f"{key}: there is no {tag!r}: " + (
+            f"did you mean {near[0]}?" if near else f"it is one of {valid}"
+        )
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}: its type is missing, as in {key}.type=..."
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""

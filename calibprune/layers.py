@@ -14,6 +14,8 @@ from torch import Tensor
 from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
+from calibprune.parking import Parking
+from calibprune.sweep import Sweep
 
 ALIGNMENT = 64
 """Bytes. The last bits of a product may depend on where its factors begin, so all workers hold them alike."""
@@ -128,3 +130,33 @@ class LayerReader:
             for name, view in views.items():
                 view.copy_(committed[name])
         return buffer, sum(view.nbytes for view in views.values())
+
+
+def paused_sweep(
+    skeleton: Skeleton,
+    batches: list[Tensor],
+    reader: LayerReader,
+    *,
+    first: int = 0,
+    hidden: Callable[[int], Tensor] | None = None,
+    offload: bool = False,
+) -> Sweep:
+    """A sweep of micro-batches of token ids up to the last hidden states, modules outside the layers put in place by
+    themselves. `first`, `hidden`: as `Sweep` has them; `offload`: paused forwards hold what they can in host memory.
+    """
+
+    def leave_outer(name: str) -> None:
+        skeleton.evict(skeleton.outer_modules[name])
+        reader.outer_held = {}
+
+    return Sweep(
+        lambda tokens: skeleton.model(input_ids=tokens, use_cache=False, logits_to_keep=1),
+        skeleton.layers,
+        batches,
+        outer_modules=skeleton.outer_modules,
+        enter_outer=reader.place_outer,
+        leave_outer=leave_outer,
+        first=first,
+        hidden=hidden,
+        parking=Parking(skeleton.device) if offload else None,
+    )

@@ -29,8 +29,9 @@ class LayerMetrics:
 
     def record(self, record: Record) -> None:
         facts = record.facts
-        self._read.inc(facts["bytes_read"]) if facts["bytes_read"] else None
-        self._written.inc(facts["bytes_written"])
+        for counter, name in ((self._read, "bytes_read"), (self._written, "bytes_written")):
+            if facts.get(name):  # a counter takes no zero
+                counter.inc(facts[name])
         if "layer" not in facts:
             return
         layer = str(facts["layer"])

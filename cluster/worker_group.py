@@ -19,6 +19,7 @@ from cluster.session import Actors, Bundle, NoRoom, capacity, death
 
 ATTEMPTS = 3
 """Losses in a row, without a step of progress in between, before the work is given up."""
+NOWHERE = -(1 << 30)
 POLL_SECONDS = 1.0
 CULPRIT_SECONDS = 15.0
 """How long a worker whose peers are gone waits for one of them to turn out dead."""
@@ -111,7 +112,7 @@ class WorkerGroup:
         )
         self.nodes = self._actors.nodes
         self._start_seconds = float(seconds)
-        self._at = [-1] * count
+        self._at = [NOWHERE] * count
         try:
             self._join()
         except BaseException:
@@ -132,9 +133,10 @@ class WorkerGroup:
     ) -> Iterator[Any]:
         """What the workers yield, in the order of arrival; None about once a second in between.
 
-        Whole numbers are taken for the number of layers left behind. Raises WorkerLost and UserError.
+        Whole numbers are taken for the layers left behind, negative ones for those of a sweep before the real one.
+        Raises WorkerLost and UserError.
         """
-        self._at = [-1] * len(self)
+        self._at, moves = [NOWHERE] * len(self), 0
         streams = {
             getattr(handle, method).options(num_returns="streaming").remote(*arguments): rank
             for rank, handle in enumerate(self._actors.handles)
@@ -160,12 +162,12 @@ class WorkerGroup:
                     if isinstance(event, int) and event > self._at[rank]:
                         self._at[rank] = event
                         if event == min(self._at):
-                            longest, moved = max(longest, now - moved), now
+                            longest, moved, moves = max(longest, now - moved), now, moves + 1
                     yield event
             if suspect and (now - suspect[0] > CULPRIT_SECONDS or not streams):
                 raise suspect[1]
             limit = layer_timeout_seconds or max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)
-            if min(self._at) < (0 if layer_timeout_seconds else 1):  # nothing is measured yet
+            if moves < (1 if layer_timeout_seconds else 2):  # nothing is measured yet
                 limit = max(limit, self._start_seconds)
             if now - moved > limit:
                 raise self._hanging(limit)
@@ -200,7 +202,7 @@ class WorkerGroup:
         if isinstance(cause, UserError):
             return UserError(str(cause))
         where = self._named(rank) if rank is not None else "a worker"
-        at = f" at layer {max(self._at[rank], 0)}" if rank is not None else ""
+        at = f" at {_place(self._at[rank])}" if rank is not None else ""
         reason = " ".join(str(cause).split())[:400] or type(cause).__name__
         if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
             return WorkFailed(f"{where}{at}: {reason}")
@@ -216,8 +218,14 @@ class WorkerGroup:
         ranks = sorted(asked[reference] for reference in silent) or sorted(asked.values())
         named = ", ".join(self._named(rank) for rank in ranks)
         state = "does not answer" if silent else "makes no progress"
-        layer = max(min(self._at), 0)
-        return WorkerLost(f"{named} {state} at layer {layer}: no step within {limit:.0f} s")
+        place = _place(min(self._at))
+        return WorkerLost(f"{named} {state} at {place}: no step within {limit:.0f} s")
 
     def _named(self, rank: int) -> str:
         return f"worker {rank} on {self.nodes[rank]}"
+
+
+def _place(at: int) -> str:
+    if NOWHERE < at < 0:
+        return "the sweep before the first layer is pruned"
+    return f"layer {max(at, 0)}"

@@ -31,9 +31,11 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     ):
         _check_generate(run)
     if "prune" in stages:
+        from calibprune.pruning.allocation import check_allocation, shapes_of
         from calibprune.pruning.selection import chosen_linears
 
-        chosen_linears(run.skeleton, run.config.prune)
+        chosen = chosen_linears(run.skeleton, run.config.prune)
+        check_allocation(run.config.prune, shapes_of(run.skeleton, chosen))
     if "prune" in stages and run.config.prune.pool is not None:
         from calibprune.calibration.pool import read_pool
 
@@ -150,7 +152,7 @@ def requirements(run: Run) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in skeleton.model.parameters()),
         "prunable_parameters": prunable,
         "pruned_parameters": pruned,
-        "sparsity_of_prunable": config.prune.target_sparsity * pruned / prunable,
+        "sparsity_of_prunable": asked_sparsity(run, picked) * pruned / prunable,
         "dtype": run.dtype,
         "generated_tokens_at_most": config.generate.samples * config.generate.max_tokens,
         "calibration_tokens": tokens,
@@ -159,6 +161,17 @@ def requirements(run: Run) -> dict[str, Any]:
         "worker_memory_bytes": memory.bytes,
         **{f"worker_memory_{name}_bytes": value for name, value in memory.parts().items()},
     }
+
+
+def asked_sparsity(run: Run, chosen: Sequence[Sequence[str]]) -> float:
+    """Of the linears that are pruned, all of them together."""
+    from calibprune.pruning.allocation import is_measured, shapes_of, share_out, summary
+
+    settings = run.config.prune
+    if is_measured(settings):
+        return settings.target_sparsity
+    shapes = shapes_of(run.skeleton, chosen)
+    return summary(share_out(settings, shapes), shapes)["sparsity"]
 
 
 def advice(needed: dict[str, Any], workers: int) -> list[str]:

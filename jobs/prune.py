@@ -5,7 +5,14 @@ from typing import Any
 
 from calibprune import storage
 from calibprune.calibration.pool import pool_identity, read_pool
-from calibprune.pruning.export import REST, finish_checkpoint
+from calibprune.pruning.allocation import (
+    in_words,
+    is_measured,
+    shapes_of,
+    share_out,
+    summary,
+)
+from calibprune.pruning.export import ALLOCATION, REST, finish_checkpoint
 from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.selection import chosen_linears
 from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
@@ -32,29 +39,29 @@ def run(run: Run) -> None:
         "threads": None if bundle.gpus else bundle.cpus,
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }
-    missing = stage.plan(identity, [REST, *layers])
+    measured = [ALLOCATION] if is_measured(settings) else []
+    missing = stage.plan(identity, [REST, *measured, *layers])
     if not missing and stage.finished:
         say("prune: done already")
         return
     started = time.monotonic()
-    facts: dict[str, Any] = {"resumed": len(missing) < len(layers) + 1}
+    facts: dict[str, Any] = {"resumed": bool(stage.done_units())}
     if missing:
-        facts |= _prune(run, stage, bundle, len(layers) + 1, missing)
+        facts |= _prune(run, stage, bundle, missing)
     finish_checkpoint(stage, run.skeleton.checkpoint.url, settings)
     storage.remove_folder(storage.join(stage.url, SNAPSHOTS))
     facts["bytes_written"] = sum(record.bytes for record in stage.done().values())
     stage.finish(facts | {"seconds": time.monotonic() - started})
 
 
-def _prune(
-    run: Run, stage: Stage, bundle: Bundle, units: int, missing: list[str]
-) -> dict[str, Any]:
+def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[str, Any]:
     """Has the missing units committed; returns what the workers used, all of them together."""
     settings = run.config.prune
     workers = usable_workers(run)
     say(_plan(run, workers))
     losses: list[str] = []
     used: list[dict[str, Any]] = []
+    units = len(stage.read_plan()["units"])
     with Steps("prune", "layers and rest", units, units - len(missing)) as steps:
 
         def notice(text: str) -> None:
@@ -75,6 +82,8 @@ def _prune(
             match event:
                 case Record():
                     steps.add(f"{settings.method.type} {event.unit}")
+                    if event.unit == ALLOCATION:
+                        say(f"prune: {settings.allocation.type} takes {in_words(event.facts)}")
                 case str():
                     say(f"prune: {event}")
                 case dict():
@@ -102,9 +111,15 @@ def usable_workers(run: Run) -> int:
 
 def _plan(run: Run, workers: int) -> str:
     """What is about to be done, in one line."""
-    chosen = chosen_linears(run.skeleton, run.config.prune)
+    settings, chosen = run.config.prune, chosen_linears(run.skeleton, run.config.prune)
     total = sum(len(run.skeleton.linears(index)) for index in range(len(chosen)))
     picked = sum(map(len, chosen))
     dense = f", {total - picked} linears left dense" if picked < total else ""
     workers_named = f"{workers} worker{'s' if workers > 1 else ''}"
-    return f"prune: {picked} linears in {len(chosen)} layers on {workers_named}{dense}"
+    if is_measured(settings):
+        removed = f"{settings.target_sparsity:.2%} of the weights, shared out by {settings.allocation.type}"
+    else:
+        shapes = shapes_of(run.skeleton, chosen)
+        removed = in_words(summary(share_out(settings, shapes), shapes))
+    method = settings.method.type + (f" and {settings.refine.type}" if settings.refine else "")
+    return f"prune: {method} takes {removed}: {picked} linears in {len(chosen)} layers on {workers_named}{dense}"

@@ -9,8 +9,9 @@ import numpy as np
 from calibprune import __version__, storage
 from calibprune.calibration.filters import perplexity
 from calibprune.calibration.pool import read_samples
-from calibprune.pruning.export import REST, overall_sparsity
+from calibprune.pruning.export import ALLOCATION, REST, overall_sparsity
 from calibprune.reporting.page import render_page
+from calibprune.run import Record, Stage
 from jobs.progress import say
 from jobs.run_folder import Run, versions
 
@@ -50,7 +51,7 @@ def collect(run: Run) -> dict[str, Any]:
     if "prune" in finished:
         report["prune"] = prune_facts(run)
         report["sparsity"] = overall_sparsity(
-            [record.facts["linears"] for record in stages["prune"].records() if record.unit != REST]
+            [record.facts["linears"] for record in _layers(stages["prune"])]
         )
     if "evaluate" in finished:
         report["perplexity"] = perplexity_facts(run)
@@ -89,9 +90,7 @@ def generate_facts(run: Run) -> dict[str, Any]:
 
 def prune_facts(run: Run) -> dict[str, Any]:
     settings, layers = run.config.prune, []
-    for record in run.stage("prune").records():
-        if record.unit == REST:
-            continue
+    for record in _layers(run.stage("prune")):
         facts = {key: value for key, value in record.facts.items() if key != "tensors"}
         facts["linears"] = {
             name: {
@@ -106,12 +105,19 @@ def prune_facts(run: Run) -> dict[str, Any]:
     return {
         "method": settings.method.type,
         "pattern": settings.pattern,
+        "allocation": settings.allocation.type,
+        "refine": settings.refine.type if settings.refine else None,
         "workers": facts.get("workers"),
         "losses": facts.get("losses", []),
         "bytes_read": facts.get("bytes_read"),
         "bytes_written": facts["bytes_written"],
         "layers": layers,
     }
+
+
+def _layers(stage: Stage) -> list[Record]:
+    """The records of the pruned layers."""
+    return [record for record in stage.records() if record.unit not in (REST, ALLOCATION)]
 
 
 def perplexity_facts(run: Run) -> dict[str, Any]:

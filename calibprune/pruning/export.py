@@ -13,6 +13,8 @@ from calibprune.config import PruneSettings
 from calibprune.run import Record, Stage
 
 REST = "rest"
+ALLOCATION = "allocation"
+"""The unit that what was measured for the allocation is committed as."""
 FOLDER = "checkpoint"
 
 
@@ -32,8 +34,11 @@ def finish_checkpoint(stage: Stage, source_url: str, settings: PruneSettings) ->
     """Writes the index, the copied side files and `pruning.json` once every shard is committed."""
     folder = storage.join(stage.url, FOLDER)
     weight_map, total = {}, 0
-    layers = []
+    layers, allocation = [], None
     for record in stage.done().values():
+        if record.unit == ALLOCATION:
+            allocation = record.facts
+            continue
         assert record.file is not None
         for name, size in record.facts["tensors"].items():
             weight_map[name] = record.file.removeprefix(f"{FOLDER}/")
@@ -47,6 +52,7 @@ def finish_checkpoint(stage: Stage, source_url: str, settings: PruneSettings) ->
     facts = {
         "calibprune": __version__,
         "settings": settings.model_dump(mode="json", exclude={"pool"}),
+        "allocation": allocation,
         "sparsity": overall_sparsity([layer["linears"] for layer in layers]),
         "layers": layers,
     }

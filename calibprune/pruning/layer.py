@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,11 @@ from calibprune.layers import Loaded
 from calibprune.model import Skeleton
 from calibprune.parking import Fetched
 from calibprune.process import host_memory
-from calibprune.pruning.methods import METHODS, prune_group
+from calibprune.pruning.masks import Target
+from calibprune.pruning.methods import need_of, prune_group
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import (
+    Need,
     Statistics,
     add_up,
     column_squares,
@@ -28,6 +30,7 @@ from calibprune.pruning.statistics import (
     magnitude_bound,
     observe,
     output_error,
+    token_count,
 )
 from calibprune.run import Record, Stage
 from calibprune.sweep import GroupStop
@@ -66,8 +69,8 @@ class LayerInWork:
     settings: PruneSettings
     gang: Gang
     index: int
-    chosen: tuple[str, ...]
-    """Paths, inside the layer, of the linears to prune; the others stay dense."""
+    targets: Mapping[str, Target]
+    """What to remove of the linears to prune, by their path inside the layer; the others stay dense."""
     micro_batches: int
     """Of the whole gang."""
     loaded: Loaded
@@ -77,14 +80,14 @@ class LayerInWork:
 
     @property
     def complete(self) -> bool:
-        return self.facts.keys() == set(self.chosen)
+        return self.facts.keys() == set(self.targets)
 
     def prune(self, stop: GroupStop) -> None:
         """Prunes the linears of one group and, unless the forwards are to stay dense, puts them in place.
 
         Collective. Raises ValueError, naming layer and group, where the group cannot be solved.
         """
-        paths = [path for path in stop.linears if path in self.chosen]
+        paths = [path for path in stop.linears if path in self.targets]
         if not paths:
             return
         names = [self._stored_name(path) for path in paths]
@@ -93,11 +96,14 @@ class LayerInWork:
         mine = shares.mine(weights)
         inputs = Fetched(stop.inputs, self.skeleton.device)
         try:
-            statistics = self._statistics(inputs)
+            failpoint(f"reduce-{self.index}-{self.gang.rank}")
+            statistics = gathered_statistics(
+                inputs, need_of(self.settings), self.gang, self.micro_batches, self.clock
+            )
             failpoint(f"solve-{self.index}-{self.gang.rank}")
-            sparsities = [self.settings.target_sparsity] * len(weights)
+            settings, targets = self.settings, [self.targets[path] for path in paths]
             pruned = prune_group(
-                mine, statistics, sparsities, self.settings.n_of_m, self.settings.method, shares
+                mine, statistics, targets, settings.method, shares, settings.refine
             )
         except ValueError as error:
             group = ", ".join(paths)
@@ -114,17 +120,6 @@ class LayerInWork:
         if self.settings.inputs == "pruned":
             self._put_in_place(paths, weights)
         self.clock.lap("gather")
-
-    def _statistics(self, inputs: Sequence[Tensor]) -> Statistics:
-        need = METHODS[type(self.settings.method)].need
-        squares = column_squares(inputs, need)
-        bound = self.gang.largest(magnitude_bound(squares))
-        sums = observe(inputs, squares, need, bound, self.micro_batches)
-        self.clock.lap("statistics")
-        failpoint(f"reduce-{self.index}-{self.gang.rank}")
-        statistics = finish(add_up(sums, self.gang))
-        self.clock.lap("reduce")
-        return statistics
 
     def _measure(
         self,
@@ -149,7 +144,13 @@ class LayerInWork:
                 "parameters": rows * dense.shape[1],
                 "zeros": int(zeros),
                 "relative_error": float(f"{relative:.5g}"),  # the rest is rounding
+                **self._asked(path),
             }
+
+    def _asked(self, path: str) -> dict[str, Any]:
+        target = self.targets[path]
+        pattern = {"pattern": f"{target.n_of_m[0]}:{target.n_of_m[1]}"} if target.n_of_m else {}
+        return {"asked": target.sparsity, **pattern}
 
     def _sample(self, inputs: Sequence[Tensor]) -> Tensor:
         """A few tokens of every micro-batch of all workers, [tokens, in], the same on every worker."""
@@ -185,8 +186,8 @@ class LayerInWork:
             "bytes_written": len(data),
             "peak_memory_bytes": _peak_memory(self.skeleton.device),
             "tensors": {name: tensor.nbytes for name, tensor in sorted(tensors.items())},
-            "linears": {path: self.facts[path] for path in self.chosen},
-            "kept_dense": sorted(self._matrices() - set(self.chosen)),
+            "linears": {path: self.facts[path] for path in self.targets},
+            "kept_dense": sorted(self._matrices() - set(self.targets)),
         }
         return stage.commit(layer_unit(self.index), published, facts)
 
@@ -204,3 +205,17 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return host_memory("VmHWM")
+
+
+def gathered_statistics(
+    inputs: Sequence[Tensor], need: Need, gang: Gang, micro_batches: int, clock: Clock
+) -> Statistics:
+    """The statistics of all workers' micro-batches, `micro_batches` in all, the same on every worker. Collective."""
+    squares = column_squares(inputs, need)
+    bound = gang.largest(magnitude_bound(squares))
+    most = int(gang.largest(max(map(token_count, inputs)))) if "sums" in need else 0
+    sums = observe(inputs, squares, need, bound, micro_batches, most)
+    clock.lap("statistics")
+    statistics = finish(add_up(sums, gang))
+    clock.lap("reduce")
+    return statistics

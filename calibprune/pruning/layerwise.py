@@ -5,7 +5,7 @@ worker holds at any time: two layers of weights, its paused micro-batches and on
 with the number of layers. What comes out does not depend on the number of workers, bit for bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -15,16 +15,16 @@ from calibprune.checkpoint import from_bytes
 from calibprune.config import PruneSettings
 from calibprune.failpoint import failpoint
 from calibprune.gang import ALONE, Gang
-from calibprune.layers import LayerReader
+from calibprune.layers import LayerReader, paused_sweep
 from calibprune.model import Skeleton
-from calibprune.parking import Parking
 from calibprune.process import return_free_memory
-from calibprune.pruning.export import REST, copy_rest
+from calibprune.pruning.allocation import allocate
+from calibprune.pruning.export import ALLOCATION, REST, copy_rest
 from calibprune.pruning.layer import Clock, LayerInWork, layer_unit
 from calibprune.pruning.selection import chosen_linears
 from calibprune.pruning.snapshots import Snapshots
 from calibprune.run import Record, Stage
-from calibprune.sweep import LayerStop, Sweep
+from calibprune.sweep import LayerStop
 
 
 def prune_layers(
@@ -32,19 +32,21 @@ def prune_layers(
 ) -> Iterator[Record | int]:
     """Prunes every layer that has no done record yet and commits it; every worker of the gang runs this.
 
-    `pool` is [sequences, tokens] of token ids, of which every worker sweeps its micro-batches. Yields the number of
-    layers that the sweep has left behind, and the records that this worker committed. Layers that are done are swept
-    through with the weights they were committed with, so that a resumed run sees the same inputs, bit for bit.
+    `pool` is [sequences, tokens] of token ids, of which every worker sweeps its micro-batches. Yields the records that
+    this worker committed, and whole numbers that grow: the layers that the sweep has left behind, after negative ones
+    while the allocation is measured. Layers that are done are swept through with the weights they were committed
+    with, so that a resumed run sees the same inputs, bit for bit.
     Raises ValueError, naming layer and group, when a group cannot be solved (a Gram matrix that is not positive
     definite after damping, inputs or weights that are not finite), and PeerLost when another worker is gone.
     """
     count = len(skeleton.layers)
-    done = _agreed(gang, stage, [REST, *map(layer_unit, range(count))])
+    done = _agreed(gang, stage, [REST, ALLOCATION, *map(layer_unit, range(count))])
     missing = [index for index in range(count) if layer_unit(index) not in done]
     chosen = chosen_linears(skeleton, settings)
     batches = pool.split(settings.batch_sequences)
     if len(batches) < gang.size:
         raise ValueError(f"{gang.size} workers, but only {len(batches)} micro-batches to sweep")
+    targets = yield from allocate(skeleton, pool, settings, chosen, stage, gang, done)
     snapshots = Snapshots(stage, gang, len(batches), settings.snapshot_layers)
     first = snapshots.latest(missing[0]) if missing else 0
 
@@ -65,14 +67,13 @@ def prune_layers(
             yield copy_rest(reader.outer_held, stage)
         if not missing:
             return
-
-        sweep = _sweep(
+        sweep = paused_sweep(
             skeleton,
             [batch.to(skeleton.device) for batch in gang.dealt(batches)],
             reader,
-            first,
-            lambda batch: snapshots.read(first, batch).to(skeleton.device),
-            bool(settings.offload) and skeleton.device.type != "cpu",
+            first=first,
+            hidden=snapshots.reader(first, skeleton.device),
+            offload=bool(settings.offload) and skeleton.device.type != "cpu",
         )
         layer: LayerInWork | None = None
         clock = Clock()
@@ -96,7 +97,7 @@ def prune_layers(
                 clock.lap("load")
                 if stop.layer in missing:
                     layer = LayerInWork(
-                        skeleton, settings, gang, stop.layer, chosen[stop.layer], len(batches), loaded, clock
+                        skeleton, settings, gang, stop.layer, targets[stop.layer], len(batches), loaded, clock
                     )  # fmt: skip
                 del loaded
             else:
@@ -108,31 +109,6 @@ def prune_layers(
         yield from writer.submit(layer)
         yield from writer.written(wait=True)
         yield missing[-1] + 1
-
-
-def _sweep(
-    skeleton: Skeleton,
-    batches: list[Tensor],
-    reader: LayerReader,
-    first: int,
-    hidden: Callable[[int], Tensor],
-    offload: bool,
-) -> Sweep:
-    def leave_outer(name: str) -> None:
-        skeleton.evict(skeleton.outer_modules[name])
-        reader.outer_held = {}
-
-    return Sweep(
-        lambda tokens: skeleton.model(input_ids=tokens, use_cache=False, logits_to_keep=1),
-        skeleton.layers,
-        batches,
-        outer_modules=skeleton.outer_modules,
-        enter_outer=reader.place_outer,
-        leave_outer=leave_outer,
-        first=first,
-        hidden=hidden if first else None,
-        parking=Parking(skeleton.device) if offload else None,
-    )
 
 
 class Writer:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibprune.config import Magnitude
-from calibprune.pruning.masks import keep_all_but_lowest, keep_n_of_m
+from calibprune.pruning.masks import Target, keep_in_matrices
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
@@ -14,26 +14,15 @@ from calibprune.pruning.statistics import Statistics
 def prune(
     weights: list[Float[Tensor, "_ in"]],
     statistics: Statistics,
-    sparsities: list[float],
-    n_of_m: tuple[int, int] | None,
+    targets: list[Target],
     settings: Magnitude,
     shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Zeroes each matrix's lowest |W|: over the whole matrix, or within every N:M group.
 
-    Statistics are not used, nor sparsities where `n_of_m` is given. Raises ValueError if the width does
-    not fit the pattern. Han et al. 2015 (arXiv 1506.02626), section 3.
+    Statistics are not used. Raises ValueError if the width does not fit the pattern. Collective.
+    Han et al. 2015 (arXiv 1506.02626), section 3.
     """
-    shares = shares or RowShares.of(weights)
     scores = [weight.to(torch.float32).abs() for weight in weights]
-    if n_of_m:
-        keeps = [keep_n_of_m(part, *n_of_m) for part in scores]
-    else:
-        whole = shares.gather(torch.cat(scores)).split(shares.rows)
-        keeps = shares.mine(
-            [
-                keep_all_but_lowest(part, int(part.numel() * sparsity))
-                for part, sparsity in zip(whole, sparsities, strict=True)
-            ]
-        )
+    keeps = keep_in_matrices(scores, targets, shares or RowShares.of(weights))
     return [weight.masked_fill(~keep, 0) for weight, keep in zip(weights, keeps, strict=True)]

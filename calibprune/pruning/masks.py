@@ -5,6 +5,7 @@ Where scores are equal the lowest column is removed first. Scores are finite and
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import no_type_check
 
@@ -14,15 +15,59 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from calibprune.pruning.rows import row_slices
+from calibprune.pruning.rows import RowShares, row_slices
 
 GROUPS_AT_ONCE = 1 << 16
 ROWS_AT_ONCE = 64
 
 
-def keep_lowest_removed(scores: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
-    """Removes the lowest int(in * sparsity) scores of every row."""
-    removed = int(scores.shape[1] * sparsity)
+@dataclass(frozen=True)
+class Target:
+    """What to remove from one linear: a fraction of its weights or, where it is given, all but N of every M."""
+
+    sparsity: float
+    n_of_m: tuple[int, int] | None = None
+    """(kept, group)."""
+    path: str = ""
+    """Of the linear, inside its layer."""
+
+
+def keep_in_rows(scores: Float[Tensor, "out in"], target: Target) -> Bool[Tensor, "out in"]:
+    """Removes the lowest scores of every row, or of every N:M group."""
+    if target.n_of_m:
+        return keep_n_of_m(scores, *target.n_of_m)
+    return keep_all_but_lowest_of_rows(scores, removed_of(scores.shape[1], target.sparsity))
+
+
+def keep_in_matrices(
+    scores: Sequence[Float[Tensor, "_ in"]], targets: Sequence[Target], shares: RowShares
+) -> list[Bool[Tensor, "_ in"]]:
+    """Removes the lowest scores of every whole matrix, or of every N:M group.
+
+    `scores` are this worker's rows of the matrices, and so is what is returned. Collective.
+    """
+    if all(target.n_of_m for target in targets):
+        return [keep_in_rows(part, target) for part, target in zip(scores, targets, strict=True)]
+    whole = shares.gather(torch.cat(list(scores)).to(torch.float32)).split(shares.rows)
+    return shares.mine(
+        [
+            keep_in_rows(part, target)
+            if target.n_of_m
+            else keep_all_but_lowest(part, removed_of(part.numel(), target.sparsity))
+            for part, target in zip(whole, targets, strict=True)
+        ]
+    )
+
+
+def removed_of(weights: int, sparsity: float) -> int:
+    """How many of so many weights go: the whole part, whichever way the fraction was rounded."""
+    return int(weights * sparsity + 1e-6)
+
+
+def keep_all_but_lowest_of_rows(
+    scores: Float[Tensor, "out in"], removed: int
+) -> Bool[Tensor, "out in"]:
+    """Removes exactly `removed` of every row's scores, the lowest."""
     if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     scores = scores.detach().to(torch.float32)

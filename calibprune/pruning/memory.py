@@ -6,7 +6,7 @@ import torch
 
 from calibprune.config import PruneSettings
 from calibprune.model import Skeleton
-from calibprune.pruning.methods import METHODS
+from calibprune.pruning.methods import METHODS, need_of
 
 GPU_SHARE = 0.9
 """Of a GPU's memory; the rest is left to its libraries and to fragments."""
@@ -68,17 +68,17 @@ def worker_memory(
     itemsize = skeleton.dtype.itemsize
     batch_tokens = min(settings.batch_sequences, sequences) * tokens
     widest = max(linear.in_features for linear in linears)
-    need = METHODS[type(settings.method)].need
-    gram = 20 * widest**2 if need == "gram" else 0  # int64 sums, then float32 sums and factors
-    # the widest group's weights in float32: scores or updated weights, a copy, and the mask
-    weights = 9 * max(_weights_of_groups(skeleton)) // workers
+    need = need_of(settings)
+    gram = 20 * widest**2 if "gram" in need else 0  # int64 sums, then float32 sums and factors
+    per_weight = METHODS[type(settings.method)].weight_bytes + (8 if settings.refine else 0)
+    weights = per_weight * max(_weights_of_groups(skeleton)) // workers
     return WorkerMemory(
         process=0 if on_gpu else process_bytes + LIBRARIES_AT_WORK,
         layers=layer * (2 if on_gpu else 5),
         outside=max(rest, default=0) if on_gpu else 3 * sum(rest),
         paused=mine * tokens * held_per_token * itemsize,
         forward=batch_tokens * 3 * max(linear.out_features for linear in linears) * itemsize,
-        solving=gram + weights + (batch_tokens * widest * 4 if need == "gram" else 0),
+        solving=gram + weights + (batch_tokens * widest * 4 if "gram" in need else 0),
     )
 
 

@@ -1,4 +1,4 @@
-"""The table of pruning methods: config type -> function and the statistics it needs."""
+"""The table of pruning methods: config type -> function and the sums that it needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,43 +9,60 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from calibprune import config
-from calibprune.pruning import magnitude, sparsegpt, wanda
+from calibprune.pruning import alps, dsnot, magnitude, ria, sparsegpt, swaps, wanda
+from calibprune.pruning.masks import Target
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Need, Statistics
 
 
 @dataclass(frozen=True)
 class Method:
-    """`prune(weights, statistics, sparsities, n_of_m, settings, shares)` and what it reads of the statistics."""
+    """`prune(weights, statistics, targets, settings, shares)` and the sums that it reads of the statistics."""
 
     prune: Callable[..., list[Tensor]]
     need: Need
+    updates: bool = False
+    """Whether the weights that stay are changed."""
+    weight_bytes: int = 9
+    """Held for every weight of a worker's share while it is solved: in float32 scores or updated weights, a copy, and
+    the mask."""
 
 
 METHODS: dict[type[BaseModel], Method] = {
-    config.Magnitude: Method(magnitude.prune, "none"),
-    config.Wanda: Method(wanda.prune, "sum_squares"),
-    config.SparseGPT: Method(sparsegpt.prune, "gram"),
+    config.Magnitude: Method(magnitude.prune, frozenset()),
+    config.Wanda: Method(wanda.prune, frozenset({"sum_squares"})),
+    config.RIA: Method(ria.prune, frozenset({"sum_squares"})),
+    config.DSnoT: Method(dsnot.prune, frozenset({"sum_squares", "sums"})),
+    config.SparseGPT: Method(sparsegpt.prune, frozenset({"gram"}), updates=True),
+    config.ALPS: Method(alps.prune, frozenset({"gram"}), updates=True, weight_bytes=40),
 }
+
+
+def need_of(settings: config.PruneSettings) -> Need:
+    """The sums that the method and its refinement read."""
+    refinement = frozenset({"gram"}) if settings.refine else frozenset()
+    return METHODS[type(settings.method)].need | refinement
 
 
 def prune_group(
     weights: list[Float[Tensor, "_ in"]],
     statistics: Statistics,
-    sparsities: list[float],
-    n_of_m: tuple[int, int] | None,
+    targets: list[Target],
     settings: BaseModel,
     shares: RowShares | None = None,
+    refine: config.Swaps | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Prunes this worker's rows of linears that share one input; returns new weights, each in its own dtype.
 
-    `weights` are the linears' rows that `shares` gives to this worker, all of them where it is None; `sparsities`
-    the fraction to remove, one per linear; `n_of_m` = (kept, group) takes its place. The arguments stay as they
-    are, arithmetic is float32. Collective. Raises ValueError on weights that are not finite, and what the method
-    raises.
+    `weights` are the linears' rows that `shares` gives to this worker, all of them where it is None; `targets` what
+    to remove, one per linear. The arguments stay as they are, arithmetic is float32. Collective. Raises ValueError on
+    weights that are not finite, and what the method raises.
     """
     for index, weight in enumerate(weights):
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
             raise ValueError(f"the weights of linear {index} of the group are not finite")
-    method = METHODS[type(settings)]
-    return method.prune(weights, statistics, sparsities, n_of_m, settings, shares)
+    method, shares = METHODS[type(settings)], shares or RowShares.of(weights)
+    pruned = method.prune(weights, statistics, targets, settings, shares)
+    if refine is None:
+        return pruned
+    return swaps.refine(weights, pruned, statistics, targets, refine, shares, method.updates)

@@ -3,7 +3,7 @@
 Cut at fixed places, so that no matrix product's shape depends on the number of workers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,6 +76,33 @@ class RowShares:
         ranks = range(self.gang.size)
         self.gang.broadcast([(whole[self.run(rank)], rank) for rank in ranks])
         return whole
+
+    def by_parts(self, work: Callable[..., Tensor], *matrices: Sequence[Tensor]) -> list[Tensor]:
+        """What `work` makes of this worker's rows of every linear, a part of fixed size at a time.
+
+        Each of `matrices` has one tensor [rows, ...] per linear; `work` gets the part's rows of all of them, in memory
+        of their own: nothing that it computes can depend on how rows are dealt.
+        """
+        results = []
+        for tensors in zip(*matrices, strict=True):
+            parts = row_slices([len(tensors[0])], self.chunk) or [slice(0, 0)]
+            results.append(torch.cat([work(*(t[part].clone() for t in tensors)) for part in parts]))
+        return results
+
+    def sums(self, mine: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over all rows of every whole matrix, [in] each, in float64, from this worker's rows; to the bit the
+        same for any number of workers. Collective."""
+        cuts = row_slices(self.rows, self.chunk)
+        own = self.run(self.gang.rank)
+        stacked = torch.cat(list(mine))
+        partial = torch.zeros(len(cuts), stacked.shape[1], dtype=torch.float64)
+        places = [i for i, cut in enumerate(cuts) if own.start <= cut.start < own.stop]
+        for i in places:
+            part = stacked[cuts[i].start - own.start : cuts[i].stop - own.start]
+            partial[i] = part.sum(0, dtype=torch.float64).cpu()
+        partial = self.gang.collect(partial, places)
+        counts = [len(row_slices([rows], self.chunk)) for rows in self.rows]
+        return [part.sum(0).to(stacked.device) for part in partial.split(counts)]
 
     def mine(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """This worker's rows of whole weights, as views."""

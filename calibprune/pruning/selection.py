@@ -1,9 +1,13 @@
 """Which linears are pruned and which are left dense, by regular expressions over their names."""
 
 import re
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from calibprune.config import PruneSettings
 from calibprune.errors import UserError
+from calibprune.gang import Gang
 from calibprune.model import Skeleton
 
 
@@ -46,3 +50,17 @@ def chosen_linears(skeleton: Skeleton, settings: PruneSettings) -> list[tuple[st
     if not any(chosen):
         raise UserError("prune.layers and prune.keep leave no linear to prune")
     return chosen
+
+
+def numbers_of_all(
+    chosen: Sequence[Sequence[str]], mine: Mapping[tuple[int, str], float], gang: Gang
+) -> list[dict[str, float]]:
+    """A number for every layer's chosen linears, each known to one worker, on all of them. Collective."""
+    places = [(index, path) for index, paths in enumerate(chosen) for path in paths]
+    values = torch.zeros(len(places), dtype=torch.float64)
+    known = [place for place, key in enumerate(places) if key in mine]
+    values[known] = torch.tensor([mine[places[place]] for place in known], dtype=torch.float64)
+    numbers: list[dict[str, float]] = [{} for _ in chosen]
+    for (index, path), value in zip(places, gang.collect(values, known).tolist(), strict=True):
+        numbers[index][path] = value
+    return numbers

@@ -1,7 +1,8 @@
 """Hidden states between two layers, kept now and then, so that a resumed sweep need not begin at the first layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from calibprune import storage
@@ -33,11 +34,16 @@ class Snapshots:
                     found = layer
         return int(self._gang.largest(found))
 
-    def read(self, layer: int, mine: int) -> Tensor:
-        """The hidden states of this worker's micro-batch number `mine`, [sequences, tokens, hidden]."""
+    def reader(self, layer: int, device: torch.device) -> Callable[[int], Tensor] | None:
+        """What reads the hidden states of this worker's micro-batch of a number, [sequences, tokens, hidden]; None for
+        layer 0."""
         stage = self._at(layer)
-        unit = self._gang.dealt(self._units)[mine]
-        return from_bytes(stage.read(stage.record(unit)))["hidden"]
+
+        def read(mine: int) -> Tensor:
+            unit = self._gang.dealt(self._units)[mine]
+            return from_bytes(stage.read(stage.record(unit)))["hidden"].to(device)
+
+        return read if layer else None
 
     def write(self, layer: int, hidden: Sequence[Tensor]) -> None:
         """Commits this worker's micro-batches if it is time to; removes the snapshot before the previous one."""

@@ -18,11 +18,14 @@ from torch import Tensor
 
 from calibprune.config import SparseGPT
 from calibprune.pruning.masks import (
+    Target,
     check_width,
     keep_all_but_lowest,
+    keep_all_but_lowest_of_rows,
     keep_n_of_m,
     mark_kept,
     on_threads,
+    removed_of,
 )
 from calibprune.pruning.rows import RowShares, row_chunk, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
@@ -51,46 +54,54 @@ class NotPositiveDefinite(ValueError):
 def prune(
     weights: list[Float[Tensor, "_ in"]],
     statistics: Statistics,
-    sparsities: list[float],
-    n_of_m: tuple[int, int] | None,
+    targets: list[Target],
     settings: SparseGPT,
     shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Prunes linears that share one input, and updates what stays to keep their outputs.
 
     Unstructured: of every block of `blocksize` columns, the round(out * columns * sparsity) lowest scores over
-    all rows of one linear go (the authors' code removes one more, and every tie). N:M: the choice is made at
-    each group's first column, from the weights updated so far, row by row; sparsities are not used.
-    Needs `gram`. `shares`: `weights` are only this worker's rows, as it says; collective if unstructured. Raises
+    all rows of one linear go (the authors' code removes one more, and every tie), or the lowest of every row with
+    `per_row`. N:M: the choice is made at each group's first column, from the weights updated so far, row by row.
+    Needs `gram`. `shares`: `weights` are only this worker's rows, as it says; collective. Raises
     NotPositiveDefinite, and ValueError if width or blocksize do not fit the pattern.
     """
     if statistics.gram is None:
         raise ValueError("SparseGPT needs the Gram matrix of the inputs")
-    if n_of_m:
-        check_width(weights[0].shape[1], n_of_m[1])
-        check_width(settings.blocksize, n_of_m[1])
+    for target in targets:
+        if target.n_of_m:
+            check_width(weights[0].shape[1], target.n_of_m[1])
+            check_width(settings.blocksize, target.n_of_m[1])
     upper = inverse_factor(statistics.gram, settings.damping)
     stacked = torch.cat([weight.to(torch.float32) for weight in weights])
     stacked[:, statistics.gram.diagonal() == 0] = 0
     rows = [len(weight) for weight in weights]
     shares = shares or RowShares.of(weights)
 
-    def lowest_of_each_linear(
+    def lowest_scores(
         current: Float32[Tensor, "out in"], start: int, stop: int
     ) -> Bool[Tensor, "out columns"]:
-        scores = shares.gather((current[:, start:stop] / upper.diagonal()[start:stop]).square())
+        scores = (current[:, start:stop] / upper.diagonal()[start:stop]).square()
+        if settings.per_row:
+            keep = []
+            for part, target in zip(scores.split(rows), targets, strict=True):
+                before, after = (removed_of(edge, target.sparsity) for edge in (start, stop))
+                keep.append(keep_all_but_lowest_of_rows(part, after - before))
+            return torch.cat(keep)
         keep = [
-            keep_all_but_lowest(part, round(part.numel() * sparsity))
-            for part, sparsity in zip(scores.split(shares.rows), sparsities, strict=True)
+            keep_all_but_lowest(part, round(part.numel() * target.sparsity))
+            for part, target in zip(shares.gather(scores).split(shares.rows), targets, strict=True)
         ]
         return torch.cat(keep)[shares.run(shares.gang.rank)]
 
-    chosen = n_of_m or lowest_of_each_linear
-    solved = solve(stacked, upper, settings.blocksize, chosen, rows)
-    return [
-        part.to(weight.dtype, copy=True)
-        for part, weight in zip(solved.split(rows), weights, strict=True)
-    ]
+    if all(target.n_of_m for target in targets):  # which may differ from linear to linear
+        solved = [
+            solve(part, upper, settings.blocksize, target.n_of_m or lowest_scores)
+            for part, target in zip(stacked.split(rows), targets, strict=True)
+        ]
+    else:
+        solved = solve(stacked, upper, settings.blocksize, lowest_scores, rows).split(rows)
+    return [part.to(weight.dtype, copy=True) for part, weight in zip(solved, weights, strict=True)]
 
 
 def inverse_factor(gram: Float32[Tensor, "in in"], damping: float) -> Float32[Tensor, "in in"]:

@@ -7,8 +7,7 @@ changes a bit. Where the inputs come from and how sums travel between workers is
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from calibprune.gang import Gang
 
-Need = Literal["none", "sum_squares", "gram"]
+Need = frozenset[str]
+"""Of "sums", "sum_squares" and "gram", which are wanted; the last brings the sums of squares as its diagonal."""
 
 # More than 512 tokens in one product, and MKL's last bits depend on the number of threads.
 TOKENS_AT_ONCE = {"cpu": 512}
@@ -31,31 +31,37 @@ INTEGER_BITS = 62  # of int64's 63, so that rounding never overflows
 
 @dataclass(frozen=True)
 class Statistics:
-    """Raw sums over the calibration tokens of one input: sum of x_j^2 and sum of x x^T, in float32."""
+    """Raw sums over the calibration tokens of one input: sum of x_j^2, of x x^T and of x_j, in float32."""
 
     tokens: int
-    sum_squares: Float32[Tensor, "in"] | None
-    gram: Float32[Tensor, "in in"] | None
+    sum_squares: Float32[Tensor, "in"] | None = None
+    gram: Float32[Tensor, "in in"] | None = None
+    sums: Float32[Tensor, "in"] | None = None
+    sequences: int = 1
+    """Of which the tokens came."""
 
 
 @dataclass(frozen=True)
 class IntegerSums:
-    """The same sums times 2^exponent, as integers. Of the Gram matrix only the lower triangle is filled.
+    """The same sums times a power of two, as integers. Of the Gram matrix only the lower triangle is filled.
 
     Sums of one exponent add up exactly, over micro-batches and over workers.
     """
 
     tokens: int
-    exponent: int
-    sum_squares: Int64[Tensor, "in"] | None
-    gram: Int64[Tensor, "in in"] | None
+    sequences: int
+    exponent: int = 0
+    sum_squares: Int64[Tensor, "in"] | None = None
+    gram: Int64[Tensor, "in in"] | None = None
+    sums_exponent: int = 0
+    sums: Int64[Tensor, "in"] | None = None
 
 
 def column_squares(
     inputs: Sequence[Float[Tensor, "... in"]], need: Need
 ) -> list[Float32[Tensor, "in"]]:
     """Every micro-batch's sum of x_j^2 over its tokens; none where nothing is needed."""
-    return [] if need == "none" else [_column_squares(_rows(batch)) for batch in inputs]
+    return [_column_squares(_rows(batch)) for batch in inputs] if need else []
 
 
 def magnitude_bound(squares: list[Float32[Tensor, "in"]]) -> float:
@@ -81,39 +87,55 @@ def observe(
     need: Need,
     bound: float,
     micro_batches: int,
+    most_tokens: int = 0,
 ) -> IntegerSums:
     """Adds up the micro-batches' sums, each rounded to a multiple of one power of two.
 
-    `squares` are `column_squares` of the inputs; `bound` is the maximum of `magnitude_bound` over all workers and
-    `micro_batches` their number over all workers: together they fix the power of two so that the grand total fits
-    int64. Raises ValueError on no input at all, on inputs beyond the bound and on more micro-batches than announced.
+    `squares` are `column_squares` of the inputs; `bound` is the maximum of `magnitude_bound` over all workers,
+    `micro_batches` their number and `most_tokens` the most that one of them has, over all workers: together they fix
+    the powers of two so that the grand totals fit int64. `most_tokens` matters only where sums of x are wanted. Raises
+    ValueError on no input at all, on inputs beyond the bound and on more or larger micro-batches than announced.
     """
     if not inputs:
         raise ValueError("no micro-batch to observe")
     if len(inputs) > micro_batches:
         raise ValueError(f"{len(inputs)} micro-batches observed, of {micro_batches} in total")
-    if need == "none":
-        tokens = sum(batch.numel() // batch.shape[-1] for batch in inputs)
-        return IntegerSums(tokens, 0, None, None)
+    tokens = [token_count(batch) for batch in inputs]
+    sequences = sum(token_count(batch) // batch.shape[-2] for batch in inputs)
+    observed = IntegerSums(sum(tokens), sequences)
+    if not need:
+        return observed
 
-    tokens, exponent = 0, scale_exponent(bound, micro_batches)
+    exponent = scale_exponent(bound, micro_batches)
     width, device = squares[0].shape[0], squares[0].device
-    shape = (width, width) if need == "gram" else (width,)
-    sums = torch.zeros(shape, dtype=torch.int64, device=device)
+    shape = (width, width) if "gram" in need else (width,)
+    total = torch.zeros(shape, dtype=torch.int64, device=device)
     peaks = []
     for batch, sum_squares in zip(inputs, squares, strict=True):
-        tokens += batch.numel() // width
-        if need == "gram":
-            peaks.append(_add_gram(sums, _rows(batch), 2.0**exponent))
+        if "gram" in need:
+            peaks.append(_add_gram(total, _rows(batch), 2.0**exponent))
         else:
             peaks.append(sum_squares.max())
-            sums += (sum_squares * 2.0**exponent).round_().long()
+            total += (sum_squares * 2.0**exponent).round_().long()
     peak = torch.stack(peaks).max().item()
     if not peak <= bound * 1.001:  # the two are rounded differently
         raise ValueError(f"inputs reach {peak:g}, beyond the bound {bound:g} of all micro-batches")
-    if need == "gram":
-        return IntegerSums(tokens, exponent, None, sums)
-    return IntegerSums(tokens, exponent, sums, None)
+    name = "gram" if "gram" in need else "sum_squares"
+    observed = replace(observed, exponent=exponent, **{name: total})
+    if "sums" not in need:
+        return observed
+
+    if max(tokens) > most_tokens:
+        raise ValueError(f"a micro-batch of {max(tokens)} tokens, of at most {most_tokens}")
+    exponent = scale_exponent(math.sqrt(bound * most_tokens), micro_batches)  # Cauchy-Schwarz
+    sums = torch.zeros(width, dtype=torch.int64, device=device)
+    for batch in inputs:
+        sums += (_column_sums(_rows(batch)) * 2.0**exponent).round_().long()
+    return replace(observed, sums_exponent=exponent, sums=sums)
+
+
+def token_count(batch: Float[Tensor, "... in"]) -> int:
+    return batch.numel() // batch.shape[-1]
 
 
 def scale_exponent(bound: float, micro_batches: int) -> int:
@@ -125,27 +147,30 @@ def scale_exponent(bound: float, micro_batches: int) -> int:
 
 
 def add_up(sums: IntegerSums, gang: Gang) -> IntegerSums:
-    """The sums over all workers' tokens, in place. Collective; all workers used the same bound."""
-    tokens = int(gang.add(torch.tensor([sums.tokens], device=gang.device)))
-    if sums.sum_squares is not None:
-        gang.add(sums.sum_squares)
+    """The sums over all workers' tokens, in place. Collective; all workers used the same bounds."""
+    counts = gang.add(torch.tensor([sums.tokens, sums.sequences], device=gang.device))
+    for total in (sums.sum_squares, sums.sums):
+        if total is not None:
+            gang.add(total)
     if sums.gram is not None and gang.size > 1:
         for start in range(0, len(sums.gram), ROWS_SENT):  # the lower triangle is all there is
             stop = min(start + ROWS_SENT, len(sums.gram))
             sums.gram[start:stop, :stop] = gang.add(sums.gram[start:stop, :stop].contiguous())
-    return IntegerSums(tokens, sums.exponent, sums.sum_squares, sums.gram)
+    tokens, sequences = counts.tolist()
+    return replace(sums, tokens=tokens, sequences=sequences)
 
 
 def finish(sums: IntegerSums) -> Statistics:
     """The sums in float32; the Gram matrix exactly symmetric, its diagonal being the sums of squares."""
-    scale = 2.0**-sums.exponent
+    squares = gram = totals = None
     if sums.gram is not None:
-        lower = sums.gram.to(torch.float32).mul_(scale).tril_()
-        squares = lower.diagonal().clone()
-        return Statistics(sums.tokens, squares, lower + lower.tril(-1).T)
-    if sums.sum_squares is not None:
-        return Statistics(sums.tokens, sums.sum_squares.to(torch.float32).mul_(scale), None)
-    return Statistics(sums.tokens, None, None)
+        lower = sums.gram.to(torch.float32).mul_(2.0**-sums.exponent).tril_()
+        squares, gram = lower.diagonal().clone(), lower + lower.tril(-1).T
+    elif sums.sum_squares is not None:
+        squares = sums.sum_squares.to(torch.float32).mul_(2.0**-sums.exponent)
+    if sums.sums is not None:
+        totals = sums.sums.to(torch.float32).mul_(2.0**-sums.sums_exponent)
+    return Statistics(sums.tokens, squares, gram, totals, sums.sequences)
 
 
 @torch.no_grad()
@@ -187,6 +212,15 @@ def _column_squares(tokens: Float[Tensor, "tokens in"]) -> Float32[Tensor, "in"]
     total = torch.zeros(tokens.shape[1], dtype=torch.float32, device=tokens.device)
     for chunk in tokens.split(at_once):
         total += chunk.to(torch.float32).square().sum(0)
+    return total
+
+
+def _column_sums(tokens: Float[Tensor, "tokens in"]) -> Float32[Tensor, "in"]:
+    """Sum of x_j over the rows, in float32."""
+    at_once = TOKENS_AT_ONCE.get(tokens.device.type, GPU_TOKENS_AT_ONCE)
+    total = torch.zeros(tokens.shape[1], dtype=torch.float32, device=tokens.device)
+    for chunk in tokens.split(at_once):
+        total += chunk.sum(0, dtype=torch.float32)
     return total
 
 

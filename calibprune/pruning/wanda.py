@@ -5,7 +5,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from calibprune.config import Wanda
-from calibprune.pruning.masks import keep_lowest_removed, keep_n_of_m
+from calibprune.pruning.masks import Target, keep_in_rows
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
@@ -14,23 +14,20 @@ from calibprune.pruning.statistics import Statistics
 def prune(
     weights: list[Float[Tensor, "_ in"]],
     statistics: Statistics,
-    sparsities: list[float],
-    n_of_m: tuple[int, int] | None,
+    targets: list[Target],
     settings: Wanda,
     shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Zeroes the lowest scores of every output row, or of every N:M group.
 
-    Every row is its own comparison, so rows may be pruned anywhere. Needs `sum_squares`; sparsities are not
-    used where `n_of_m` is given. Raises ValueError if the width does not fit the pattern.
-    Sun et al. 2023 (arXiv 2306.11695), equation 1.
+    Every row is its own comparison, so rows may be pruned anywhere. Needs `sum_squares`. Raises ValueError if the
+    width does not fit the pattern. Sun et al. 2023 (arXiv 2306.11695), equation 1.
     """
     if statistics.sum_squares is None:
         raise ValueError("Wanda needs the inputs' sums of squares")
     pruned = []
-    for weight, sparsity in zip(weights, sparsities, strict=True):
-        scores = score(weight, statistics.sum_squares)
-        keep = keep_n_of_m(scores, *n_of_m) if n_of_m else keep_lowest_removed(scores, sparsity)
+    for weight, target in zip(weights, targets, strict=True):
+        keep = keep_in_rows(score(weight, statistics.sum_squares), target)
         pruned.append(weight.masked_fill(~keep, 0))
     return pruned
 

@@ -54,13 +54,16 @@ def test_a_pattern_needs_no_quotes(minimal):
     [
         ("prune.sparsty=0.5", r"unknown key prune\.sparsty: did you mean sparsity\?"),
         ("prune.method.blocksize=128", r"unknown key prune\.method\.blocksize: valid here: type"),
+        ("prune.method=ri", r"prune\.method: there is no 'ri': did you mean ria\?"),
+        ("prune.allocation=zzz", r"it is one of uniform, owl, alphapruning, list"),
+        ("prune.method={blocksize: 64}", r"prune\.method: its type is missing"),
         ("generat.samples=5", r"unknown key generat: did you mean generate\?"),
         ("prune.sparsity=1", r"prune\.sparsity: Input should be less than 1 \(given: 1\)"),
         ("prune.sparsity=0", r"prune\.sparsity: Input should be greater than 0"),
         ("prune.pattern=4:2", r'pattern "4:2"'),
         ("prune.pattern=half", r'"N:M" such as "2:4", not "half"'),
         ("generate.samples=many", r"generate\.samples: .*\(given: 'many'\)"),
-        ("prune.method.type=wanad", r"prune\.method: .*'wanad'.*'wanda'"),
+        ("prune.method.type=wanad", r"prune\.method: there is no 'wanad': did you mean wanda\?"),
         ("model={}", r"model\.path is missing"),
         ("evaluate.perplexity=[{name: a, path: b}, {name: a, path: c}]", "a name of its own"),
         ("prune", r"an override is key\.path=value"),
@@ -116,3 +119,9 @@ def test_settings_cannot_be_changed_afterwards(minimal):
 
 def test_pattern_is_kept_of_group():
     assert parse_pattern("1:4") == (1, 4)
+
+
+def test_a_name_alone_stands_for_a_type_with_its_defaults(minimal):
+    named = ["prune.method=dsnot", "prune.allocation=owl", "prune.refine=swaps"]
+    spelt = ["prune.method.type=dsnot", "prune.allocation.type=owl", "prune.refine={type: swaps}"]
+    assert load_config(minimal, named) == load_config(minimal, spelt)

@@ -57,7 +57,11 @@ def write_model(folder: Path, family: str, dtype: torch.dtype) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("method", "pattern", "dtype"),
-    [("wanda", "unstructured", torch.float32), ("sparsegpt", "2:4", torch.bfloat16)],
+    [
+        ("wanda", "unstructured", torch.float32),
+        ("sparsegpt", "2:4", torch.bfloat16),
+        ("alps", "2:4", torch.float32),
+    ],
 )
 def test_zeros_where_asked_and_the_saved_checkpoint_computes_what_the_sweep_did(
     tmp_path, family, method, pattern, dtype, monkeypatch
@@ -67,7 +71,8 @@ def test_zeros_where_asked_and_the_saved_checkpoint_computes_what_the_sweep_did(
     skeleton = build_skeleton(ModelSettings(path=str(path)))
     stage.plan({}, [REST, *map(layer_unit, range(LAYERS))])
     settings = PruneSettings.model_validate(
-        {"method": {"type": method}, "pattern": pattern, "batch_sequences": 2}
+        {"method": method, "pattern": pattern, "batch_sequences": 2}
+        | ({"refine": "swaps"} if method == "alps" else {})
     )
     last = list(skeleton.linears(LAYERS - 1))[-1]
     seen, groups = [], set()  # what the last linear of all saw while the model was being pruned

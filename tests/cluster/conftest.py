@@ -1,5 +1,6 @@
 """Fixtures for gangs: models and a pool on disk, failpoints that actors obey."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def alone(models, tmp_path_factory):
     made: dict[tuple, dict[str, bytes]] = {}
 
     def files(dtype: str, way: dict) -> dict[str, bytes]:
-        key = (dtype, way["method"]["type"], way["pattern"])
+        key = (dtype, json.dumps(way, sort_keys=True))
         if key not in made:
             stage = Stage(str(tmp_path_factory.mktemp("alone")))
             threads = torch.get_num_threads()

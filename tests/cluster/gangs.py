@@ -18,6 +18,13 @@ WAYS = [
     for method in ("wanda", "sparsegpt")
     for pattern in ("unstructured", "2:4")
 ]
+MORE_WAYS = [
+    {"method": {"type": "alps", "max_iterations": 12}, "batch_sequences": 2, "sparsity": 0.6},
+    {"method": "ria", "refine": {"type": "swaps", "max_swaps": 5}, "batch_sequences": 2,
+     "allocation": {"type": "owl", "m": 2}},
+    {"method": "dsnot", "pattern": "4:8", "batch_sequences": 2, "allocation": "alphapruning"},
+]  # fmt: skip
+"""Between them the other methods, refinement, and what is measured to share out the sparsity."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

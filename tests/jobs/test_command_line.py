@@ -63,6 +63,12 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
         (["evaluate.perplexity=[{name: a, path: /no/text.txt}]"], "/no/text.txt"),
         (["generate.prefixes={type: dataset, path: /no/text.txt}"], "/no/text.txt"),
         (["prune.pool=/no/pool"], "/no/pool"),
+        (
+            ["prune.method=sparsgpt"],
+            "prune.method: there is no 'sparsgpt': did you mean sparsegpt?",
+        ),
+        (["prune.allocation={type: owl, lambda: 1}"], "unknown key prune.allocation.lambda"),
+        (["prune.allocation={type: list, sparsities: [0.5]}"], "has 1 entries, the model"),
     ],
 )
 def test_bad_input_is_told_in_one_line(capsys, config, tmp_path, overrides, message):

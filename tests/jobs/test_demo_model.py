@@ -10,6 +10,7 @@ from calibprune.errors import UserError
 from jobs.demo_model import make_demo_model
 
 
+@pytest.mark.slow  # `make demo` does it as well
 def test_the_model_is_fetched_converted_and_kept(tmp_path):
     folder = make_demo_model(str(tmp_path / "cache" / "model"))
     model, tokenizer = (

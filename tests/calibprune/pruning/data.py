@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from calibprune.pruning.masks import Target
 from calibprune.pruning.statistics import Statistics
 
 
@@ -24,7 +25,11 @@ def random_weights(*rows: int, width: int, seed: int = 1) -> list[Tensor]:
 def plain_statistics(inputs: Tensor) -> Statistics:
     x = inputs.double()
     gram = (x.T @ x).float()
-    return Statistics(len(x), gram.diagonal().clone(), gram)
+    return Statistics(len(x), gram.diagonal().clone(), gram, x.sum(0).float())
+
+
+def targets(*sparsities: float, n_of_m: tuple[int, int] | None = None) -> list[Target]:
+    return [Target(sparsity, n_of_m) for sparsity in sparsities]
 
 
 def relative_error(weight: Tensor, pruned: Tensor, inputs: Tensor) -> float:

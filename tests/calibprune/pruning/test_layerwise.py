@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.errors import UserError
 from calibprune.model import build_skeleton
+from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.layerwise import prune_layers
 from calibprune.pruning.memory import worker_memory
-from calibprune.run import Stage
+from calibprune.run import Record, Stage
 from tests.tiny import write_tiny_llama
 
 TOKENS = torch.randint(0, 258, (6, 40), generator=torch.Generator().manual_seed(1))
@@ -34,7 +35,8 @@ def prune(model, folder, **changes) -> tuple[Stage, dict[str, torch.Tensor]]:
     list(prune_layers(skeleton, TOKENS, settings(**changes), stage))
     tensors: dict[str, torch.Tensor] = {}
     for record in stage.done().values():
-        tensors |= load_file(folder / str(record.file))
+        if record.unit != ALLOCATION:
+            tensors |= load_file(folder / str(record.file))
     return stage, tensors
 
 
@@ -116,7 +118,7 @@ from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.layerwise import prune_layers
 from calibprune.process import host_memory
-from calibprune.run import Stage
+from calibprune.run import Record, Stage
 model, pool, folder, settings = sys.argv[1:]
 torch.set_num_threads(1)
 skeleton = build_skeleton(ModelSettings(path=model))
@@ -154,7 +156,7 @@ from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.process import host_memory
 from calibprune.pruning.layerwise import prune_layers
-from calibprune.run import Stage
+from calibprune.run import Record, Stage
 skeleton, after = build_skeleton(ModelSettings(path=sys.argv[1])), {}
 settings = PruneSettings.model_validate({"method": {"type": "wanda"}})
 for event in prune_layers(skeleton, torch.zeros(4, 32, dtype=torch.int64), settings, Stage(sys.argv[2])):
@@ -172,3 +174,38 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         [sys.executable, "-c", GROWTH, str(path), str(tmp_path / "out")], capture_output=True, text=True, check=True
     )  # fmt: skip
     assert int(ran.stdout.splitlines()[-1]) < 4 * layer, "of 18 layers swept in between"
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning"])
+def test_what_is_measured_is_committed_once_and_taken_up(
+    tiny_llama, tmp_path, monkeypatch, allocation
+):
+    way = {"allocation": {"type": allocation}, "sparsity": 0.6}
+    stage, whole = prune(tiny_llama, tmp_path / "whole", **way)
+    facts = stage.record(ALLOCATION).facts
+    assert facts["sparsity"] == pytest.approx(0.6, abs=5e-3)
+    assert len(facts["layers"]) == 3 and max(facts["layers"]) - min(facts["layers"]) > 0.05
+    for index, asked in enumerate(facts["layers"]):
+        linears = stage.done()[layer_unit(index)].facts["linears"].values()
+        removed = sum(linear["zeros"] for linear in linears)
+        assert removed / sum(linear["parameters"] for linear in linears) == pytest.approx(asked)
+
+    halfway = Stage(str(tmp_path / "halfway"))
+    skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
+    events = prune_layers(skeleton, TOKENS, settings(**way), halfway)
+    steps = []
+    for event in events:
+        if isinstance(event, Record):
+            break
+        steps.append(event)
+    events.close()
+    assert halfway.done_units() == {ALLOCATION} and steps == [-3, -2, -1]
+
+    def again(*_):
+        raise AssertionError("measured a second time")
+
+    monkeypatch.setattr("calibprune.pruning.allocation.outlier_ratios", again)
+    monkeypatch.setattr("calibprune.pruning.allocation.tail_exponents", again)
+    _, resumed = prune(tiny_llama, tmp_path / "halfway", **way)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())

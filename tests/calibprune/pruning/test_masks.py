@@ -6,7 +6,7 @@ from calibprune.pruning.masks import (
     _keep_n_of_m_torch,
     _nth_lowest,
     keep_all_but_lowest,
-    keep_lowest_removed,
+    keep_all_but_lowest_of_rows,
     keep_n_of_m,
 )
 
@@ -44,7 +44,7 @@ def reference_groups(scores: torch.Tensor, kept: int, group: int) -> torch.Tenso
 def test_counts_and_choice(shape, sparsity, ties):
     scores = scores_with_ties(*shape) if ties else torch.rand(shape)
     per_row, per_matrix = int(shape[1] * sparsity), int(shape[0] * shape[1] * sparsity)
-    keep = keep_lowest_removed(scores, sparsity)
+    keep = keep_all_but_lowest_of_rows(scores, per_row)
     assert torch.equal(keep, reference_rows(scores, per_row))
     keep = keep_all_but_lowest(scores, per_matrix)
     assert torch.equal(keep, reference_matrix(scores, per_matrix))
@@ -86,7 +86,7 @@ def test_n_of_m_names_the_width_that_does_not_fit():
 
 def test_half_precision_scores():
     scores = torch.rand(30, 40).bfloat16()
-    assert torch.equal(keep_lowest_removed(scores, 0.5), reference_rows(scores.float(), 20))
+    assert torch.equal(keep_all_but_lowest_of_rows(scores, 20), reference_rows(scores.float(), 20))
 
 
 def test_threshold_is_an_order_statistic():
@@ -99,7 +99,7 @@ def test_threshold_is_an_order_statistic():
 def test_scores_are_not_modified():
     scores = torch.rand(20, 40)
     before = scores.clone()
-    keep_lowest_removed(scores, 0.5)
+    keep_all_but_lowest_of_rows(scores, scores.shape[1] // 2)
     keep_all_but_lowest(scores, 400)
     keep_n_of_m(scores, 2, 4)
     assert torch.equal(scores, before)

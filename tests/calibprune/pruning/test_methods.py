@@ -5,19 +5,25 @@ import pytest
 import torch
 
 from calibprune import config
-from calibprune.pruning.methods import METHODS, prune_group
+from calibprune.pruning.masks import Target
+from calibprune.pruning.methods import need_of, prune_group
 from calibprune.pruning.statistics import Statistics
 from tests.calibprune.pruning.data import (
     correlated_inputs,
     plain_statistics,
     random_weights,
     relative_error,
+    targets,
 )
 
 MAGNITUDE = config.Magnitude(type="magnitude")
 WANDA = config.Wanda(type="wanda")
 SPARSEGPT = config.SparseGPT(type="sparsegpt")
-EVERY_METHOD = (MAGNITUDE, WANDA, SPARSEGPT)
+RIA = config.RIA(type="ria")
+DSNOT = config.DSnoT(type="dsnot")
+ALPS = config.ALPS(type="alps")
+SWAPS = config.Swaps(type="swaps")
+EVERY_METHOD = (MAGNITUDE, WANDA, RIA, DSNOT, SPARSEGPT, ALPS)
 
 
 def lowest_in(scores: list[float], count: int) -> set[int]:
@@ -60,7 +66,7 @@ def test_magnitude_and_wanda_equal_the_reference(n_of_m, dtype):
         (MAGNITUDE, [1.0] * 48, False),
         (WANDA, x.double().square().sum(0).sqrt().tolist(), True),
     ):
-        result = prune_group(weights, statistics, sparsities, n_of_m, settings)
+        result = prune_group(weights, statistics, targets(*sparsities, n_of_m=n_of_m), settings)
         for weight, sparsity, pruned in zip(weights, sparsities, result, strict=True):
             expected = reference(weight, norms, sparsity, n_of_m, per_row)
             assert pruned.dtype == dtype
@@ -70,12 +76,26 @@ def test_magnitude_and_wanda_equal_the_reference(n_of_m, dtype):
 def test_statistics_that_a_method_does_not_need_may_be_missing():
     weights = random_weights(6, width=8)
     nothing = Statistics(10, None, None)
-    prune_group(weights, nothing, [0.5], None, MAGNITUDE)
+    prune_group(weights, nothing, targets(0.5), MAGNITUDE)
     with pytest.raises(ValueError, match="sums of squares"):
-        prune_group(weights, nothing, [0.5], None, WANDA)
+        prune_group(weights, nothing, targets(0.5), WANDA)
     with pytest.raises(ValueError, match="Gram"):
-        prune_group(weights, nothing, [0.5], None, SPARSEGPT)
-    assert [METHODS[type(m)].need for m in EVERY_METHOD] == ["none", "sum_squares", "gram"]
+        prune_group(weights, nothing, targets(0.5), SPARSEGPT)
+    for settings, needed in ((RIA, "sums of squares"), (DSNOT, "sums"), (ALPS, "Gram")):
+        with pytest.raises(ValueError, match=needed):
+            prune_group(weights, nothing, targets(0.5), settings)
+    with pytest.raises(ValueError, match="Gram"):
+        prune_group(weights, nothing, targets(0.5), MAGNITUDE, refine=SWAPS)
+
+
+def test_the_sums_that_a_method_and_its_refinement_read():
+    def need(method, refine=None):
+        return need_of(config.PruneSettings(method=method, refine=refine))
+
+    assert [need(method) for method in EVERY_METHOD] == [
+        set(), {"sum_squares"}, {"sum_squares"}, {"sum_squares", "sums"}, {"gram"}, {"gram"}
+    ]  # fmt: skip
+    assert need(DSNOT, SWAPS) == {"sum_squares", "sums", "gram"}
 
 
 @pytest.mark.parametrize("n_of_m", [None, (2, 4)])
@@ -89,7 +109,7 @@ def test_arguments_stay_and_dtypes_too(settings, n_of_m):
     ]
     before = [weight.clone() for weight in weights]
     gram, squares = statistics.gram.clone(), statistics.sum_squares.clone()
-    result = prune_group(weights, statistics, [0.5, 0.5, 0.25], n_of_m, settings)
+    result = prune_group(weights, statistics, targets(0.5, 0.5, 0.25, n_of_m=n_of_m), settings)
     assert [r.dtype for r in result] == [w.dtype for w in weights]
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
     assert torch.equal(gram, statistics.gram)
@@ -102,17 +122,19 @@ def test_arguments_stay_and_dtypes_too(settings, n_of_m):
 
 
 @pytest.mark.parametrize("n_of_m", [None, (2, 4), (4, 8)])
-def test_output_error_falls_from_magnitude_to_wanda_to_sparsegpt(n_of_m):
+def test_output_error_falls_from_magnitude_to_wanda_to_sparsegpt_to_alps(n_of_m):
     for seed in range(3):
         x = correlated_inputs(600, 96, seed)
         weights = random_weights(64, width=96, seed=seed)
         errors = [
             relative_error(
-                weights[0], prune_group(weights, plain_statistics(x), [0.5], n_of_m, m)[0], x
+                weights[0],
+                prune_group(weights, plain_statistics(x), targets(0.5, n_of_m=n_of_m), m)[0],
+                x,
             )
-            for m in EVERY_METHOD
+            for m in (MAGNITUDE, WANDA, SPARSEGPT, ALPS)
         ]
-        assert errors[0] > errors[1] > errors[2]
+        assert errors[0] > errors[1] > errors[2] > errors[3]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -120,11 +142,56 @@ def test_weights_that_are_not_finite_raise(value):
     weights = random_weights(6, 6, width=8)
     weights[1][2, 3] = value
     with pytest.raises(ValueError, match="linear 1"):
-        prune_group(weights, plain_statistics(correlated_inputs(20, 8)), [0.5, 0.5], None, WANDA)
+        prune_group(weights, plain_statistics(correlated_inputs(20, 8)), targets(0.5, 0.5), WANDA)
 
 
 @pytest.mark.parametrize("settings", EVERY_METHOD)
 def test_a_width_that_does_not_fit_the_pattern_raises(settings):
     statistics = plain_statistics(correlated_inputs(100, 30))
     with pytest.raises(ValueError, match="30"):
-        prune_group(random_weights(6, width=30), statistics, [0.5], (2, 4), settings)
+        prune_group(random_weights(6, width=30), statistics, targets(0.5, n_of_m=(2, 4)), settings)
+
+
+@pytest.mark.parametrize("settings", EVERY_METHOD)
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_inputs_that_are_always_zero_and_rows_of_zeros(settings, pattern):
+    x = correlated_inputs(200, 64)
+    x[:, [0, 1, 17]] = 0
+    (weight,) = random_weights(16, width=64)
+    weight[3] = 0
+    (pruned,) = prune_group([weight], plain_statistics(x), targets(0.5, n_of_m=pattern), settings)
+    assert pruned.isfinite().all()
+    alive = [row for row in range(16) if row != 3]
+    removed = (pruned[alive] == 0).sum().item()
+    assert 0.45 * 15 * 64 <= removed <= 0.62 * 15 * 64
+    assert relative_error(weight, pruned, x) < 1
+
+
+@pytest.mark.parametrize("settings", [m for m in EVERY_METHOD if m is not MAGNITUDE])
+def test_widths_and_rows_of_any_size(settings):
+    """Rows shorter than a block, one row, widths that are no multiple of anything."""
+    for rows, width in ((1, 5), (3, 131), (130, 7)):
+        statistics = plain_statistics(correlated_inputs(3 * width, width))
+        (pruned,) = prune_group(
+            random_weights(rows, width=width), statistics, targets(0.5), settings
+        )
+        assert pruned.shape == (rows, width)
+        assert abs((pruned == 0).sum().item() - rows * width / 2) <= rows
+
+
+@pytest.mark.parametrize("settings", EVERY_METHOD)
+def test_a_different_n_of_the_same_m_for_every_linear(settings):
+    weights = random_weights(12, 9, width=48)
+    wanted = [Target(1 / 4, (6, 8)), Target(5 / 8, (3, 8))]
+    pruned = prune_group(weights, plain_statistics(correlated_inputs(200, 48)), wanted, settings)
+    for part, kept in zip(pruned, (6, 3), strict=True):
+        assert ((part.reshape(-1, 8) != 0).sum(1) == kept).all()
+
+
+@pytest.mark.parametrize("settings", EVERY_METHOD)
+def test_nothing_to_remove(settings):
+    weights = random_weights(12, width=48)
+    (pruned,) = prune_group(
+        weights, plain_statistics(correlated_inputs(200, 48)), targets(0.0), settings
+    )
+    torch.testing.assert_close(pruned, weights[0], rtol=1e-3, atol=1e-5)

@@ -7,7 +7,12 @@ from calibprune.config import SparseGPT
 from calibprune.pruning import rows, sparsegpt
 from calibprune.pruning.sparsegpt import NotPositiveDefinite, inverse_factor, prune, solve
 from calibprune.pruning.statistics import Statistics
-from tests.calibprune.pruning.data import correlated_inputs, plain_statistics, random_weights
+from tests.calibprune.pruning.data import (
+    correlated_inputs,
+    plain_statistics,
+    random_weights,
+    targets,
+)
 
 
 def settings(blocksize: int = 128, damping: float = 0.01) -> SparseGPT:
@@ -76,7 +81,7 @@ def test_equals_the_reference(n_of_m, width, blocksize, path):
     statistics = plain_statistics(x)
     weights = random_weights(24, 5, width=width)
     sparsities = [0.5, 0.7]
-    result = prune(weights, statistics, sparsities, n_of_m, settings(blocksize))
+    result = prune(weights, statistics, targets(*sparsities, n_of_m=n_of_m), settings(blocksize))
     for weight, sparsity, pruned in zip(weights, sparsities, result, strict=True):
         expected = reference(weight, statistics.gram, sparsity, n_of_m, blocksize)
         assert torch.equal(pruned == 0, expected == 0)
@@ -90,7 +95,7 @@ def test_inputs_that_are_always_zero(n_of_m, path):
     x[:, [0, 1, 2, 17, 63]] = 0
     statistics = plain_statistics(x)
     weights = random_weights(16, width=64)
-    (pruned,) = prune(weights, statistics, [0.5], n_of_m, settings())
+    (pruned,) = prune(weights, statistics, targets(0.5, n_of_m=n_of_m), settings())
     expected = reference(weights[0], statistics.gram, 0.5, n_of_m)
     assert torch.equal(pruned == 0, expected == 0)
     assert (pruned - expected).norm() < 1e-5 * expected.norm()
@@ -100,7 +105,7 @@ def test_inputs_that_are_always_zero(n_of_m, path):
 def test_equal_rows_and_columns_keep_exact_counts(path):
     x = torch.eye(40).repeat(3, 1)  # an orthogonal input and one single weight: every score ties
     weight = torch.full((10, 40), 0.5)
-    (pruned,) = prune([weight], plain_statistics(x), [0.3], None, settings(16))
+    (pruned,) = prune([weight], plain_statistics(x), targets(0.3), settings(16))
     per_block = [(block == 0).sum().item() for block in pruned.split(16, dim=1)]
     assert per_block == [48, 48, 24]
     assert torch.equal(pruned == 0, reference(weight, x.T @ x, 0.3, None, 16) == 0)
@@ -110,7 +115,7 @@ def test_equal_rows_and_columns_keep_exact_counts(path):
 def test_counts_per_block(sparsity, path):
     weights = random_weights(33, width=100)
     statistics = plain_statistics(correlated_inputs(300, 100))
-    (pruned,) = prune(weights, statistics, [sparsity], None, settings(48))
+    (pruned,) = prune(weights, statistics, targets(sparsity), settings(48))
     for block in pruned.split(48, dim=1):
         assert (block == 0).sum().item() == round(block.numel() * sparsity)
 
@@ -119,7 +124,7 @@ def test_counts_per_block(sparsity, path):
 def test_n_of_m_in_every_group(kept, group, path):
     weights = random_weights(19, width=136)
     statistics = plain_statistics(correlated_inputs(300, 136))
-    (pruned,) = prune(weights, statistics, [0.5], (kept, group), settings(64))
+    (pruned,) = prune(weights, statistics, targets(0.5, n_of_m=(kept, group)), settings(64))
     assert ((pruned.reshape(-1, group) != 0).sum(1) == kept).all()
 
 
@@ -127,10 +132,10 @@ def test_both_paths_agree(monkeypatch):
     weights = random_weights(40, 24, width=272)
     statistics = plain_statistics(correlated_inputs(800, 272))
     for n_of_m in (None, (2, 4)):
-        compiled = prune(weights, statistics, [0.5, 0.6], n_of_m, settings())
+        compiled = prune(weights, statistics, targets(0.5, 0.6, n_of_m=n_of_m), settings())
         with monkeypatch.context() as patch:
             patch.setattr(sparsegpt, "_runs_compiled", lambda device: False)
-            tensors = prune(weights, statistics, [0.5, 0.6], n_of_m, settings())
+            tensors = prune(weights, statistics, targets(0.5, 0.6, n_of_m=n_of_m), settings())
         for a, b in zip(compiled, tensors, strict=True):
             assert torch.equal(a == 0, b == 0)
             assert (a - b).abs().max() < 1e-5 * a.abs().max()
@@ -155,9 +160,9 @@ def test_rows_solved_apart_get_the_same_bits(n_of_m, path):
 def test_linears_solved_apart_get_the_same_bits(path):
     weights = random_weights(40, 24, 7, width=200)
     statistics = plain_statistics(correlated_inputs(500, 200))
-    together = prune(weights, statistics, [0.5, 0.6, 0.7], None, settings())
+    together = prune(weights, statistics, targets(0.5, 0.6, 0.7), settings())
     for weight, sparsity, expected in zip(weights, (0.5, 0.6, 0.7), together, strict=True):
-        assert torch.equal(prune([weight], statistics, [sparsity], None, settings())[0], expected)
+        assert torch.equal(prune([weight], statistics, targets(sparsity), settings())[0], expected)
 
 
 def test_the_number_of_threads_does_not_matter():
@@ -190,16 +195,16 @@ def test_between_the_best_of_all_masks_and_no_update():
     x = correlated_inputs(100, 8)
     statistics = plain_statistics(x)
     (weight,) = random_weights(1, width=8)
-    (pruned,) = prune([weight], statistics, [0.5], None, settings(8, 1e-6))
-    target = (x @ weight.T).double()
+    (pruned,) = prune([weight], statistics, targets(0.5), settings(8, 1e-6))
+    wanted = (x @ weight.T).double()
 
     def error(matrix):
-        return (x.double() @ matrix.double().T - target).norm().item()
+        return (x.double() @ matrix.double().T - wanted).norm().item()
 
     def refitted(kept):
         best = torch.zeros(1, 8, dtype=torch.float64)
         columns = list(kept)
-        best[:, columns] = torch.linalg.lstsq(x[:, columns].double(), target).solution.T
+        best[:, columns] = torch.linalg.lstsq(x[:, columns].double(), wanted).solution.T
         return best
 
     best = min(error(refitted(kept)) for kept in itertools.combinations(range(8), 4))
@@ -226,10 +231,10 @@ def test_a_gram_that_is_not_positive_definite_says_which_damping_would_do():
 
     hopeless = Statistics(1, gram.diagonal(), torch.diag(torch.tensor([-1.0, -2.0, -1.0, -3.0])))
     with pytest.raises(NotPositiveDefinite, match="no damping helps"):
-        prune(random_weights(3, width=4), hopeless, [0.5], None, settings())
+        prune(random_weights(3, width=4), hopeless, targets(0.5), settings())
 
 
 def test_a_blocksize_that_cuts_groups_raises():
     statistics = plain_statistics(correlated_inputs(100, 24))
     with pytest.raises(ValueError, match="6"):
-        prune(random_weights(4, width=24), statistics, [0.5], (2, 4), settings(6))
+        prune(random_weights(4, width=24), statistics, targets(0.5, n_of_m=(2, 4)), settings(6))

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +14,17 @@ from calibprune.pruning.statistics import (
 )
 from tests.calibprune.pruning.data import correlated_inputs, random_weights
 
+MOST_TOKENS = 700
 
-def magnitude_bound(inputs, need):
-    return product.magnitude_bound(product.column_squares(inputs, need))
+
+def magnitude_bound(inputs, *need):
+    return product.magnitude_bound(product.column_squares(inputs, frozenset(need)))
 
 
 def observe(inputs, need, bound, micro_batches):
+    need = frozenset([need] if isinstance(need, str) else need)
     squares = product.column_squares(inputs, need)
-    return product.observe(inputs, squares, need, bound, micro_batches)
+    return product.observe(inputs, squares, need, bound, micro_batches, MOST_TOKENS)
 
 
 def micro_batches(dtype=torch.float32, width=70):
@@ -28,33 +32,32 @@ def micro_batches(dtype=torch.float32, width=70):
 
 
 def same(a: IntegerSums, b: IntegerSums) -> bool:
-    return (
-        (a.tokens, a.exponent) == (b.tokens, b.exponent)
-        and (a.gram is None) == (b.gram is None)
-        and (a.gram is None or torch.equal(a.gram, b.gram))
-        and (a.sum_squares is None) == (b.sum_squares is None)
-        and (a.sum_squares is None or torch.equal(a.sum_squares, b.sum_squares))
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
     )
 
 
 def plus(a: IntegerSums, b: IntegerSums) -> IntegerSums:
-    def add(x, y):
-        return None if x is None else x + y
+    assert (a.exponent, a.sums_exponent) == (b.exponent, b.sums_exponent)
+    added = {
+        name: None if getattr(a, name) is None else getattr(a, name) + getattr(b, name)
+        for name in ("tokens", "sequences", "sum_squares", "gram", "sums")
+    }
+    return replace(a, **added)
 
-    assert a.exponent == b.exponent
-    squares, gram = add(a.sum_squares, b.sum_squares), add(a.gram, b.gram)
-    return IntegerSums(a.tokens + b.tokens, a.exponent, squares, gram)
 
-
-@pytest.mark.parametrize("need", ["none", "sum_squares", "gram"])
+@pytest.mark.parametrize(
+    "need", [(), ("sum_squares",), ("gram",), ("sum_squares", "sums"), ("gram", "sums")]
+)
 def test_sums_do_not_depend_on_order_or_partition(need):
     batches = micro_batches(torch.bfloat16)
-    bound = magnitude_bound(batches, need)
+    bound = magnitude_bound(batches, *need)
     everything = observe(batches, need, bound, 4)
     for order in ((3, 1, 0, 2), (2, 3, 0, 1), (1, 0, 3, 2)):
         for cut in (1, 2, 3):
             parts = [[batches[i] for i in order[:cut]], [batches[i] for i in order[cut:]]]
-            assert max(magnitude_bound(part, need) for part in parts) == bound
+            assert max(magnitude_bound(part, *need) for part in parts) == bound
             assert same(plus(*(observe(part, need, bound, 4) for part in parts)), everything)
 
 
@@ -106,7 +109,9 @@ def test_a_huge_column_leaves_small_ones_exact():
 def test_leading_dimensions_are_tokens():
     x = correlated_inputs(24, 8)
     bound = magnitude_bound([x], "gram")
-    assert same(observe([x.reshape(4, 6, 8)], "gram", bound, 1), observe([x], "gram", bound, 1))
+    found = observe([x.reshape(4, 6, 8)], "gram", bound, 1)
+    assert (found.tokens, found.sequences) == (24, 4)
+    assert same(replace(found, sequences=1), observe([x], "gram", bound, 1))
 
 
 def test_the_grand_total_fits_int64():
@@ -181,3 +186,19 @@ def test_full_float32_puts_the_setting_back():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_sums_of_inputs_are_exact_to_float32():
+    batches = micro_batches()
+    found = finish(observe(batches, ("sum_squares", "sums"), magnitude_bound(batches, "sums"), 4))
+    x = torch.cat(batches).double()
+    assert found.sums is not None
+    assert (found.sums - x.sum(0)).abs().max() < 1e-6 * x.abs().sum(0).max()
+    assert (found.tokens, found.sequences) == (len(x), 4)
+
+
+def test_a_micro_batch_larger_than_announced_raises():
+    batches = micro_batches()
+    squares = product.column_squares(batches, frozenset({"sums"}))
+    with pytest.raises(ValueError, match="700 tokens"):
+        product.observe(batches, squares, frozenset({"sums"}), 1e9, 4, 699)

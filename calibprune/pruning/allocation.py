@@ -1,0 +1,260 @@
+"""How the sparsity is shared out over layers and linears; its mean over the parameters stays what was asked for."""
+
+import json
+import math
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from calibprune import storage
+from calibprune.config import OWL, AlphaPruning, ListAllocation, PruneSettings
+from calibprune.errors import UserError
+from calibprune.gang import Gang
+from calibprune.model import Skeleton
+from calibprune.pruning.export import ALLOCATION
+from calibprune.pruning.masks import Target
+from calibprune.pruning.outliers import outlier_ratios
+from calibprune.pruning.spectrum import tail_exponents
+from calibprune.run import Record, Stage
+
+Shapes = Sequence[Mapping[str, tuple[int, int]]]
+"""For every layer, (out, in) of the linears to prune, by their path inside it."""
+Scores = Sequence[Mapping[str, float]]
+"""For every layer, a number for each of the same linears."""
+Targets = list[dict[str, Target]]
+
+
+def is_measured(settings: PruneSettings) -> bool:
+    """Whether the allocation takes a look at the model, as a unit of work of its own."""
+    return isinstance(settings.allocation, OWL | AlphaPruning)
+
+
+def allocate(
+    skeleton: Skeleton,
+    pool: Tensor,
+    settings: PruneSettings,
+    chosen: Sequence[Sequence[str]],
+    stage: Stage,
+    gang: Gang,
+    done: set[str],
+) -> Generator[Record | int, None, Targets]:
+    """What to remove from every linear, as the generator's value; the same on every worker. Collective.
+
+    Measures what there is to measure, unless it is committed already, and has the first worker commit it. Yields the
+    record, and negative numbers that grow with the layers left behind. Raises UserError where a layer's sparsity
+    would leave 0 ... 1.
+    """
+    shapes = shapes_of(skeleton, chosen)
+    if not is_measured(settings):
+        return share_out(settings, shapes)
+    if ALLOCATION in done:
+        read = json.loads(stage.read(stage.record(ALLOCATION)))  # of which the keys are sorted
+        ordered = [
+            {path: of[path] for path in layer} for layer, of in zip(shapes, read, strict=True)
+        ]
+        return share_out(settings, shapes, ordered)
+    if isinstance(settings.allocation, OWL):
+        scores = yield from outlier_ratios(skeleton, pool, settings, chosen, gang)
+    else:
+        scores = yield from tail_exponents(skeleton, chosen, gang)
+    targets = share_out(settings, shapes, scores)
+    if gang.rank == 0:
+        published = stage.put(ALLOCATION, storage.json_bytes(scores), "json", "data", "scores")
+        yield stage.commit(ALLOCATION, published, summary(targets, shapes))
+    return targets
+
+
+def shapes_of(skeleton: Skeleton, chosen: Sequence[Sequence[str]]) -> Shapes:
+    return [
+        {path: (linears[path].out_features, linears[path].in_features) for path in paths}
+        for paths, linears in zip(chosen, map(skeleton.linears, range(len(chosen))), strict=True)
+    ]
+
+
+def check_allocation(settings: PruneSettings, shapes: Shapes) -> None:
+    """Raises UserError for what is wrong with a list of sparsities."""
+    allocation = settings.allocation
+    if not isinstance(allocation, ListAllocation):
+        return
+    if len(allocation.sparsities) != len(shapes):
+        raise UserError(
+            f"prune.allocation.sparsities has {len(allocation.sparsities)} entries, the model {len(shapes)} layers"
+        )
+    if settings.sparsity is None and settings.n_of_m is None:
+        return
+    mean = _mean(_of_layers(allocation.sparsities, shapes), shapes)
+    if abs(mean - settings.target_sparsity) > 1e-4:
+        raise UserError(
+            f"prune.allocation.sparsities remove {mean:.4%} of all weights, prune.sparsity or prune.pattern says "
+            f"{settings.target_sparsity:.4%}: leave prune.sparsity out, or make them agree"
+        )
+
+
+def share_out(settings: PruneSettings, shapes: Shapes, scores: Scores | None = None) -> Targets:
+    """What to remove from every linear. `scores` are what OWL or AlphaPruning measured.
+
+    Raises UserError, saying which layer and what would fit, where a sparsity would leave 0 ... 1.
+    """
+    allocation, sparsity = settings.allocation, settings.target_sparsity
+    match allocation:
+        case OWL():
+            assert scores is not None
+            wanted = owl(scores, shapes, sparsity, allocation.lam)
+        case AlphaPruning():
+            assert scores is not None
+            wanted = alpha_pruning(scores, shapes, sparsity, allocation.epsilon)
+        case ListAllocation():
+            wanted = _of_layers(allocation.sparsities, shapes)
+        case _:
+            wanted = [dict.fromkeys(layer, sparsity) for layer in shapes]
+    if settings.n_of_m:
+        return whole_groups(wanted, shapes, settings.n_of_m[1])
+    return whole_weights(wanted, shapes)
+
+
+def owl(ratios: Scores, shapes: Shapes, sparsity: float, lam: float) -> list[dict[str, float]]:
+    """Sparsities that fall by up to 2 * lam from the least to the greatest outlier ratio (arXiv 2310.05175, section 3).
+
+    Centred on `sparsity` by the mean over parameters, where the published code has the mean over layers: the same for
+    layers of one size.
+    """
+    scaled = _scaled(ratios)
+    mean = _mean(scaled, shapes)
+    away = [{path: 2 * (mean - x) for path, x in layer.items()} for layer in scaled]
+    wanted = [{path: sparsity + lam * x for path, x in layer.items()} for layer in away]
+    fits = min(
+        ((1 - sparsity if x > 0 else sparsity) / abs(x) for layer in away for x in layer.values() if x),
+        default=math.inf,
+    )  # fmt: skip
+    _check_range(wanted, f"prune.allocation.lam is {lam:g}, at most {_floored(fits):g} would fit")
+    return wanted
+
+
+def alpha_pruning(
+    exponents: Scores, shapes: Shapes, sparsity: float, epsilon: float
+) -> list[dict[str, float]]:
+    """Sparsities that rise with the exponent from 1 - epsilon to 1 + epsilon, times what makes the mean `sparsity`.
+
+    Lu et al. 2024 (NeurIPS, "AlphaPruning"), section 3.3.
+    """
+    scaled = _scaled(exponents)
+    ratios = [
+        {path: 1 - epsilon + 2 * epsilon * x for path, x in layer.items()} for layer in scaled
+    ]
+    factor = sparsity / _mean(ratios, shapes)
+    wanted = [{path: factor * x for path, x in layer.items()} for layer in ratios]
+    slope = 1 + sparsity - 2 * _mean(scaled, shapes)
+    fits = (1 - sparsity) / slope if slope > 0 else math.inf
+    _check_range(
+        wanted, f"prune.allocation.epsilon is {epsilon:g}, at most {_floored(fits):g} would fit"
+    )
+    return wanted
+
+
+def whole_weights(wanted: Scores, shapes: Shapes) -> Targets:
+    """Sparsities rounded so that every row of a linear loses the same whole number of weights.
+
+    What one linear's rounding leaves over, the next one's makes up for: the mean over all parameters stays.
+    """
+    targets: Targets = []
+    owed = 0.0
+    for layer, sizes in zip(wanted, shapes, strict=True):
+        targets.append({})
+        for path, sparsity in layer.items():
+            rows, width = sizes[path]
+            exact = width * sparsity
+            count = _rounded(exact + owed / rows, exact)
+            owed += rows * (exact - count)
+            targets[-1][path] = Target(count / width, None, path)
+    return targets
+
+
+def whole_groups(wanted: Scores, shapes: Shapes, group: int) -> Targets:
+    """The N of N:M that comes nearest to each sparsity, M being fixed; one N for what a layer prunes equally.
+
+    The same way of making up for what rounding leaves over. At least 1 of M is kept.
+    """
+    targets: Targets = []
+    owed = 0.0
+    for layer, sizes in zip(wanted, shapes, strict=True):
+        kept: dict[float, int] = {}
+        for sparsity in dict.fromkeys(layer.values()):
+            size = sum(math.prod(sizes[path]) for path, s in layer.items() if s == sparsity)
+            exact = group * (1 - sparsity)
+            kept[sparsity] = max(1, _rounded(exact + owed / size, exact))
+            owed += size * (exact - kept[sparsity])
+        targets.append(
+            {path: Target(1 - kept[s] / group, (kept[s], group), path) for path, s in layer.items()}
+        )
+    return targets
+
+
+def summary(targets: Targets, shapes: Shapes) -> dict[str, Any]:
+    """The allocation in a few numbers: every layer's sparsity and the mean over all parameters."""
+    sparsities = [{path: target.sparsity for path, target in layer.items()} for layer in targets]
+    return {
+        "sparsity": _mean(sparsities, shapes),
+        "layers": [
+            _mean([layer], [sizes]) if layer else None
+            for layer, sizes in zip(sparsities, shapes, strict=True)
+        ],
+    }
+
+
+def in_words(summary: Mapping[str, Any]) -> str:
+    """Such as `60.00% of the weights, from 45.2% in layer 3 to 71.0% in layer 20`."""
+    layers = {index: value for index, value in enumerate(summary["layers"]) if value is not None}
+    low, high = (pick(layers, key=layers.__getitem__) for pick in (min, max))
+    spread = ""
+    if layers[high] - layers[low] > 1e-3:
+        spread = f", from {layers[low]:.1%} in layer {low} to {layers[high]:.1%} in layer {high}"
+    return f"{summary['sparsity']:.2%} of the weights{spread}"
+
+
+def _of_layers(values: Sequence[float], shapes: Shapes) -> list[dict[str, float]]:
+    return [dict.fromkeys(layer, value) for value, layer in zip(values, shapes, strict=True)]
+
+
+def _scaled(scores: Scores) -> list[dict[str, float]]:
+    """Moved and stretched to 0 ... 1; all zero where all are equal."""
+    values = [value for layer in scores for value in layer.values()]
+    low, span = min(values), max(values) - min(values)
+    return [{p: (x - low) / span if span else 0.0 for p, x in layer.items()} for layer in scores]
+
+
+def _mean(values: Scores, shapes: Shapes) -> float:
+    """Over parameters."""
+    sizes = [
+        [math.prod(layer[path]) for path in of] for of, layer in zip(values, shapes, strict=True)
+    ]
+    total = sum(map(sum, sizes))
+    weighted = (
+        size * value
+        for of, layer in zip(values, sizes, strict=True)
+        for size, value in zip(layer, of.values(), strict=True)
+    )
+    return math.fsum(weighted) / total
+
+
+def _check_range(wanted: Scores, advice: str) -> None:
+    for index, layer in enumerate(wanted):
+        for path, sparsity in layer.items():
+            if not -1e-9 <= sparsity <= 1 + 1e-9:
+                raise UserError(
+                    f"layer {index}, {path} would get a sparsity of {sparsity:.3f}: {advice}"
+                )
+
+
+def _rounded(value: float, exact: float) -> int:
+    """`value` to a whole number, but no further than to one of the two beside `exact`."""
+    low, high = math.floor(exact + 1e-6), math.ceil(exact - 1e-6)
+    return min(max(round(value), low), high)
+
+
+def _floored(value: float) -> float:
+    """Down to three digits: what it is told to be must fit."""
+    if not math.isfinite(value) or value <= 0:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.floor(value / unit) * unit

@@ -1,0 +1,251 @@
+"""Refinement of any method's mask: exchanges of one kept and one pruned weight of a row, the best ones first.
+
+Zimmer et al. 2025 (SparseSwaps, arXiv 2512.10922). An exchange is judged by the exact change of the output error
+||(W - W') X||^2, which falls with each; a row ends when no exchange lowers it. Every row keeps its sparsity, every
+N:M group its N. Where the paper weighs all pairs anew for every exchange, here one weighing of all pairs puts the
+kept weights in order, and each in turn, weighed anew on its own, makes the best exchange that is left to it: as exact,
+and a fraction of the work. Beyond the paper, a method that updates weights has its own values as the start, and a
+weight that comes back gets the value that is best given all others.
+"""
+
+from functools import partial
+from typing import no_type_check
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from calibprune.config import Swaps
+from calibprune.pruning.masks import Target, on_threads
+from calibprune.pruning.rows import RowShares, row_slices
+from calibprune.pruning.statistics import Statistics, full_float32
+
+PAIRS_AT_ONCE = 1 << 26
+"""Of all rows of a chunk together, where exchanges are weighed as tensor operations."""
+ROWS_AT_ONCE = 8
+TINY = 1e-30
+NEVER = np.float32(3e38)
+LEAST_GAIN = 1e-6
+"""Of the row's output, that an exchange has to lower the error by: less is rounding."""
+
+
+@torch.no_grad()
+def refine(
+    weights: list[Float[Tensor, "_ in"]],
+    pruned: list[Float[Tensor, "_ in"]],
+    statistics: Statistics,
+    targets: list[Target],
+    settings: Swaps,
+    shares: RowShares,
+    updates: bool,
+) -> list[Float[Tensor, "_ in"]]:
+    """Exchanges weights of `pruned`, which a method made of the dense `weights`; returns new ones.
+
+    Needs `gram`. `updates`: weights that come back need not have their dense values. Every row is its own problem.
+    """
+    if statistics.gram is None:
+        raise ValueError("swaps need the Gram matrix of the inputs")
+    gram, refined = statistics.gram, []
+    for dense, sparse, target in zip(weights, pruned, targets, strict=True):
+        group = target.n_of_m[1] if target.n_of_m else dense.shape[1]
+        work = partial(_exchange, gram=gram, group=group, settings=settings, updates=updates)
+        (result,) = shares.by_parts(work, [dense.to(torch.float32)], [sparse.to(torch.float32)])
+        refined.append(result.to(sparse.dtype))
+    return refined
+
+
+def _exchange(
+    dense: Float32[Tensor, "out in"],
+    current: Float32[Tensor, "out in"],
+    gram: Float32[Tensor, "in in"],
+    group: int,
+    settings: Swaps,
+    updates: bool,
+) -> Float32[Tensor, "out in"]:
+    """The pruned rows after the exchanges."""
+    with full_float32():
+        slope = torch.mm(dense - current, gram)
+        least = (torch.mm(dense, gram) * dense).sum(1) * LEAST_GAIN
+    run = _exchange_rows_compiled if _runs_compiled(gram.device) else _exchange_rows
+    run(dense, current, slope, gram, least, group, settings.max_swaps, updates)
+    return current
+
+
+def _runs_compiled(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _exchange_rows(
+    dense: Float32[Tensor, "out in"],
+    current: Float32[Tensor, "out in"],
+    slope: Float32[Tensor, "out in"],
+    gram: Float32[Tensor, "in in"],
+    least: Float32[Tensor, " out"],
+    group: int,
+    max_swaps: int,
+    updates: bool,
+) -> None:
+    """Exchanges weights in place, all rows at once. `slope` is (dense - current) @ gram, kept up to date.
+
+    With d = dense - current and c = d G: taking weight p away changes the error by 2 v_p c_p + v_p^2 G_pp. Bringing r
+    back with value x changes it by -2 x (c_r + v_p G_pr) + x^2 G_rr, p being gone; x is d_r, or what is best.
+    """
+    diagonal, rows = gram.diagonal(), torch.arange(len(dense), device=gram.device)
+    made = torch.zeros_like(rows)
+    while True:
+        changes = _best_changes(dense, current, slope, gram, group, updates)
+        improving = changes < -least[:, None]
+        most, before = min(max_swaps, int(improving.sum(1).max())) if len(rows) else 0, made
+        order = changes.argsort(dim=1, stable=True)[:, :most]
+        for p in order.unbind(1):
+            value, of_p = current[rows, p], gram[p]
+            pull = slope + value[:, None] * of_p
+            if updates:
+                back = -pull.square() / diagonal.clamp(min=TINY)
+            else:
+                back = dense.square() * diagonal - 2 * dense * pull
+            columns = torch.arange(gram.shape[0], device=gram.device)
+            may = (current == 0) & (columns // group == (p // group)[:, None])
+            lowest, r = back.masked_fill(~may, torch.inf).min(1)
+            change = 2 * value * slope[rows, p] + value.square() * diagonal[p] + lowest
+            x = pull[rows, r] / diagonal[r].clamp(min=TINY) if updates else dense[rows, r]
+            wanted = improving[rows, p] & (change < -least) & (made < max_swaps) & (x != 0)
+            value, x = value * wanted, x * wanted
+            slope += value[:, None] * of_p - x[:, None] * gram[r]
+            current[rows, p] -= value
+            current[rows, r] += x
+            made = made + wanted
+        if torch.equal(made, before):
+            return
+
+
+def _best_changes(
+    dense: Float32[Tensor, "out in"],
+    current: Float32[Tensor, "out in"],
+    slope: Float32[Tensor, "out in"],
+    gram: Float32[Tensor, "in in"],
+    group: int,
+    updates: bool,
+) -> Float32[Tensor, "out in"]:
+    """For every kept weight the change of the error by its best exchange; infinite for the others."""
+    groups = gram.shape[0] // group
+    # pairs are within a group: [groups, group, group] of the Gram matrix
+    blocks = gram.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (groups, group))
+
+    diagonal = cut(gram.diagonal())
+    missing, out = cut(dense - current)[..., None, :], cut(current)[..., None, :] == 0
+    changes = torch.empty_like(cut(current))
+    at_once = max(1, PAIRS_AT_ONCE // max(1, dense.numel()))
+    for first in range(0, group, at_once):
+        some = slice(first, first + at_once)
+        value = cut(current)[..., some, None]
+        pull = cut(slope)[..., None, :] + value * blocks[:, some]
+        if updates:
+            back = -pull.square() / diagonal[:, None].clamp(min=TINY)
+        else:
+            back = missing.square() * diagonal[:, None] - 2 * missing * pull
+        taken = 2 * value * cut(slope)[..., some, None] + value.square() * diagonal[:, some, None]
+        back.masked_fill_(~(out & (value != 0)), torch.inf)
+        changes[..., some] = taken.squeeze(-1) + back.amin(-1)
+    return changes.flatten(1)
+
+
+def _exchange_rows_compiled(
+    dense: Float32[Tensor, "out in"],
+    current: Float32[Tensor, "out in"],
+    slope: Float32[Tensor, "out in"],
+    gram: Float32[Tensor, "in in"],
+    least: Float32[Tensor, " out"],
+    group: int,
+    max_swaps: int,
+    updates: bool,
+) -> None:
+    """The same in compiled code, one row after another."""
+    w, v, c, g, enough = (t.numpy() for t in (dense, current, slope, gram, least))
+
+    def work(rows: slice) -> None:
+        for row in range(rows.start, rows.stop):
+            _exchange_row(w[row], v[row], c[row], g, enough[row], group, max_swaps, updates)
+
+    on_threads(work, row_slices([len(dense)], ROWS_AT_ONCE))
+
+
+# No sum is reordered, and a minimum has no order: the compiler may vectorise, and results stay what they are.
+_compiled = numba.njit(
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    fastmath={"nnan", "ninf", "nsz", "contract"},
+)
+
+
+@_compiled
+@no_type_check  # jaxtyping cannot look into compiled code
+def _exchange_row(w, v, c, gram, least, group, max_swaps, updates):
+    width, made = len(w), 0
+    a, b, d = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    changes = np.empty(width, np.float32)
+    while True:
+        before = made
+        _returns(w, v, c, gram, updates, a, b, d)
+        for p in range(width):
+            changes[p] = NEVER
+            if v[p] != 0:
+                taken, start = 2 * v[p] * c[p] + v[p] * v[p] * gram[p, p], p - p % group
+                changes[p] = taken + _lowest(v[p], gram[p], a, b, d, start, start + group)
+        for p in np.argsort(changes, kind="mergesort")[:max_swaps]:
+            if not changes[p] < -least or made == max_swaps:
+                break
+            if made > before:  # what the others come to has changed
+                _returns(w, v, c, gram, updates, a, b, d)
+            value, start = v[p], p - p % group
+            r, back = _at_lowest(value, gram[p], a, b, d, start, start + group)
+            x = (c[r] + value * gram[p, r]) / max(gram[r, r], np.float32(TINY)) if updates else w[r]
+            if x == 0 or not 2 * value * c[p] + value * value * gram[p, p] + back < -least:
+                continue
+            for j in range(width):
+                c[j] += value * gram[p, j] - x * gram[r, j]
+            v[p], v[r], made = 0, x, made + 1
+        if made == before:
+            return
+
+
+@_compiled
+@no_type_check
+def _returns(w, v, c, gram, updates, a, b, d):
+    """Of every pruned weight r: once p is gone its return changes the error by a_r + t (b_r + d_r t), t = v_p G_pr."""
+    for j in range(len(w)):
+        if v[j] != 0:
+            a[j], b[j], d[j] = NEVER, 0, 0
+        elif updates:
+            inverse = 1 / gram[j, j] if gram[j, j] > 0 else np.float32(0)
+            a[j], b[j], d[j] = -inverse * c[j] * c[j], -2 * inverse * c[j], -inverse
+        else:
+            a[j], b[j], d[j] = w[j] * w[j] * gram[j, j] - 2 * w[j] * c[j], -2 * w[j], 0
+
+
+@_compiled
+@no_type_check
+def _lowest(value, g, a, b, d, start, stop):
+    lowest = NEVER
+    for j in range(start, stop):
+        t = value * g[j]
+        lowest = min(lowest, a[j] + t * (b[j] + d[j] * t))
+    return lowest
+
+
+@_compiled
+@no_type_check
+def _at_lowest(value, g, a, b, d, start, stop):
+    lowest, place = NEVER, start
+    for j in range(start, stop):
+        t = value * g[j]
+        change = a[j] + t * (b[j] + d[j] * t)
+        if change < lowest:
+            lowest, place = change, j
+    return place, lowest

@@ -1,0 +1,182 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from calibprune.config import OWL, PruneSettings
+from calibprune.errors import UserError
+from calibprune.pruning.allocation import check_allocation, in_words, share_out, summary
+from calibprune.pruning.outliers import of_layer
+from calibprune.pruning.spectrum import eigenvalues, tail_exponent
+from tests.calibprune.pruning.data import correlated_inputs, random_weights
+
+LAYER = {"q": (48, 48), "k": (16, 48), "up": (130, 48), "down": (48, 130)}
+EQUAL = [LAYER] * 6
+UNEQUAL = [LAYER, LAYER, {"q": (48, 48)}, {}, LAYER, {"up": (500, 48), "down": (48, 130)}]
+
+
+def settings(**changes) -> PruneSettings:
+    return PruneSettings.model_validate(changes)
+
+
+def scores_for(shapes, per="layer", seed=0):
+    generator = np.random.default_rng(seed)
+    if per == "linear":
+        return [{path: generator.uniform(1, 9) for path in layer} for layer in shapes]
+    return [dict.fromkeys(layer, generator.uniform(1, 9)) for layer in shapes]
+
+
+def mean_sparsity(targets, shapes):
+    sizes = [
+        (math.prod(shape), layer[path].sparsity)
+        for layer, of in zip(targets, shapes, strict=True)
+        for path, shape in of.items()
+    ]
+    return sum(size * value for size, value in sizes) / sum(size for size, _ in sizes)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7, 0.33])
+@pytest.mark.parametrize("shapes", [EQUAL, UNEQUAL])
+@pytest.mark.parametrize(
+    "allocation",
+    [
+        {"type": "uniform"}, {"type": "owl"}, {"type": "owl", "per": "linear", "lam": 0.15},
+        {"type": "alphapruning"}, {"type": "alphapruning", "per": "linear"},
+    ],
+)  # fmt: skip
+def test_the_mean_over_parameters_is_what_was_asked(allocation, shapes, sparsity):
+    wanted = settings(sparsity=sparsity, allocation=allocation)
+    scores = scores_for(shapes, allocation.get("per", "layer"))
+    targets = share_out(wanted, shapes, scores)
+    # one row's weight in the last linear is as near as whole weights come
+    assert mean_sparsity(targets, shapes) == pytest.approx(sparsity, abs=5e-3)
+    big = [{path: (rows * 40, width * 8) for path, (rows, width) in layer.items()} for layer in shapes * 5]  # fmt: skip
+    targets = share_out(wanted, big, scores * 5)
+    assert mean_sparsity(targets, big) == pytest.approx(sparsity, abs=1e-4)
+    for layer, sizes in zip(targets, big, strict=True):
+        for path, target in layer.items():
+            assert (target.sparsity * sizes[path][1]) == pytest.approx(
+                round(target.sparsity * sizes[path][1])
+            )
+
+
+def test_owl_is_the_published_formula():
+    ratios = [3.1, 0.4, 7.7, 5.0, 1.1, 2.2]
+    lam, sparsity = 0.08, 0.7
+    published = np.array(ratios)
+    published = (published - published.min()) * (1 / (published.max() - published.min()) * lam * 2)
+    published = published - np.mean(published) + (1 - sparsity)
+    from calibprune.pruning.allocation import owl
+
+    found = owl([dict.fromkeys(LAYER, ratio) for ratio in ratios], EQUAL, sparsity, lam)
+    for layer, density in zip(found, published, strict=True):
+        assert all(abs(1 - value - density) < 1e-6 for value in layer.values())
+
+
+def test_alpha_pruning_is_the_published_formula():
+    from calibprune.pruning.allocation import alpha_pruning
+
+    metrics = np.repeat([3.1, 2.4, 4.7, 5.0, 2.1, 2.2], len(LAYER))
+    sizes = np.array([math.prod(shape) for shape in LAYER.values()] * 6)
+    ratios = (metrics - metrics.min()) / (metrics.max() - metrics.min()) * 0.6 + 0.7
+    published = ratios * sizes.sum() * 0.6 / (sizes * ratios).sum()
+    scores = [dict.fromkeys(LAYER, m) for m in metrics[:: len(LAYER)]]
+    found = alpha_pruning(scores, EQUAL, 0.6, 0.3)
+    flat = [value for layer in found for value in layer.values()]
+    assert np.allclose(flat, published, atol=1e-9)
+
+
+@pytest.mark.parametrize("per", ["layer", "linear"])
+def test_outliers_are_counted_as_published(per):
+    x = correlated_inputs(200, 48)
+    weights = dict(zip("qku", random_weights(40, 8, 60, width=48), strict=True))
+    squares = {path: x.square().sum(0) for path in weights}
+    found = of_layer(weights, squares, OWL(type="owl", m=3, per=per))
+    metric = {p: w.double().abs() * x.double().square().sum(0).sqrt() for p, w in weights.items()}
+    everything = torch.cat([m.flatten() for m in metric.values()])
+    for path in weights:
+        of = everything if per == "layer" else metric[path].flatten()
+        assert found[path] == pytest.approx(((of > 3 * of.mean()).sum() / of.numel() * 100).item())
+        assert 0 < found[path] < 50
+
+
+def published_exponent(matrix: torch.Tensor) -> float:
+    """The `xmin_peak` way of the published code, one candidate after another."""
+    eigs = torch.linalg.svdvals(matrix).square().double().sort().values
+    logs, count = eigs.log(), len(eigs)
+    log10 = eigs.log10().float()
+    counts = torch.histc(log10, 100, min=log10.min().item(), max=log10.max().item())
+    peak = (
+        10 ** torch.linspace(log10.min().item(), log10.max().item(), 101)[counts.argmax()].double()
+    )
+    alphas, distances = torch.zeros(count - 1).double(), torch.ones(count - 1).double()
+    for i, xmin in enumerate(eigs[:-1]):
+        if xmin < torch.log10(0.95 * peak):
+            continue
+        if xmin > 1.5 * peak:
+            break
+        n = float(count - i)
+        alphas[i] = alpha = 1 + n / (logs[i:].sum() - n * logs[i])
+        if alpha > 1:
+            model = 1 - (eigs[i:] / xmin) ** (-alpha + 1)
+            distances[i] = (model - torch.arange(n) / n).abs().max()
+    return alphas[distances.argmin()].item()
+
+
+def test_the_exponent_of_a_spectrum_is_the_published_one():
+    for seed, power in enumerate((1.0, 1.5, 3.0)):
+        generator = torch.Generator().manual_seed(seed)
+        tail = (1 + torch.rand(90, 1, generator=generator)) ** power
+        weight = torch.randn(90, 200, generator=generator) * tail * 0.05
+        found = tail_exponent(eigenvalues(weight))
+        assert found == pytest.approx(published_exponent(weight), rel=1e-3)
+    assert tail_exponent(torch.full((20,), 2.0).double()) == 0.0
+
+
+def test_a_list_is_taken_as_it_is():
+    listed = settings(allocation={"type": "list", "sparsities": [0.25, 0.5, 0.75, 0, 0.5, 0.5]})
+    targets = share_out(listed, EQUAL)
+    for layer, sparsity in zip(targets, (0.25, 0.5, 0.75, 0, 0.5, 0.5), strict=True):
+        assert all(abs(target.sparsity - sparsity) < 0.02 for target in layer.values())
+    with pytest.raises(UserError, match="has 6 entries, the model 3 layers"):
+        check_allocation(listed, EQUAL[:3])
+    check_allocation(listed, EQUAL)
+    agreeing = listed.model_copy(update={"sparsity": 2.5 / 6})
+    check_allocation(agreeing, EQUAL)
+    with pytest.raises(UserError, match=r"remove 41\.6667%.*says 60\.0000%"):
+        check_allocation(listed.model_copy(update={"sparsity": 0.6}), EQUAL)
+
+
+def test_one_n_for_a_layer_and_the_mean_kept():
+    for allocation in ({"type": "owl", "lam": 0.2}, {"type": "alphapruning"}):
+        wanted = settings(pattern="4:8", allocation=allocation)
+        targets = share_out(wanted, EQUAL, scores_for(EQUAL, seed=3))
+        kept = [{target.n_of_m for target in layer.values()} for layer in targets]
+        assert all(len(of_layer) == 1 for of_layer in kept)
+        numbers = [n for ((n, m),) in kept if m == 8]
+        assert sum(numbers) == 4 * len(EQUAL) and len(set(numbers)) > 1
+
+
+def test_a_layer_beyond_its_range_says_which_and_what_would_fit():
+    shapes, scores = [{"q": (100, 100)}] * 4, [{"q": 1.0}, {"q": 1.0}, {"q": 9.0}, {"q": 1.0}]
+    for allocation, sparsity, layer, key in (
+        ({"type": "owl", "lam": 0.45}, 0.5, "layer 2", "lam"),
+        ({"type": "owl", "lam": 0.45}, 0.9, "layer 0", "lam"),
+        ({"type": "alphapruning", "epsilon": 0.9}, 0.8, "layer 2", "epsilon"),
+    ):
+        wanted = settings(sparsity=sparsity, allocation=allocation)
+        with pytest.raises(UserError, match=f"{layer}, q.*at most") as raised:
+            share_out(wanted, shapes, scores)
+        fits = float(str(raised.value).split("at most ")[1].split()[0])
+        share_out(settings(sparsity=sparsity, allocation=allocation | {key: fits}), shapes, scores)
+        with pytest.raises(UserError, match=layer):
+            more = allocation | {key: fits * 1.02}
+            share_out(settings(sparsity=sparsity, allocation=more), shapes, scores)
+
+
+def test_in_words():
+    wanted = settings(sparsity=0.6, allocation={"type": "owl"})
+    scores = [dict.fromkeys(LAYER, value) for value in (5.0, 5.0, 1.0, 5.0, 9.0, 5.0)]
+    text = in_words(summary(share_out(wanted, EQUAL, scores), EQUAL))
+    assert text.startswith("6") and "in layer 4 to" in text and text.endswith("in layer 2")

@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from calibprune import config
+from calibprune.pruning import rows, swaps
+from calibprune.pruning.methods import METHODS, prune_group
+from tests.calibprune.pruning.data import (
+    correlated_inputs,
+    plain_statistics,
+    random_weights,
+    relative_error,
+    targets,
+)
+
+SWAPS = config.Swaps(type="swaps")
+METHODS_TO_START_FROM = [
+    settings(type=name)
+    for settings, name in (
+        (config.Magnitude, "magnitude"),
+        (config.Wanda, "wanda"),
+        (config.RIA, "ria"),
+        (config.DSnoT, "dsnot"),
+        (config.SparseGPT, "sparsegpt"),
+        (config.ALPS, "alps"),
+    )
+]
+
+
+@pytest.fixture(params=["compiled", "tensors", "tensors in pieces"])
+def path(request, monkeypatch):
+    """All ways of weighing the exchanges, on the CPU."""
+    monkeypatch.setitem(rows.ROW_CHUNK, "cpu", 16)
+    if request.param != "compiled":
+        monkeypatch.setattr(swaps, "_runs_compiled", lambda device: False)
+    if request.param == "tensors in pieces":
+        monkeypatch.setattr(swaps, "PAIRS_AT_ONCE", 1000)
+    return request.param
+
+
+def best_exchange(w, v, x, out, group, updates):
+    """(error, row) after the best exchange for weight `out`, every other one tried, from the inputs in float64."""
+    best, found = torch.inf, None
+    for into in range(out - out % group, out - out % group + group):
+        if v[into] != 0:
+            continue
+        tried = v.clone()
+        tried[out], tried[into] = 0, 0
+        column = x[:, into]
+        value = column @ (x @ (w - tried)) / column.square().sum() if updates else w[into]
+        tried[into] = value
+        error = (x @ (w - tried)).square().sum()
+        if error < best:
+            best, found = error, tried
+    return best, found
+
+
+def reference(dense, pruned, x, group, max_swaps, updates):
+    x, result = x.double(), pruned.double().clone()
+    for w, v in zip(dense.double(), result, strict=True):
+        least, made, before = swaps.LEAST_GAIN * (x @ w).square().sum(), 0, -1
+        while made > before:
+            before, begun = made, (x @ (w - v)).square().sum()
+            kept = v.nonzero().flatten().tolist()
+            first = {p: best_exchange(w, v, x, p, group, updates)[0] for p in kept}
+            for p in sorted(kept, key=lambda p: first[p])[:max_swaps]:
+                if first[p] >= begun - least or made == max_swaps:
+                    break
+                error, row = best_exchange(w, v, x, p, group, updates)
+                if error < (x @ (w - v)).square().sum() - least:
+                    v[:], made = row, made + 1
+    return result
+
+
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("updates", [False, True])
+def test_equals_the_reference(group, updates, path):
+    x = correlated_inputs(60, 16)
+    (dense,) = random_weights(20, width=16)
+    pattern = (2, 4) if group else None
+    method = config.SparseGPT(type="sparsegpt") if updates else config.Magnitude(type="magnitude")
+    statistics, wanted = plain_statistics(x), targets(0.5, n_of_m=pattern)
+    (start,) = prune_group([dense], statistics, wanted, method)
+    for max_swaps in (1, 3, 100):
+        settings = SWAPS.model_copy(update={"max_swaps": max_swaps})
+        (found,) = prune_group([dense], statistics, wanted, method, refine=settings)
+        expected = reference(dense, start, x, group or 16, max_swaps, updates)
+        assert torch.equal(found == 0, expected == 0)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+        assert not torch.equal(found == 0, start == 0)
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("updates", [False, True])
+def test_no_exchange_is_left_that_would_lower_the_error(group, updates, path):
+    x, (dense,) = correlated_inputs(80, 24), random_weights(12, width=24)
+    pattern = (4, 8) if group else None
+    method = config.SparseGPT(type="sparsegpt") if updates else config.Wanda(type="wanda")
+    (found,) = prune_group(
+        [dense], plain_statistics(x), targets(0.5, n_of_m=pattern), method, refine=SWAPS
+    )
+    x = x.double()
+    for w, v in zip(dense.double(), found.double(), strict=True):
+        least = 2 * swaps.LEAST_GAIN * (x @ w).square().sum()
+        error = (x @ (w - v)).square().sum()
+        for p in v.nonzero().flatten().tolist():
+            assert best_exchange(w, v, x, p, group or 24, updates)[0] > error - least
+
+
+@pytest.mark.parametrize("method", METHODS_TO_START_FROM, ids=lambda m: m.type)
+@pytest.mark.parametrize("pattern", [None, (2, 4), (5, 8)])
+def test_every_method_gets_better_and_keeps_its_counts(method, pattern, path):
+    x, weights = correlated_inputs(300, 64), random_weights(20, 9, width=64)
+    statistics, wanted = plain_statistics(x), targets(0.6, 0.5, n_of_m=pattern)
+    before = prune_group(weights, statistics, wanted, method)
+    after = prune_group(weights, statistics, wanted, method, refine=SWAPS)
+    for dense, start, end in zip(weights, before, after, strict=True):
+        assert relative_error(dense, end, x) < relative_error(dense, start, x)
+        assert torch.equal((end == 0).sum(1), (start == 0).sum(1))
+        if pattern:
+            assert ((end.reshape(-1, pattern[1]) != 0).sum(1) == pattern[0]).all()
+        if not METHODS[type(method)].updates:
+            assert torch.equal(end, dense * (end != 0)), "weights that stay are as they were"
+
+
+def test_the_best_there_is_stays():
+    x, (dense,) = correlated_inputs(50, 8), random_weights(3, width=8)
+    statistics, wanted = plain_statistics(x), targets(0.5)
+    method = config.Wanda(type="wanda")
+    (once,) = prune_group([dense], statistics, wanted, method, refine=SWAPS)
+    again = swaps.refine(
+        [dense], [once], statistics, wanted, SWAPS, rows.RowShares.of([dense]), False
+    )
+    assert torch.equal(once, again[0])
+
+
+def test_inputs_that_are_always_zero(path):
+    x, (dense,) = correlated_inputs(200, 32), random_weights(16, width=32)
+    x[:, :10] = 0
+    for method in METHODS_TO_START_FROM[:2]:
+        (found,) = prune_group([dense], plain_statistics(x), targets(0.5), method, refine=SWAPS)
+        assert found.isfinite().all()
