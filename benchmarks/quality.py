@@ -50,12 +50,14 @@ parser.add_argument("--sequences", type=int, help="of each pool; default: all")
 parser.add_argument(
     "--windows", type=int, help="of the held-out text; default: the configuration's"
 )
+parser.add_argument("--dtype", default="auto", help="of the forwards that prune and evaluate")
 parser.add_argument("--table", action="store_true", help="only print what is done")
 parser.add_argument("overrides", nargs="*", default=[], help="key.path=value")
 options = parser.parse_intermixed_args()
 
 base = load_config(options.config, options.overrides)
 folder = Path(base.output, "quality")
+model_settings = base.model.model_copy(update={"dtype": options.dtype})
 
 
 def settings_of(row: str, target: str) -> PruneSettings:
@@ -96,14 +98,14 @@ def windows() -> dict[str, torch.Tensor]:
 
 
 def perplexity(path: str, texts: dict[str, torch.Tensor]) -> dict[str, float]:
-    skeleton = build_skeleton(ModelSettings(path=path))
+    skeleton = build_skeleton(ModelSettings(path=path, dtype=options.dtype))
     *_, found = sweep_perplexity(skeleton, texts, base.evaluate.batch_sequences)
     assert isinstance(found, dict)
     return {name: value.perplexity for name, value in found.items()}
 
 
 def measure(settings: PruneSettings, pool: torch.Tensor, texts: dict[str, torch.Tensor]) -> Any:
-    skeleton = build_skeleton(base.model)
+    skeleton = build_skeleton(model_settings)
     with tempfile.TemporaryDirectory() as name:
         stage = Stage(f"{name}/prune")
         begun = time.perf_counter()
@@ -127,7 +129,7 @@ def dense_forward(pool: torch.Tensor) -> float:
     """Seconds, the model at hand."""
     from transformers import AutoModelForCausalLM
 
-    dtype = build_skeleton(base.model).dtype
+    dtype = build_skeleton(model_settings).dtype
     model = AutoModelForCausalLM.from_pretrained(base.model.path, dtype=dtype).model
     with torch.no_grad():
         begun = time.perf_counter()

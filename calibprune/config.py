@@ -45,7 +45,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -181,8 +181,9 @@ class DSnoT(Section):
     """Most exchanges in one row."""
     variance_power: Annotated[float, Field(ge=0)] = 1.0
     faithful: bool = False
-    """As the published code does: the MLP is left as it starts, and a row ends below the threshold. Otherwise every
-    linear takes part and a row ends when no exchange lowers its error."""
+    """As the published code does: the MLP is left as it starts, and a row ends below the threshold, which is in units
+    of a sequence's sum. (The variance has the part between sequences all the same, which that code leaves out.)
+    Otherwise every linear takes part and a row ends when no exchange lowers its error."""
     threshold: Annotated[float, Field(ge=0)] = 0.1
     """Of the expected output error summed over one sequence's tokens; only if `faithful`."""
 
@@ -235,7 +236,7 @@ class OWL(Section):
     """Denser where more weights stand out from their layer's mean; takes a dense sweep of its own first."""
 
     type: Literal["owl"]
-    lam: Annotated[float, Field(ge=0)] = 0.08
+    lam: Annotated[float, Field(ge=0, le=0.5)] = 0.08
     """Lambda: half the range of the sparsities."""
     m: Annotated[float, Field(gt=0)] = 5.0
     """M: a weight stands out if its score is more than M times the mean."""

@@ -54,6 +54,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
             key, equals, value = override.partition("=")
             if not equals or not key:
                 raise UserError(f"an override is key.path=value, not {override!r}")
+            _spell_out(tree, key)
             OmegaConf.update(
                 tree, key, yaml.load(value, _PlainNumbers), merge=False, force_add=True
             )
@@ -64,6 +65,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, content)}") from None
+
+
+def _spell_out(tree: Any, key: str) -> None:
+    """Makes `type: name` of names that stand alone on the way to the key, so that a setting can go beside them."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        above = ".".join(parts[:end])
+        name = OmegaConf.select(tree, above)
+        if isinstance(name, str):
+            OmegaConf.update(tree, above, {"type": name}, merge=False)
 
 
 def explain(error: ValidationError, content: Any) -> str:

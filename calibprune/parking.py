@@ -57,6 +57,10 @@ class Fetched(Sequence[Tensor]):
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         self._tensors, self._device = tensors, device
 
+    @property
+    def shapes(self) -> list[torch.Size]:
+        return [tensor.shape for tensor in self._tensors]
+
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         return self._tensors[index].to(self._device)
 

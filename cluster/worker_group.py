@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.gang import PeerLost
+from calibprune.run import Record
 from cluster.layer_worker import LayerWorker
 from cluster.session import Actors, Bundle, NoRoom, capacity, death
 
@@ -136,7 +137,7 @@ class WorkerGroup:
         Whole numbers are taken for the layers left behind, negative ones for those of a sweep before the real one.
         Raises WorkerLost and UserError.
         """
-        self._at, moves = [NOWHERE] * len(self), 0
+        self._at, moves, measured = [NOWHERE] * len(self), 0, False
         streams = {
             getattr(handle, method).options(num_returns="streaming").remote(*arguments): rank
             for rank, handle in enumerate(self._actors.handles)
@@ -163,11 +164,17 @@ class WorkerGroup:
                         self._at[rank] = event
                         if event == min(self._at):
                             longest, moved, moves = max(longest, now - moved), now, moves + 1
+                    # what is swept through only is no measure of a layer that is pruned
+                    measured = measured or (
+                        moves > 1
+                        if method != "prune"
+                        else isinstance(event, Record) and "layer" in event.facts
+                    )
                     yield event
             if suspect and (now - suspect[0] > CULPRIT_SECONDS or not streams):
                 raise suspect[1]
             limit = layer_timeout_seconds or max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)
-            if moves < (1 if layer_timeout_seconds else 2):  # nothing is measured yet
+            if moves < 1 or not (layer_timeout_seconds or measured):
                 limit = max(limit, self._start_seconds)
             if now - moved > limit:
                 raise self._hanging(limit)

@@ -54,11 +54,16 @@ def allocate(
             {path: of[path] for path in layer} for layer, of in zip(shapes, read, strict=True)
         ]
         return share_out(settings, shapes, ordered)
-    if isinstance(settings.allocation, OWL):
-        scores = yield from outlier_ratios(skeleton, pool, settings, chosen, gang)
+    if isinstance(settings.allocation, AlphaPruning):
+        scores = yield from tail_exponents(skeleton, chosen, settings.allocation.per, gang)
     else:
-        scores = yield from tail_exponents(skeleton, chosen, gang)
-    targets = share_out(settings, shapes, scores)
+        scores = yield from outlier_ratios(skeleton, pool, settings, chosen, gang)
+    try:
+        targets = share_out(settings, shapes, scores)
+    except UserError as error:
+        raise UserError(
+            f"{error}; change it and remove {stage.url}: nothing is pruned yet"
+        ) from None
     if gang.rank == 0:
         published = stage.put(ALLOCATION, storage.json_bytes(scores), "json", "data", "scores")
         yield stage.commit(ALLOCATION, published, summary(targets, shapes))
@@ -73,15 +78,21 @@ def shapes_of(skeleton: Skeleton, chosen: Sequence[Sequence[str]]) -> Shapes:
 
 
 def check_allocation(settings: PruneSettings, shapes: Shapes) -> None:
-    """Raises UserError for what is wrong with a list of sparsities."""
-    allocation = settings.allocation
+    """Raises UserError for what is wrong with a list of sparsities, and for a pattern that cannot be shared out."""
+    allocation, n_of_m = settings.allocation, settings.n_of_m
+    if is_measured(settings) and n_of_m and n_of_m[0] == 1:
+        raise UserError(
+            f'prune.pattern "{settings.pattern}" cannot be shared out by {allocation.type}: a layer that is pruned '
+            f"more would keep less than 1 of {n_of_m[1]}"
+        )
     if not isinstance(allocation, ListAllocation):
         return
     if len(allocation.sparsities) != len(shapes):
         raise UserError(
             f"prune.allocation.sparsities has {len(allocation.sparsities)} entries, the model {len(shapes)} layers"
         )
-    if settings.sparsity is None and settings.n_of_m is None:
+    share_out(settings, shapes)
+    if settings.sparsity is None and n_of_m is None:
         return
     mean = _mean(_of_layers(allocation.sparsities, shapes), shapes)
     if abs(mean - settings.target_sparsity) > 1e-4:
@@ -173,16 +184,20 @@ def whole_weights(wanted: Scores, shapes: Shapes) -> Targets:
 def whole_groups(wanted: Scores, shapes: Shapes, group: int) -> Targets:
     """The N of N:M that comes nearest to each sparsity, M being fixed; one N for what a layer prunes equally.
 
-    The same way of making up for what rounding leaves over. At least 1 of M is kept.
+    The same way of making up for what rounding leaves over. Raises UserError where less than 1 of M would be kept.
     """
     targets: Targets = []
     owed = 0.0
-    for layer, sizes in zip(wanted, shapes, strict=True):
+    for index, (layer, sizes) in enumerate(zip(wanted, shapes, strict=True)):
         kept: dict[float, int] = {}
         for sparsity in dict.fromkeys(layer.values()):
             size = sum(math.prod(sizes[path]) for path, s in layer.items() if s == sparsity)
             exact = group * (1 - sparsity)
-            kept[sparsity] = max(1, _rounded(exact + owed / size, exact))
+            if exact < 1 - 1e-6:
+                raise UserError(
+                    f"layer {index} would get a sparsity of {sparsity:.3f}: less than 1 of {group} would stay"
+                )
+            kept[sparsity] = _rounded(exact + owed / size, exact)
             owed += size * (exact - kept[sparsity])
         targets.append(
             {path: Target(1 - kept[s] / group, (kept[s], group), path) for path, s in layer.items()}

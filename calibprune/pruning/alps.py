@@ -22,8 +22,8 @@ from calibprune.pruning.statistics import Statistics, full_float32
 ITERATIONS_PER_RHO = 3
 SETTLED = 3e-4
 """Share of the weights that stay: fewer changes than this and the support counts as found, after FIRST_ITERATIONS."""
-FIRST_ITERATIONS = 30
-RESTARTS = 8
+FIRST_ITERATIONS = 31
+RESTARTS, MOST_RHO = 8, 1e6
 TOLERANCE = 1e-5
 """Of the refit: what is left of a row's gradient."""
 
@@ -104,8 +104,9 @@ class Search:
         self._reset(start)
         for iteration in range(1, self._settings.max_iterations + 1):
             if (iteration - 1) % ITERATIONS_PER_RHO == 0:
-                before, inverse = support, self._ridge_inverse(rho)
-            support = self._iterate(rho, inverse)
+                inverse = None  # room for the next
+                before, inverse = support, self._ridge_inverse(min(rho, MOST_RHO))
+            support = self._iterate(min(rho, MOST_RHO), inverse)
             if iteration % ITERATIONS_PER_RHO:
                 continue
             changed = [now ^ then for now, then in zip(support, before, strict=True)]
@@ -157,6 +158,7 @@ class Search:
         ridge = self._normal.clone()
         ridge.diagonal().add_(rho)
         factor, failed = torch.linalg.cholesky_ex(ridge)
+        del ridge
         if failed.item():
             raise NotPositiveDefinite(self._settings.damping, self._enough(rho))
         return torch.cholesky_inverse(factor)

@@ -33,8 +33,9 @@ def prune(
         raise ValueError("DSnoT needs the inputs' sums and sums of squares")
     shares = shares or RowShares.of(weights)
     mean = sums / statistics.tokens
-    variance = (squares / statistics.tokens - mean.square()).clamp(min=0)
-    spread = variance.clamp(min=torch.finfo(torch.float32).tiny) ** settings.variance_power
+    spread = (
+        variance(statistics).clamp(min=torch.finfo(torch.float32).tiny) ** settings.variance_power
+    )
     # the published code adds up a sequence's tokens: its threshold is in those units
     expected = sums / statistics.sequences if settings.faithful else mean
 
@@ -54,6 +55,13 @@ def prune(
         (keep,) = shares.by_parts(partial(mask, target=target), [weight])
         pruned.append(weight.masked_fill(~keep, 0))
     return pruned
+
+
+def variance(statistics: Statistics) -> Float32[Tensor, "in"]:
+    """Of every input over all tokens, within and between micro-batches."""
+    assert statistics.sum_squares is not None and statistics.sums is not None
+    mean = statistics.sums / statistics.tokens
+    return (statistics.sum_squares / statistics.tokens - mean.square()).clamp(min=0)
 
 
 def exchange(

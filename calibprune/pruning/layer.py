@@ -30,7 +30,7 @@ from calibprune.pruning.statistics import (
     magnitude_bound,
     observe,
     output_error,
-    token_count,
+    shapes_of,
 )
 from calibprune.run import Record, Stage
 from calibprune.sweep import GroupStop
@@ -213,7 +213,8 @@ def gathered_statistics(
     """The statistics of all workers' micro-batches, `micro_batches` in all, the same on every worker. Collective."""
     squares = column_squares(inputs, need)
     bound = gang.largest(magnitude_bound(squares))
-    most = int(gang.largest(max(map(token_count, inputs)))) if "sums" in need else 0
+    most = max(math.prod(shape[:-1]) for shape in shapes_of(inputs))
+    most = int(gang.largest(most)) if "sums" in need else 0
     sums = observe(inputs, squares, need, bound, micro_batches, most)
     clock.lap("statistics")
     statistics = finish(add_up(sums, gang))

@@ -176,7 +176,7 @@ def _keep_n_of_m_torch(
 ) -> Bool[Tensor, "out in"]:
     grouped = scores.unflatten(1, (-1, group))
     columns = torch.arange(group, device=scores.device)
-    lower = torch.zeros(grouped.shape, dtype=torch.uint8, device=scores.device)
+    lower = torch.zeros(grouped.shape, dtype=torch.int16, device=scores.device)
     for j in range(group):
         other = grouped[..., j, None]
         lower += (other < grouped) | ((other == grouped) & (columns > j))

@@ -11,6 +11,9 @@ from calibprune.pruning.methods import METHODS, need_of
 GPU_SHARE = 0.9
 """Of a GPU's memory; the rest is left to its libraries and to fragments."""
 
+SORTED_BYTES = 28
+"""Of every score that a GPU sorts: its value, its place, and both once more."""
+
 LIBRARIES_AT_WORK = 100 << 20
 """What libraries take on a CPU once they compute: compiled kernels, packing buffers, one heap per thread. Measured."""
 
@@ -69,9 +72,12 @@ def worker_memory(
     batch_tokens = min(settings.batch_sequences, sequences) * tokens
     widest = max(linear.in_features for linear in linears)
     need = need_of(settings)
-    gram = 20 * widest**2 if "gram" in need else 0  # int64 sums, then float32 sums and factors
-    per_weight = METHODS[type(settings.method)].weight_bytes + (8 if settings.refine else 0)
-    weights = per_weight * max(_weights_of_groups(skeleton)) // workers
+    method, most = METHODS[type(settings.method)], max(_weights_of_groups(skeleton))
+    gram = method.gram_bytes * widest**2 if "gram" in need else 0
+    weights = (method.weight_bytes + (8 if settings.refine else 0)) * most // workers
+    per_row = settings.n_of_m is not None or getattr(settings.method, "per_row", False)
+    if method.compares_matrices and not per_row:
+        weights += (SORTED_BYTES if on_gpu else 8) * most
     return WorkerMemory(
         process=0 if on_gpu else process_bytes + LIBRARIES_AT_WORK,
         layers=layer * (2 if on_gpu else 5),

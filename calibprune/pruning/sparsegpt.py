@@ -94,13 +94,15 @@ def prune(
         ]
         return torch.cat(keep)[shares.run(shares.gang.rank)]
 
-    if all(target.n_of_m for target in targets):  # which may differ from linear to linear
+    patterns = {target.n_of_m for target in targets}
+    if len(patterns) == 1:
+        chosen = targets[0].n_of_m or lowest_scores
+        solved = solve(stacked, upper, settings.blocksize, chosen, rows).split(rows)
+    else:
         solved = [
             solve(part, upper, settings.blocksize, target.n_of_m or lowest_scores)
             for part, target in zip(stacked.split(rows), targets, strict=True)
         ]
-    else:
-        solved = solve(stacked, upper, settings.blocksize, lowest_scores, rows).split(rows)
     return [part.to(weight.dtype, copy=True) for part, weight in zip(solved, weights, strict=True)]
 
 

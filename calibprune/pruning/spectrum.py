@@ -4,6 +4,7 @@ Lu et al. 2024 (NeurIPS, "AlphaPruning"), section 3.2. From the weights alone.
 """
 
 from collections.abc import Generator, Sequence
+from statistics import fmean
 
 import torch
 from jaxtyping import Float, Float64
@@ -18,20 +19,24 @@ STARTS_AT_ONCE = 64
 
 
 def tail_exponents(
-    skeleton: Skeleton, chosen: Sequence[Sequence[str]], gang: Gang
+    skeleton: Skeleton, chosen: Sequence[Sequence[str]], per: str, gang: Gang
 ) -> Generator[int, None, list[dict[str, float]]]:
     """The exponent for every layer and its linears to prune, as the generator's value. Collective.
 
-    Every layer is read and measured by its owner. Yields negative numbers that grow with the layers left behind.
+    `per` "layer" gives all linears of a layer their mean. Every layer is read and measured by its owner. Yields
+    negative numbers that grow with the layers left behind, its own or not.
     """
     count, mine = len(skeleton.layers), {}
-    for index in gang.dealt(range(count)):
+    for index in range(count):
         yield index - count
-        for path in chosen[index]:
+        for path in chosen[index] if gang.owns(index) else ():
             name = skeleton.stored_name(f"{skeleton.layer_prefix(index)}{path}.weight")
             weight = skeleton.checkpoint.read([name])[name].to(skeleton.device)
             mine[index, path] = tail_exponent(eigenvalues(weight))
-    return numbers_of_all(chosen, mine, gang)
+    exponents = numbers_of_all(chosen, mine, gang)
+    if per == "linear":
+        return exponents
+    return [dict.fromkeys(of, fmean(of.values())) if of else {} for of in exponents]
 
 
 def eigenvalues(weight: Float[Tensor, "out in"]) -> Float64[Tensor, " rank"]:
@@ -62,7 +67,7 @@ def tail_exponent(spectrum: Float64[Tensor, " n"]) -> float:
     alphas = 1 + tails / (sums - tails * logs)
     places = torch.arange(count)
     best, nearest = torch.inf, alphas[0].item()
-    for some in candidates.split(STARTS_AT_ONCE):
+    for some in candidates.split(STARTS_AT_ONCE) if len(candidates) else ():
         ranks = (places - some[:, None]) / tails[some, None]
         model = 1 - (spectrum / spectrum[some, None]) ** (1 - alphas[some, None])
         distances = (model - ranks).abs().masked_fill(places < some[:, None], 0).amax(1)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from calibprune.gang import Gang
+from calibprune.parking import Fetched
 
 Need = frozenset[str]
 """Of "sums", "sum_squares" and "gram", which are wanted; the last brings the sums of squares as its diagonal."""
@@ -100,8 +101,9 @@ def observe(
         raise ValueError("no micro-batch to observe")
     if len(inputs) > micro_batches:
         raise ValueError(f"{len(inputs)} micro-batches observed, of {micro_batches} in total")
-    tokens = [token_count(batch) for batch in inputs]
-    sequences = sum(token_count(batch) // batch.shape[-2] for batch in inputs)
+    shapes = shapes_of(inputs)
+    tokens = [math.prod(shape[:-1]) for shape in shapes]
+    sequences = sum(math.prod(shape[:-2]) for shape in shapes)
     observed = IntegerSums(sum(tokens), sequences)
     if not need:
         return observed
@@ -134,8 +136,9 @@ def observe(
     return replace(observed, sums_exponent=exponent, sums=sums)
 
 
-def token_count(batch: Float[Tensor, "... in"]) -> int:
-    return batch.numel() // batch.shape[-1]
+def shapes_of(inputs: Sequence[Tensor]) -> list[torch.Size]:
+    """Without fetching what is in host memory."""
+    return inputs.shapes if isinstance(inputs, Fetched) else [batch.shape for batch in inputs]
 
 
 def scale_exponent(bound: float, micro_batches: int) -> int:

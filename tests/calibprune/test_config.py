@@ -55,6 +55,8 @@ def test_a_pattern_needs_no_quotes(minimal):
         ("prune.sparsty=0.5", r"unknown key prune\.sparsty: did you mean sparsity\?"),
         ("prune.method.blocksize=128", r"unknown key prune\.method\.blocksize: valid here: type"),
         ("prune.method=ri", r"prune\.method: there is no 'ri': did you mean ria\?"),
+        ("prune.method={type: alps, rho: .inf}", "finite number"),
+        ("prune.allocation={type: owl, lam: 0.6}", "less than or equal to 0.5"),
         ("prune.allocation=zzz", r"it is one of uniform, owl, alphapruning, list"),
         ("prune.method={blocksize: 64}", r"prune\.method: its type is missing"),
         ("generat.samples=5", r"unknown key generat: did you mean generate\?"),
@@ -125,3 +127,5 @@ def test_a_name_alone_stands_for_a_type_with_its_defaults(minimal):
     named = ["prune.method=dsnot", "prune.allocation=owl", "prune.refine=swaps"]
     spelt = ["prune.method.type=dsnot", "prune.allocation.type=owl", "prune.refine={type: swaps}"]
     assert load_config(minimal, named) == load_config(minimal, spelt)
+    more = load_config(minimal, [*named, "prune.method.faithful=true"])
+    assert more.prune.method.model_dump()["faithful"] and more.prune.method.type == "dsnot"

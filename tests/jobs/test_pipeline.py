@@ -110,6 +110,7 @@ def test_the_checkpoint_is_pruned_where_asked_and_nowhere_else(finished, folder)
     assert "sparsity_config" not in (finished / "prune" / "checkpoint" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_checkpoint_loads_in_vllm(finished):
     code = (
         "import sys\n"

@@ -3,12 +3,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from calibprune.config import OWL, PruneSettings
+from calibprune.config import OWL, ModelSettings, PruneSettings
 from calibprune.errors import UserError
+from calibprune.gang import ALONE
+from calibprune.model import build_skeleton
 from calibprune.pruning.allocation import check_allocation, in_words, share_out, summary
 from calibprune.pruning.outliers import of_layer
-from calibprune.pruning.spectrum import eigenvalues, tail_exponent
+from calibprune.pruning.spectrum import eigenvalues, tail_exponent, tail_exponents
 from tests.calibprune.pruning.data import correlated_inputs, random_weights
 
 LAYER = {"q": (48, 48), "k": (16, 48), "up": (130, 48), "down": (48, 130)}
@@ -180,3 +183,32 @@ def test_in_words():
     scores = [dict.fromkeys(LAYER, value) for value in (5.0, 5.0, 1.0, 5.0, 9.0, 5.0)]
     text = in_words(summary(share_out(wanted, EQUAL, scores), EQUAL))
     assert text.startswith("6") and "in layer 4 to" in text and text.endswith("in layer 2")
+
+
+def test_patterns_of_which_nothing_would_stay_are_refused():
+    measured = settings(pattern="1:4", allocation="owl")
+    with pytest.raises(UserError, match=r'"1:4" cannot be shared out by owl'):
+        check_allocation(measured, EQUAL)
+    listed = {"type": "list", "sparsities": [0.5, 0.9, 0.25, 0.25, 0.5, 0.5]}
+    with pytest.raises(UserError, match=r"layer 1 would get a sparsity of 0\.900"):
+        check_allocation(settings(pattern="2:4", allocation=listed), EQUAL)
+
+
+@pytest.mark.parametrize("per", ["layer", "linear"])
+def test_exponents_of_a_layer_are_one_or_of_every_linear(tiny_llama, per):
+    skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
+    chosen = [tuple(skeleton.linears(0)), ("mlp.up_proj", "mlp.down_proj"), ()]
+    steps = tail_exponents(skeleton, chosen, per, ALONE)
+    seen = []
+    while True:
+        try:
+            seen.append(next(steps))
+        except StopIteration as ended:
+            exponents = ended.value
+            break
+    assert seen == [-3, -2, -1]
+    assert [tuple(of) for of in exponents] == chosen
+    weight = load_file(tiny_llama / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    own = tail_exponent(eigenvalues(weight))
+    assert len(set(exponents[0].values())) == (1 if per == "layer" else 7)
+    assert (exponents[0]["self_attn.q_proj"] == own) == (per == "linear")

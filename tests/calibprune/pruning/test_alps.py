@@ -30,7 +30,7 @@ def largest(matrix, kept, n_of_m):
 
 
 def reference(weight, gram, sparsity, n_of_m):
-    """The published code line by line in float64: one eigendecomposition, [in, out], exact least squares at the end."""
+    """The published code in float64: one eigendecomposition, [in, out], exact least squares at the end."""
     h = gram.double().numpy().copy()
     h[np.diag_indices_from(h)] += 0.01 * np.diag(h).mean()
     norms = np.sqrt(np.diag(h))
@@ -65,7 +65,7 @@ def reference(weight, gram, sparsity, n_of_m):
             break
         else:
             rho /= 5
-        if i + 1 >= 30 and change < 0.0003:
+        if i >= 30 and change < 0.0003:
             break
     keep = largest(b, kept, n_of_m)
     result = np.zeros_like(b)
