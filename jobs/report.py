@@ -89,7 +89,10 @@ def generate_facts(run: Run) -> dict[str, Any]:
 
 
 def prune_facts(run: Run) -> dict[str, Any]:
-    settings, layers = run.config.prune, []
+    planned = run.stage("prune").read_plan()[
+        "identity"
+    ]  # what was done, whatever is configured now
+    layers = []
     for record in _layers(run.stage("prune")):
         facts = {key: value for key, value in record.facts.items() if key != "tensors"}
         facts["linears"] = {
@@ -103,10 +106,10 @@ def prune_facts(run: Run) -> dict[str, Any]:
         layers.append(facts)
     facts = run.stage("prune").manifest()["facts"]
     return {
-        "method": settings.method.type,
-        "pattern": settings.pattern,
-        "allocation": settings.allocation.type,
-        "refine": settings.refine.type if settings.refine else None,
+        "method": planned["prune.method.type"],
+        "pattern": planned["prune.pattern"],
+        "allocation": planned["prune.allocation.type"],
+        "refine": planned.get("prune.refine.type"),
         "workers": facts.get("workers"),
         "losses": facts.get("losses", []),
         "bytes_read": facts.get("bytes_read"),
