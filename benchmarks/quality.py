@@ -177,9 +177,9 @@ def table() -> None:
             continue
         values = [next(iter(r["perplexity"].values())) for r in rows]
         seconds = statistics.mean(r["seconds"] for r in rows)
-        spread = (max(values) - min(values)) / 2
+        spread = f"± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
         print(
-            f"{target:<7} {row:<19} {statistics.mean(values):>10.2f} ± {spread:<6.2f}"
+            f"{target:<7} {row:<19} {statistics.mean(values):>10.2f} {spread:<8}"
             f"{statistics.mean(r['error'] for r in rows):>7.2f} {seconds:>7.0f}s {seconds / dense['forward']:>6.1f} "
             f"{len(rows):>5}"
         )
