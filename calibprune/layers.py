@@ -3,7 +3,7 @@
 Layer number i is owned by worker i mod size: it alone reads it, ahead of time, and broadcasts it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -134,16 +134,19 @@ class LayerReader:
 
 def paused_sweep(
     skeleton: Skeleton,
-    batches: list[Tensor],
+    batches: Sequence[Tensor],
+    gang: Gang,
     reader: LayerReader,
     *,
     first: int = 0,
     hidden: Callable[[int], Tensor] | None = None,
     offload: bool = False,
 ) -> Sweep:
-    """A sweep of micro-batches of token ids up to the last hidden states, modules outside the layers put in place by
-    themselves. `first`, `hidden`: as `Sweep` has them; `offload`: paused forwards hold what they can in host memory.
+    """A sweep of this worker's share of the gang's micro-batches of token ids up to the last hidden states, modules
+    outside the layers put in place by themselves. `first`, `hidden`: as `Sweep` has them; `offload`: what paused
+    forwards hold is kept in host memory, if it is not there anyway.
     """
+    parks = offload and skeleton.device.type != "cpu"
 
     def leave_outer(name: str) -> None:
         skeleton.evict(skeleton.outer_modules[name])
@@ -152,11 +155,11 @@ def paused_sweep(
     return Sweep(
         lambda tokens: skeleton.model(input_ids=tokens, use_cache=False, logits_to_keep=1),
         skeleton.layers,
-        batches,
+        [batch.to(skeleton.device) for batch in gang.dealt(batches)],
         outer_modules=skeleton.outer_modules,
         enter_outer=reader.place_outer,
         leave_outer=leave_outer,
         first=first,
         hidden=hidden,
-        parking=Parking(skeleton.device) if offload else None,
+        parking=Parking(skeleton.device) if parks else None,
     )

@@ -126,6 +126,7 @@ def kept_at_most(config: Config) -> int:
 def requirements(run: Run) -> dict[str, Any]:
     """What a run will need: parameters, bytes to move, memory of one pruning worker, part by part."""
     from calibprune.process import host_memory
+    from calibprune.pruning.allocation import foreseen, shapes_of
     from calibprune.pruning.memory import worker_memory
     from calibprune.pruning.selection import chosen_linears
 
@@ -146,13 +147,14 @@ def requirements(run: Run) -> dict[str, Any]:
         for name in names
     )
     prunable = sum(linear.weight.numel() for linear in linears)
+    asked = foreseen(config.prune, shapes_of(skeleton, picked))
     return {
         "model": type(skeleton.model).__name__,
         "layers": len(skeleton.layers),
         "parameters": sum(parameter.numel() for parameter in skeleton.model.parameters()),
         "prunable_parameters": prunable,
         "pruned_parameters": pruned,
-        "sparsity_of_prunable": asked_sparsity(run, picked) * pruned / prunable,
+        "sparsity_of_prunable": asked["sparsity"] * pruned / prunable,
         "dtype": run.dtype,
         "generated_tokens_at_most": config.generate.samples * config.generate.max_tokens,
         "calibration_tokens": tokens,
@@ -161,17 +163,6 @@ def requirements(run: Run) -> dict[str, Any]:
         "worker_memory_bytes": memory.bytes,
         **{f"worker_memory_{name}_bytes": value for name, value in memory.parts().items()},
     }
-
-
-def asked_sparsity(run: Run, chosen: Sequence[Sequence[str]]) -> float:
-    """Of the linears that are pruned, all of them together."""
-    from calibprune.pruning.allocation import is_measured, shapes_of, share_out, summary
-
-    settings = run.config.prune
-    if is_measured(settings):
-        return settings.target_sparsity
-    shapes = shapes_of(run.skeleton, chosen)
-    return summary(share_out(settings, shapes), shapes)["sparsity"]
 
 
 def advice(needed: dict[str, Any], workers: int) -> list[str]:

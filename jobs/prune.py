@@ -5,13 +5,7 @@ from typing import Any
 
 from calibprune import storage
 from calibprune.calibration.pool import pool_identity, read_pool
-from calibprune.pruning.allocation import (
-    in_words,
-    is_measured,
-    shapes_of,
-    share_out,
-    summary,
-)
+from calibprune.pruning.allocation import foreseen, in_words, is_measured, shapes_of
 from calibprune.pruning.export import ALLOCATION, REST, finish_checkpoint
 from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.selection import chosen_linears
@@ -116,10 +110,8 @@ def _plan(run: Run, workers: int) -> str:
     picked = sum(map(len, chosen))
     dense = f", {total - picked} linears left dense" if picked < total else ""
     workers_named = f"{workers} worker{'s' if workers > 1 else ''}"
+    removed = in_words(foreseen(settings, shapes_of(run.skeleton, chosen)))
     if is_measured(settings):
-        removed = f"{settings.target_sparsity:.2%} of the weights, shared out by {settings.allocation.type}"
-    else:
-        shapes = shapes_of(run.skeleton, chosen)
-        removed = in_words(summary(share_out(settings, shapes), shapes))
+        removed += f", shared out by {settings.allocation.type}"
     method = settings.method.type + (f" and {settings.refine.type}" if settings.refine else "")
     return f"prune: {method} takes {removed}: {picked} linears in {len(chosen)} layers on {workers_named}{dense}"

@@ -217,9 +217,18 @@ def summary(targets: Targets, shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def foreseen(settings: PruneSettings, shapes: Shapes) -> dict[str, Any]:
+    """The summary as far as it is known before anything is measured: without layers if something will be."""
+    if is_measured(settings):
+        return {"sparsity": settings.target_sparsity, "layers": []}
+    return summary(share_out(settings, shapes), shapes)
+
+
 def in_words(summary: Mapping[str, Any]) -> str:
     """Such as `60.00% of the weights, from 45.2% in layer 3 to 71.0% in layer 20`."""
     layers = {index: value for index, value in enumerate(summary["layers"]) if value is not None}
+    if not layers:
+        return f"{summary['sparsity']:.2%} of the weights"
     low, high = (pick(layers, key=layers.__getitem__) for pick in (min, max))
     spread = ""
     if layers[high] - layers[low] > 1e-3:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from calibprune.config import ALPS
-from calibprune.pruning.masks import Target, check_width, keep_in_matrices, keep_in_rows
+from calibprune.pruning.masks import Target, keep_in_matrices
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.sparsegpt import NotPositiveDefinite
 from calibprune.pruning.statistics import Statistics, full_float32
@@ -43,9 +43,6 @@ def prune(
     """
     if statistics.gram is None:
         raise ValueError("ALPS needs the Gram matrix of the inputs")
-    for target in targets:
-        if target.n_of_m:
-            check_width(weights[0].shape[1], target.n_of_m[1])
     shares = shares or RowShares.of(weights)
     normal, norms = normalised(statistics.gram, settings.damping)
     dense = [weight.to(torch.float32) * norms for weight in weights]
@@ -109,7 +106,7 @@ class Search:
             support = self._iterate(min(rho, MOST_RHO), inverse)
             if iteration % ITERATIONS_PER_RHO:
                 continue
-            changed = [now ^ then for now, then in zip(support, before, strict=True)]
+            changed = [new ^ old for new, old in zip(support, before, strict=True)]
             change = self._count(changed) / max(1, kept)
             if iteration >= FIRST_ITERATIONS and change < SETTLED:
                 break
@@ -146,32 +143,29 @@ class Search:
 
     def _largest(self, matrices: list[Float32[Tensor, "_ in"]]) -> list[Bool[Tensor, "_ in"]]:
         scores = [matrix.square() for matrix in matrices]
-        if self._settings.per_row:
-            return [keep_in_rows(s, to) for s, to in zip(scores, self._targets, strict=True)]
-        return keep_in_matrices(scores, self._targets, self._shares)
+        return keep_in_matrices(scores, self._targets, self._shares, self._settings.per_row)
 
     def _count(self, masks: list[Bool[Tensor, "_ in"]]) -> int:
         """Of all workers."""
         return int(self._shares.gang.add(torch.stack([mask.sum() for mask in masks]).sum()))
 
     def _ridge_inverse(self, rho: float) -> Float32[Tensor, "in in"]:
-        ridge = self._normal.clone()
-        ridge.diagonal().add_(rho)
-        factor, failed = torch.linalg.cholesky_ex(ridge)
-        del ridge
-        if failed.item():
-            raise NotPositiveDefinite(self._settings.damping, self._enough(rho))
+        factor = _ridge_factor(self._normal, rho)
+        if factor is None:
+
+            def has_factor(damping: float) -> bool:
+                return _ridge_factor(normalised(self._gram, damping)[0], rho) is not None
+
+            raise NotPositiveDefinite(self._settings.damping, has_factor)
         return torch.cholesky_inverse(factor)
 
-    def _enough(self, rho: float) -> float | None:
-        """A damping with which there is a factor."""
-        for power in range(1, 13):
-            damping = self._settings.damping * 10.0**power
-            ridge, _ = normalised(self._gram, damping)
-            ridge.diagonal().add_(rho)
-            if not torch.linalg.cholesky_ex(ridge).info.item():
-                return damping
-        return None
+
+def _ridge_factor(normal: Float32[Tensor, "in in"], rho: float) -> Float32[Tensor, "in in"] | None:
+    """Lower Cholesky factor of G + rho I, None if it has none."""
+    ridge = normal.clone()
+    ridge.diagonal().add_(rho)
+    factor, failed = torch.linalg.cholesky_ex(ridge)
+    return None if failed.item() else factor
 
 
 def refit(

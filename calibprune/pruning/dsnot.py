@@ -32,12 +32,11 @@ def prune(
     if squares is None or sums is None:
         raise ValueError("DSnoT needs the inputs' sums and sums of squares")
     shares = shares or RowShares.of(weights)
-    mean = sums / statistics.tokens
     spread = (
         variance(statistics).clamp(min=torch.finfo(torch.float32).tiny) ** settings.variance_power
     )
     # the published code adds up a sequence's tokens: its threshold is in those units
-    expected = sums / statistics.sequences if settings.faithful else mean
+    expected = sums / (statistics.sequences if settings.faithful else statistics.tokens)
 
     def mask(weight: Float[Tensor, "out in"], target: Target) -> Bool[Tensor, "out in"]:
         weight = weight.to(torch.float32)

@@ -69,11 +69,12 @@ def prune_layers(
             return
         sweep = paused_sweep(
             skeleton,
-            [batch.to(skeleton.device) for batch in gang.dealt(batches)],
+            batches,
+            gang,
             reader,
             first=first,
             hidden=snapshots.reader(first, skeleton.device),
-            offload=bool(settings.offload) and skeleton.device.type != "cpu",
+            offload=bool(settings.offload),
         )
         layer: LayerInWork | None = None
         clock = Clock()

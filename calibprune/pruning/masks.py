@@ -40,13 +40,16 @@ def keep_in_rows(scores: Float[Tensor, "out in"], target: Target) -> Bool[Tensor
 
 
 def keep_in_matrices(
-    scores: Sequence[Float[Tensor, "_ in"]], targets: Sequence[Target], shares: RowShares
+    scores: Sequence[Float[Tensor, "_ in"]],
+    targets: Sequence[Target],
+    shares: RowShares,
+    per_row: bool = False,
 ) -> list[Bool[Tensor, "_ in"]]:
-    """Removes the lowest scores of every whole matrix, or of every N:M group.
+    """Removes the lowest scores of every whole matrix, of every row with `per_row`, or of every N:M group.
 
     `scores` are this worker's rows of the matrices, and so is what is returned. Collective.
     """
-    if all(target.n_of_m for target in targets):
+    if per_row or all(target.n_of_m for target in targets):
         return [keep_in_rows(part, target) for part, target in zip(scores, targets, strict=True)]
     whole = shares.gather(torch.cat(list(scores)).to(torch.float32)).split(shares.rows)
     return shares.mine(
@@ -127,6 +130,11 @@ def check_width(width: int, group: int) -> None:
         raise ValueError(
             f"an N:{group} pattern needs rows of a multiple of {group} inputs, not {width}"
         )
+
+
+def runs_compiled(device: torch.device) -> bool:
+    """Whether rows are worked on by compiled loops rather than by tensor operations."""
+    return device.type == "cpu"
 
 
 def on_threads(work: Callable[[slice], None], parts: Sequence[slice]) -> None:

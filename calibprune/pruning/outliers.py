@@ -50,13 +50,8 @@ def outlier_ratios(
         return_free_memory()
 
     with torch.no_grad(), LayerReader(skeleton, gang, stop=last + 1) as reader:
-        sweep = paused_sweep(
-            skeleton,
-            [batch.to(skeleton.device) for batch in gang.dealt(batches)],
-            reader,
-            offload=bool(settings.offload) and skeleton.device.type != "cpu",
-        )
-        for stop in sweep:
+        offload = bool(settings.offload)
+        for stop in paused_sweep(skeleton, batches, gang, reader, offload=offload):
             if isinstance(stop, LayerStop):
                 if stop.layer > 0:
                     leave(stop.layer - 1)

@@ -5,7 +5,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from calibprune.config import RIA
-from calibprune.pruning.masks import Target, keep_in_matrices, keep_in_rows
+from calibprune.pruning.masks import Target, keep_in_matrices
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
@@ -31,10 +31,7 @@ def prune(
     of_rows = shares.by_parts(lambda part: part.sum(1, dtype=torch.float64), sizes)
     norms = statistics.sum_squares.sqrt() ** settings.power
     scores = [score(*args, norms) for args in zip(sizes, of_columns, of_rows, strict=True)]
-    if settings.per_row:
-        keeps = [keep_in_rows(part, target) for part, target in zip(scores, targets, strict=True)]
-    else:
-        keeps = keep_in_matrices(scores, targets, shares)
+    keeps = keep_in_matrices(scores, targets, shares, settings.per_row)
     return [weight.masked_fill(~keep, 0) for weight, keep in zip(weights, keeps, strict=True)]
 
 

@@ -92,17 +92,18 @@ class RowShares:
     def sums(self, mine: Sequence[Tensor]) -> list[Tensor]:
         """The sum over all rows of every whole matrix, [in] each, in float64, from this worker's rows; to the bit the
         same for any number of workers. Collective."""
-        cuts = row_slices(self.rows, self.chunk)
-        own = self.run(self.gang.rank)
-        stacked = torch.cat(list(mine))
-        partial = torch.zeros(len(cuts), stacked.shape[1], dtype=torch.float64)
-        places = [i for i, cut in enumerate(cuts) if own.start <= cut.start < own.stop]
-        for i in places:
-            part = stacked[cuts[i].start - own.start : cuts[i].stop - own.start]
-            partial[i] = part.sum(0, dtype=torch.float64).cpu()
-        partial = self.gang.collect(partial, places)
+        cuts, own = row_slices(self.rows, self.chunk), self.run(self.gang.rank)
+        places = [place for place, cut in enumerate(cuts) if own.start <= cut.start < own.stop]
+        partial = torch.zeros(len(cuts), mine[0].shape[1], dtype=torch.float64)
+        of_parts = self.by_parts(
+            lambda rows: rows.sum(0, keepdim=True, dtype=torch.float64),
+            [rows for rows in mine if len(rows)],
+        )
+        if places:
+            partial[places] = torch.cat(of_parts).cpu()
         counts = [len(row_slices([rows], self.chunk)) for rows in self.rows]
-        return [part.sum(0).to(stacked.device) for part in partial.split(counts)]
+        whole = self.gang.collect(partial, places).split(counts)
+        return [parts.sum(0).to(mine[0].device) for parts in whole]
 
     def mine(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """This worker's rows of whole weights, as views."""

@@ -26,6 +26,7 @@ from calibprune.pruning.masks import (
     mark_kept,
     on_threads,
     removed_of,
+    runs_compiled,
 )
 from calibprune.pruning.rows import RowShares, row_chunk, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
@@ -41,7 +42,9 @@ ChooseKeep = Callable[[Float32[Tensor, "out in"], int, int], Bool[Tensor, "out c
 class NotPositiveDefinite(ValueError):
     """The damped Gram matrix has no Cholesky factor; `enough` is a damping with which it has one."""
 
-    def __init__(self, damping: float, enough: float | None):
+    def __init__(self, damping: float, has_factor: Callable[[float], bool]):
+        larger = (damping * 10.0**power for power in range(1, 13))
+        enough = next(filter(has_factor, larger), None)
         advice = "no damping helps" if enough is None else f"damping {enough:g} would do"
         super().__init__(
             f"the Gram matrix of the inputs is not positive definite with damping {damping:g}: {advice}"
@@ -94,15 +97,15 @@ def prune(
         ]
         return torch.cat(keep)[shares.run(shares.gang.rank)]
 
-    patterns = {target.n_of_m for target in targets}
-    if len(patterns) == 1:
-        chosen = targets[0].n_of_m or lowest_scores
-        solved = solve(stacked, upper, settings.blocksize, chosen, rows).split(rows)
-    else:
+    patterns = [target.n_of_m for target in targets if target.n_of_m]
+    if len(set(patterns)) > 1:  # of each linear its own
         solved = [
-            solve(part, upper, settings.blocksize, target.n_of_m or lowest_scores)
-            for part, target in zip(stacked.split(rows), targets, strict=True)
+            solve(part, upper, settings.blocksize, pattern)
+            for part, pattern in zip(stacked.split(rows), patterns, strict=True)
         ]
+    else:
+        chosen = patterns[0] if patterns else lowest_scores
+        solved = solve(stacked, upper, settings.blocksize, chosen, rows).split(rows)
     return [part.to(weight.dtype, copy=True) for part, weight in zip(solved, weights, strict=True)]
 
 
@@ -115,9 +118,7 @@ def inverse_factor(gram: Float32[Tensor, "in in"], damping: float) -> Float32[Te
     """
     factor = _reversed_cholesky(gram, damping)
     if factor is None:
-        larger = (damping * 10.0**power for power in range(1, 13))
-        enough = next((d for d in larger if _reversed_cholesky(gram, d) is not None), None)
-        raise NotPositiveDefinite(damping, enough)
+        raise NotPositiveDefinite(damping, lambda d: _reversed_cholesky(gram, d) is not None)
     with full_float32():
         return _reversed(_lower_inverse(factor))
 
@@ -158,17 +159,13 @@ def solve(
                 keep, n_of_m = torch.ones_like(weights[:, start:stop], dtype=torch.bool), chosen
             else:
                 keep, n_of_m = chosen(weights, start, stop).contiguous(), None
-            if _runs_compiled(weights.device):
+            if runs_compiled(weights.device):
                 on_threads(partial(_solve_part, weights, keep, upper, start, n_of_m), parts)
                 continue
             errors = _block_solver(weights.device)(weights, keep, upper, start, n_of_m)
             for part in parts:
                 _pass_on_errors(weights[part, stop:], errors[part], upper[start:stop, stop:])
     return weights
-
-
-def _runs_compiled(device: torch.device) -> bool:
-    return device.type == "cpu"
 
 
 def _block_solver(device: torch.device) -> Callable[..., Tensor]:

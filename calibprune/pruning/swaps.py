@@ -8,7 +8,7 @@ and a fraction of the work. Beyond the paper, a method that updates weights has 
 weight that comes back gets the value that is best given all others.
 """
 
-from functools import partial
+from dataclasses import dataclass
 from typing import no_type_check
 
 import numba
@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from calibprune.config import Swaps
-from calibprune.pruning.masks import Target, on_threads
+from calibprune.pruning.masks import Target, on_threads, runs_compiled
 from calibprune.pruning.rows import RowShares, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
 
@@ -29,6 +29,40 @@ TINY = 1e-30
 NEVER = np.float32(3e38)
 LEAST_GAIN = 1e-6
 """Of the row's output, that an exchange has to lower the error by: less is rounding."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one linear while weights are exchanged.
+
+    With d = dense - current and c = d G: taking weight p away changes the error by 2 v_p c_p + v_p^2 G_pp. Bringing r
+    back with value x changes it by -2 x (c_r + v_p G_pr) + x^2 G_rr, p being gone; x is d_r, or what is best.
+    """
+
+    dense: Float32[Tensor, "out in"]
+    current: Float32[Tensor, "out in"]
+    """Exchanged in place."""
+    gram: Float32[Tensor, "in in"]
+    slope: Float32[Tensor, "out in"]
+    """(dense - current) @ gram, kept up to date."""
+    least: Float32[Tensor, " out"]
+    """Of the error, that an exchange has to take away."""
+    group: int
+    """Columns within which weights are exchanged."""
+    updates: bool
+    """Whether weights come back with the best value instead of their dense one."""
+    max_swaps: int
+
+    def change_by_return(
+        self,
+        pull: Float32[Tensor, "..."],
+        dense: Float32[Tensor, "..."],
+        diagonal: Float32[Tensor, "..."],
+    ) -> Float32[Tensor, "..."]:
+        """Of the error, by the return of weights with these pulls c_r + v_p G_pr."""
+        if self.updates:
+            return -pull.square() / diagonal.clamp(min=TINY)
+        return dense.square() * diagonal - 2 * dense * pull
 
 
 @torch.no_grad()
@@ -50,129 +84,89 @@ def refine(
     gram, refined = statistics.gram, []
     for dense, sparse, target in zip(weights, pruned, targets, strict=True):
         group = target.n_of_m[1] if target.n_of_m else dense.shape[1]
-        work = partial(_exchange, gram=gram, group=group, settings=settings, updates=updates)
-        (result,) = shares.by_parts(work, [dense.to(torch.float32)], [sparse.to(torch.float32)])
+
+        def exchanged(dense: Tensor, current: Tensor, group: int = group) -> Tensor:
+            with full_float32():
+                slope = torch.mm(dense - current, gram)
+                least = (torch.mm(dense, gram) * dense).sum(1) * LEAST_GAIN
+            rows = Rows(dense, current, gram, slope, least, group, updates, settings.max_swaps)
+            (_exchange_compiled if runs_compiled(gram.device) else _exchange)(rows)
+            return current
+
+        (result,) = shares.by_parts(
+            exchanged, [dense.to(torch.float32)], [sparse.to(torch.float32)]
+        )
         refined.append(result.to(sparse.dtype))
     return refined
 
 
-def _exchange(
-    dense: Float32[Tensor, "out in"],
-    current: Float32[Tensor, "out in"],
-    gram: Float32[Tensor, "in in"],
-    group: int,
-    settings: Swaps,
-    updates: bool,
-) -> Float32[Tensor, "out in"]:
-    """The pruned rows after the exchanges."""
-    with full_float32():
-        slope = torch.mm(dense - current, gram)
-        least = (torch.mm(dense, gram) * dense).sum(1) * LEAST_GAIN
-    run = _exchange_rows_compiled if _runs_compiled(gram.device) else _exchange_rows
-    run(dense, current, slope, gram, least, group, settings.max_swaps, updates)
-    return current
-
-
-def _runs_compiled(device: torch.device) -> bool:
-    return device.type == "cpu"
-
-
-def _exchange_rows(
-    dense: Float32[Tensor, "out in"],
-    current: Float32[Tensor, "out in"],
-    slope: Float32[Tensor, "out in"],
-    gram: Float32[Tensor, "in in"],
-    least: Float32[Tensor, " out"],
-    group: int,
-    max_swaps: int,
-    updates: bool,
-) -> None:
-    """Exchanges weights in place, all rows at once. `slope` is (dense - current) @ gram, kept up to date.
-
-    With d = dense - current and c = d G: taking weight p away changes the error by 2 v_p c_p + v_p^2 G_pp. Bringing r
-    back with value x changes it by -2 x (c_r + v_p G_pr) + x^2 G_rr, p being gone; x is d_r, or what is best.
-    """
-    diagonal, rows = gram.diagonal(), torch.arange(len(dense), device=gram.device)
-    made = torch.zeros_like(rows)
+def _exchange(rows: Rows) -> None:
+    """Exchanges weights as tensor operations on all rows at once."""
+    dense, current, gram, slope, least = rows.dense, rows.current, rows.gram, rows.slope, rows.least
+    diagonal, every = gram.diagonal(), torch.arange(len(dense), device=gram.device)
+    of_group = torch.arange(gram.shape[0], device=gram.device) // rows.group
+    made = torch.zeros_like(every)
     while True:
-        changes = _best_changes(dense, current, slope, gram, group, updates)
+        changes = _best_changes(rows)
         improving = changes < -least[:, None]
-        most, before = min(max_swaps, int(improving.sum(1).max())) if len(rows) else 0, made
-        order = changes.argsort(dim=1, stable=True)[:, :most]
-        for p in order.unbind(1):
-            value, of_p = current[rows, p], gram[p]
-            pull = slope + value[:, None] * of_p
-            if updates:
-                back = -pull.square() / diagonal.clamp(min=TINY)
-            else:
-                back = dense.square() * diagonal - 2 * dense * pull
-            columns = torch.arange(gram.shape[0], device=gram.device)
-            may = (current == 0) & (columns // group == (p // group)[:, None])
+        most = min(rows.max_swaps, int(improving.sum(1).max())) if len(dense) else 0
+        before = made
+        for p in changes.argsort(dim=1, stable=True)[:, :most].unbind(1):
+            value = current[every, p]
+            pull = slope + value[:, None] * gram[p]
+            back = rows.change_by_return(pull, dense, diagonal)
+            may = (current == 0) & (of_group == of_group[p, None])
             lowest, r = back.masked_fill(~may, torch.inf).min(1)
-            change = 2 * value * slope[rows, p] + value.square() * diagonal[p] + lowest
-            x = pull[rows, r] / diagonal[r].clamp(min=TINY) if updates else dense[rows, r]
-            wanted = improving[rows, p] & (change < -least) & (made < max_swaps) & (x != 0)
+            change = 2 * value * slope[every, p] + value.square() * diagonal[p] + lowest
+            x = dense[every, r]
+            if rows.updates:
+                x = pull[every, r] / diagonal[r].clamp(min=TINY)
+            wanted = improving[every, p] & (change < -least) & (made < rows.max_swaps) & (x != 0)
             value, x = value * wanted, x * wanted
-            slope += value[:, None] * of_p - x[:, None] * gram[r]
-            current[rows, p] -= value
-            current[rows, r] += x
+            slope += value[:, None] * gram[p] - x[:, None] * gram[r]
+            current[every, p] -= value
+            current[every, r] += x
             made = made + wanted
         if torch.equal(made, before):
             return
 
 
-def _best_changes(
-    dense: Float32[Tensor, "out in"],
-    current: Float32[Tensor, "out in"],
-    slope: Float32[Tensor, "out in"],
-    gram: Float32[Tensor, "in in"],
-    group: int,
-    updates: bool,
-) -> Float32[Tensor, "out in"]:
+def _best_changes(rows: Rows) -> Float32[Tensor, "out in"]:
     """For every kept weight the change of the error by its best exchange; infinite for the others."""
-    groups = gram.shape[0] // group
+    group = rows.group
+    groups = rows.gram.shape[0] // group
     # pairs are within a group: [groups, group, group] of the Gram matrix
-    blocks = gram.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(-1, (groups, group))
-
-    diagonal = cut(gram.diagonal())
-    missing, out = cut(dense - current)[..., None, :], cut(current)[..., None, :] == 0
-    changes = torch.empty_like(cut(current))
-    at_once = max(1, PAIRS_AT_ONCE // max(1, dense.numel()))
+    blocks = rows.gram.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    dense, current, slope, diagonal = (
+        tensor.unflatten(-1, (groups, group))
+        for tensor in (rows.dense, rows.current, rows.slope, rows.gram.diagonal())
+    )
+    changes = torch.empty_like(current)
+    at_once = max(1, PAIRS_AT_ONCE // max(1, rows.dense.numel()))
     for first in range(0, group, at_once):
         some = slice(first, first + at_once)
-        value = cut(current)[..., some, None]
-        pull = cut(slope)[..., None, :] + value * blocks[:, some]
-        if updates:
-            back = -pull.square() / diagonal[:, None].clamp(min=TINY)
-        else:
-            back = missing.square() * diagonal[:, None] - 2 * missing * pull
-        taken = 2 * value * cut(slope)[..., some, None] + value.square() * diagonal[:, some, None]
-        back.masked_fill_(~(out & (value != 0)), torch.inf)
-        changes[..., some] = taken.squeeze(-1) + back.amin(-1)
+        value = current[..., some]
+        pull = slope[..., None, :] + value[..., None] * blocks[:, some]
+        back = rows.change_by_return(pull, dense[..., None, :], diagonal[:, None])
+        back.masked_fill_((current[..., None, :] != 0) | (value[..., None] == 0), torch.inf)
+        taken = 2 * value * slope[..., some] + value.square() * diagonal[:, some]
+        changes[..., some] = taken + back.amin(-1)
     return changes.flatten(1)
 
 
-def _exchange_rows_compiled(
-    dense: Float32[Tensor, "out in"],
-    current: Float32[Tensor, "out in"],
-    slope: Float32[Tensor, "out in"],
-    gram: Float32[Tensor, "in in"],
-    least: Float32[Tensor, " out"],
-    group: int,
-    max_swaps: int,
-    updates: bool,
-) -> None:
+def _exchange_compiled(rows: Rows) -> None:
     """The same in compiled code, one row after another."""
-    w, v, c, g, enough = (t.numpy() for t in (dense, current, slope, gram, least))
+    w, v, g, c, enough = (
+        tensor.numpy() for tensor in (rows.dense, rows.current, rows.gram, rows.slope, rows.least)
+    )
 
-    def work(rows: slice) -> None:
-        for row in range(rows.start, rows.stop):
-            _exchange_row(w[row], v[row], c[row], g, enough[row], group, max_swaps, updates)
+    def work(part: slice) -> None:
+        for row in range(part.start, part.stop):
+            _exchange_row(
+                w[row], v[row], c[row], g, enough[row], rows.group, rows.max_swaps, rows.updates
+            )
 
-    on_threads(work, row_slices([len(dense)], ROWS_AT_ONCE))
+    on_threads(work, row_slices([len(w)], ROWS_AT_ONCE))
 
 
 # No sum is reordered, and a minimum has no order: the compiler may vectorise, and results stay what they are.
@@ -231,11 +225,16 @@ def _returns(w, v, c, gram, updates, a, b, d):
 
 @_compiled
 @no_type_check
+def _return(t, a, b, d):
+    return a + t * (b + d * t)
+
+
+@_compiled
+@no_type_check
 def _lowest(value, g, a, b, d, start, stop):
     lowest = NEVER
     for j in range(start, stop):
-        t = value * g[j]
-        lowest = min(lowest, a[j] + t * (b[j] + d[j] * t))
+        lowest = min(lowest, _return(value * g[j], a[j], b[j], d[j]))
     return lowest
 
 
@@ -244,8 +243,7 @@ def _lowest(value, g, a, b, d, start, stop):
 def _at_lowest(value, g, a, b, d, start, stop):
     lowest, place = NEVER, start
     for j in range(start, stop):
-        t = value * g[j]
-        change = a[j] + t * (b[j] + d[j] * t)
+        change = _return(value * g[j], a[j], b[j], d[j])
         if change < lowest:
             lowest, place = change, j
     return place, lowest

@@ -70,7 +70,7 @@ def path(request, monkeypatch):
     """Both ways of running the columns, on the CPU."""
     monkeypatch.setitem(rows.ROW_CHUNK, "cpu", 16)
     if request.param == "tensors":
-        monkeypatch.setattr(sparsegpt, "_runs_compiled", lambda device: False)
+        monkeypatch.setattr(sparsegpt, "runs_compiled", lambda device: False)
     return request.param
 
 
@@ -134,7 +134,7 @@ def test_both_paths_agree(monkeypatch):
     for n_of_m in (None, (2, 4)):
         compiled = prune(weights, statistics, targets(0.5, 0.6, n_of_m=n_of_m), settings())
         with monkeypatch.context() as patch:
-            patch.setattr(sparsegpt, "_runs_compiled", lambda device: False)
+            patch.setattr(sparsegpt, "runs_compiled", lambda device: False)
             tensors = prune(weights, statistics, targets(0.5, 0.6, n_of_m=n_of_m), settings())
         for a, b in zip(compiled, tensors, strict=True):
             assert torch.equal(a == 0, b == 0)

@@ -31,7 +31,7 @@ def path(request, monkeypatch):
     """All ways of weighing the exchanges, on the CPU."""
     monkeypatch.setitem(rows.ROW_CHUNK, "cpu", 16)
     if request.param != "compiled":
-        monkeypatch.setattr(swaps, "_runs_compiled", lambda device: False)
+        monkeypatch.setattr(swaps, "runs_compiled", lambda device: False)
     if request.param == "tensors in pieces":
         monkeypatch.setattr(swaps, "PAIRS_AT_ONCE", 1000)
     return request.param
