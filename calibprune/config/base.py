@@ -1,0 +1,51 @@
+"""What all settings are made of: a frozen section that knows its keys, and types that check their values."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _without_credentials(url: str) -> str:
+    if re.match(r"[\w+.-]+://[^/@]*:[^/@]*@", url):
+        raise ValueError("no credentials in URLs: give them to the store's own library instead")
+    return url
+
+
+def _regular_expression(expression: str) -> str:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return expression
+
+
+def named(value: object) -> object:
+    """A name alone stands for that type with its defaults."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+Url = Annotated[str, AfterValidator(_without_credentials)]
+"""A path or an fsspec URL. Settings are written to records and reports, so credentials have no place in them."""
+Regex = Annotated[str, AfterValidator(_regular_expression)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=60)]
+"""A name that stands in records, plots and file names."""
+
+
+class TextSource(Section):
+    """Where documents come from."""
+
+    path: Url
+    """A text (one document a line), jsonl or parquet file or folder, local or by URL, or a Hugging Face dataset id."""
+    dataset_name: str | None = None
+    """The configuration of a Hugging Face dataset, such as `en`."""
+    split: str = "train"
+    column: str = "text"

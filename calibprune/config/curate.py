@@ -1,0 +1,165 @@
+"""curate: sources side by side, filters, what they are compared with, and how the pool is packed."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from calibprune.config.base import (
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    SourceName,
+    TextSource,
+    Url,
+)
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Sharing(Section):
+    """What a source contributes to the pool."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the pool, relative to the other sources without `budget_tokens`."""
+    budget_tokens: PositiveInt | None = None
+    """Its tokens in the pool, whatever the weights are."""
+
+
+class GeneratedSource(Sharing):
+    """Samples that `generate` made."""
+
+    type: Literal["generated"]
+    name: SourceName = "self-generated"
+    path: Url | None = None
+    """The `generate` folder of another run of the same model; None: this run's."""
+
+
+class NaturalSource(TextSource, Sharing):
+    """Documents that people wrote."""
+
+    type: Literal["text"]
+    name: SourceName
+    documents: PositiveInt = 5000
+    """Most that are read, from the source's start."""
+    document_tokens: PositiveInt | None = None
+    """Most that are taken of one document, from its start; None: a sequence's."""
+    bos: bool = True
+    """Put a start-of-text token in front of every document."""
+
+
+Source = Annotated[GeneratedSource | NaturalSource, Field(discriminator="type")]
+
+
+class PerplexityFilter(Section):
+    """Drops what the model itself finds least likely (Ji et al. 2025, section 4) or most likely. Shares are of every
+    source by itself."""
+
+    type: Literal["perplexity"]
+    drop_worst: Share = 0.2
+    """Share of samples, those with the highest perplexity."""
+    drop_best: Share = 0.0
+    """Share of samples, those with the lowest perplexity: often repetitions."""
+    least: Annotated[float, Field(ge=1)] | None = None
+    most: Annotated[float, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _something_stays(self) -> Self:
+        if self.drop_worst + self.drop_best >= 1:
+            raise ValueError("drop_worst and drop_best leave nothing")
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise ValueError(f"least {self.least:g} is above most {self.most:g}")
+        return self
+
+
+class LengthFilter(Section):
+    """Drops samples with fewer or more tokens than this, prefix included."""
+
+    type: Literal["length"]
+    min_tokens: PositiveInt = 32
+    max_tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(f"max_tokens {self.max_tokens} is under min_tokens {self.min_tokens}")
+        return self
+
+
+class RepetitionFilter(Section):
+    """Drops samples that say the same again and again."""
+
+    type: Literal["repetition"]
+    ngram: PositiveInt = 4
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of a sample's n-grams, those that stood in it before."""
+    max_repeat_tokens: PositiveInt | None = None
+    """Tokens of the longest passage that stands in a sample twice; None: any."""
+
+
+class DuplicateFilter(Section):
+    """Drops all but the first of equal samples and, by MinHash, of nearly equal ones."""
+
+    type: Literal["duplicates"]
+    near: bool = True
+    similarity: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Jaccard similarity of the samples' n-grams from which on they count as nearly equal."""
+    ngram: PositiveInt = 5
+    permutations: Annotated[int, Field(ge=16)] = 128
+
+
+Filter = Annotated[
+    PerplexityFilter | LengthFilter | RepetitionFilter | DuplicateFilter,
+    Field(discriminator="type"),
+]
+
+
+class Reference(TextSource):
+    """A corpus that the sources are compared with, such as what the model was trained on."""
+
+    name: SourceName
+
+
+class AnalysisSettings(Section):
+    """How sources are compared with the reference corpora."""
+
+    documents: PositiveInt = 500
+    """Of every source and of every reference."""
+    ngram: PositiveInt = 3
+    min_k: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Min-K%++ (Zhang et al. 2025): share of the least likely tokens that is averaged, such as 0.5. None: not measured,
+    for it takes forwards of the model."""
+    min_k_documents: PositiveInt = 64
+    min_k_tokens: Annotated[int, Field(ge=2)] = 512
+
+
+class CurateSettings(Section):
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (
+        GeneratedSource(type="generated"),
+    )
+    filters: tuple[Filter, ...] = (PerplexityFilter(type="perplexity"),)
+    references: tuple[Reference, ...] = ()
+    analysis: AnalysisSettings = AnalysisSettings()
+    sequences: PositiveInt = 128
+    sequence_tokens: Annotated[int, Field(ge=2)] = 2048
+    tokens: PositiveInt | None = None
+    """Of the whole pool, rounded up to whole sequences; None: as `sequences` says."""
+    pack: Literal["concat", "document"] = "concat"
+    """concat: kept samples joined in random order and cut; document: the first tokens of long enough samples."""
+    positions: Literal["all", "generated"] = "all"
+    """generated: statistics leave out prefixes and prompts, which the model did not write."""
+    seed: NonNegativeInt = 0
+
+    @field_validator("sources", "references")
+    @classmethod
+    def _names_differ(cls, named: tuple) -> tuple:
+        names = [one.name for one in named]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each needs a name of its own, these were given: {names}")
+        return named
+
+    @property
+    def pool_sequences(self) -> int:
+        """Sequences of the pool."""
+        if self.tokens is None:
+            return self.sequences
+        return -(-self.tokens // self.sequence_tokens)

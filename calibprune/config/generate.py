@@ -1,0 +1,116 @@
+"""generate: what samples start from, how they are sampled, and the units of work."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from calibprune.config.base import NonNegativeInt, PositiveInt, Section, TextSource, named
+
+
+class BosPrefixes(Section):
+    """Every sample starts from nothing but the model's start-of-text token."""
+
+    type: Literal["bos"]
+
+
+class VocabularyPrefixes(Section):
+    """Every sample starts from `tokens` tokens drawn for it."""
+
+    type: Literal["vocabulary"]
+    draw: Literal["model", "uniform"] = "model"
+    """model: from the model's own distribution after the start-of-text token, at temperature 1 and not truncated;
+    uniform: every ordinary token of the vocabulary alike."""
+    tokens: PositiveInt = 1
+    bos: bool = True
+    """Put a start-of-text token in front, which is not counted; `draw: model` needs it."""
+
+    @model_validator(mode="after")
+    def _model_starts_somewhere(self) -> Self:
+        if self.draw == "model" and not self.bos:
+            raise ValueError("draw: model needs bos: true, there is nothing to draw after")
+        return self
+
+
+class DatasetPrefixes(TextSource):
+    """Every sample starts from the first tokens of one document of a text source."""
+
+    type: Literal["dataset"]
+    tokens: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
+    """Tokens of the document itself; a start-of-text token in front is not counted. [a, b]: a number from a to b, both
+    included, drawn for every sample."""
+    bos: bool = True
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if isinstance(self.tokens, tuple) and self.tokens[0] > self.tokens[1]:
+            raise ValueError(f"tokens is [least, most], not {list(self.tokens)}")
+        return self
+
+
+class PromptPrefixes(TextSource):
+    """Every sample answers one prompt, in the model's chat template: task prompts, reasoning traces."""
+
+    type: Literal["prompts"]
+    column: str = "prompt"
+    """Holds a text, or a list of chat messages with `role` and `content`."""
+    system: str | None = None
+    """A system message put before every prompt that is a text."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts, template included, are passed over."""
+
+
+Prefixes = Annotated[
+    BosPrefixes | VocabularyPrefixes | DatasetPrefixes | PromptPrefixes,
+    Field(discriminator="type"),
+    BeforeValidator(named),
+]
+
+
+class TemperatureSchedule(Section):
+    """The temperature of the first tokens goes in equal steps from `start` to `generate.temperature`."""
+
+    start: Annotated[float, Field(gt=0)]
+    tokens: PositiveInt
+    """The token at which `generate.temperature` is reached."""
+
+
+class GenerateSettings(Section):
+    prefixes: Prefixes = BosPrefixes(type="bos")
+    samples: PositiveInt = 5000
+    samples_per_prefix: PositiveInt = 1
+    """Samples that start from the same prefix, each with a seed of its own; `samples` counts all of them."""
+    max_tokens: PositiveInt = 2048
+    """Most new tokens of a sample; one may end sooner with the end-of-text token."""
+    min_tokens: NonNegativeInt = 0
+    stop_at_eos: bool = True
+    """Whether the end-of-text token ends a sample; if not, every sample has max_tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature_schedule: TemperatureSchedule | None = None
+    """Another temperature for the first tokens; None: the same for all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: PositiveInt | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Tokens less likely than this share of the likeliest one are never drawn."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    seed: NonNegativeInt = 0
+    shard_rows: PositiveInt = 500
+    """Samples in one unit of work: what a crash can cost."""
+    engines: PositiveInt | None = None
+    """vLLM engines; None: as many as the cluster section's workers have room for."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs of one engine, all on one node."""
+    max_concurrent: PositiveInt = 256
+    """Samples that one engine continues at the same time."""
+    shards_in_flight: PositiveInt = 2
+    """Shards that one engine works on at the same time, so that a shard's last samples do not leave it idle."""
+    attempts: PositiveInt = 3
+    """Failures of one shard before it is set aside."""
+    max_bad_shards: NonNegativeInt = 0
+    """Shards that may be left out, set aside after `attempts` failures; with more the stage fails once all others
+    are done."""
+    shard_timeout_seconds: PositiveInt | None = None
+    """None: derived from the shards measured so far."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    cpu_kvcache_gib: PositiveInt = 2
+    enforce_eager: bool | None = None
+    """None: compiled on GPUs, eager on CPUs, where compiling costs more than it saves on short runs."""

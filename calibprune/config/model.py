@@ -1,0 +1,28 @@
+"""The model, and the cluster that works on it."""
+
+from typing import Literal
+
+from calibprune.config.base import NonNegativeInt, PositiveInt, Section, Url
+
+
+class ModelSettings(Section):
+    """The causal language model: a local folder, an fsspec URL (s3://, gs://, hf://) or a hub id `org/name`."""
+
+    path: Url
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """dtype of the forwards; `auto` is the checkpoint's own. The pruned checkpoint keeps the input's dtype."""
+    trust_remote_code: bool = False
+
+
+class ClusterSettings(Section):
+    """What to ask of Ray. Without an address: RAY_ADDRESS if set, else a Ray of its own on this machine."""
+
+    address: str | None = None
+    workers: PositiveInt = 1
+    gpus_per_worker: NonNegativeInt | None = None
+    """None: one where the cluster has GPUs, else none."""
+    cpus_per_worker: PositiveInt | None = None
+    """None: 1 beside a GPU; without GPUs an equal share of the largest node's CPUs."""
+    start_timeout_seconds: PositiveInt = 600
+    verbose: bool = False
+    """Show the workers' own logs in the driver's output."""
