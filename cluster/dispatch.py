@@ -1,102 +1,133 @@
-"""Units of work queued over actors: bounded in flight, results in completion order, the dead replaced.
+"""Units of work queued over a crew of actors: bounded in flight, results in completion order, the dead replaced.
 
-The driver sees only done records. A unit that fails `attempts` times ends the stage: what is committed stays, and a
-rerun tries the rest again.
+The driver sees only done records. A unit that fails too often is set aside, and all others are done first.
 """
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from calibprune.errors import UserError
 from calibprune.run import Record
-from cluster.session import Actors, death
+from cluster.crew import Crew, Member
+from cluster.session import death
 
-HANG_FACTOR = 10.0
+HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 60.0
 POLL_SECONDS = 1.0
-
-
-class UnitFailed(RuntimeError):
-    """A unit of work failed more often than allowed; names the unit and the last cause."""
 
 
 @dataclass(frozen=True)
 class Call:
     """A unit under way on an actor."""
 
-    actor: int
+    member: Member
     unit: str
     since: float
 
 
 def dispatch(
-    actors: Actors,
+    crew: Crew,
     method: str,
     units: Sequence[str],
     *,
     in_flight: int,
     attempts: int,
-    timeout_seconds: float | None,
-    start_timeout_seconds: float,
+    set_aside: Callable[[str, str], None],
+    timeout_seconds: float | None = None,
+    first_timeout_seconds: float = 600.0,
 ) -> Iterator[Record | None]:
     """Calls `method(unit)` for every unit; yields records as they come, and None about once a second in between.
 
-    An actor that dies, or whose unit takes longer than the time limit (given, or ten times the longest measured
-    unit, but never less than an actor's start may take), is replaced and its units are queued again. An error that
-    the unit raised counts as a failure too; a UserError ends the stage at once.
+    An actor that dies, or whose unit takes longer than the time limit (the one given, or ten times the longest
+    measured unit; `first_timeout_seconds` before there is one), is replaced, and its units are queued again. An error
+    that the unit raised counts as a failure too; after `attempts` of them `set_aside` is called with the unit and the
+    last cause. A UserError ends the stage at once.
     """
-    queue = Queue(units, attempts)
+    queue = Queue(units, attempts, set_aside)
     running: dict[Any, Call] = {}
     longest = 0.0
+
+    def lose(member: Member, cause: Exception) -> None:
+        lost = [reference for reference, call in running.items() if call.member is member]
+        crew.dismiss(member)
+        queue.failed([running.pop(reference).unit for reference in lost], cause)
+
     while queue or running:
-        for index, handle in enumerate(actors.handles):
-            here = [call.unit for call in running.values() if call.actor == index]
-            while len(here) < in_flight and (unit := queue.take(here)) is not None:
-                reference = getattr(handle, method).remote(unit)
-                running[reference] = Call(index, unit, time.monotonic())
-                here.append(unit)
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-        now, dead = time.monotonic(), None
-        for reference in ready:
-            call = running.pop(reference)
+        crew.fill(len(queue) + len(running))
+        _assign(crew, method, queue, running, in_flight)
+        starting = crew.pending()
+        for reference in _ready([*running, *starting]):
+            if (member := starting.get(reference)) is not None:
+                crew.advance(member)
+                continue
+            call = running.pop(reference, None)
+            if call is None:  # its actor was lost a moment ago
+                continue
             try:
-                record = ray.get(reference)
+                record: Any = ray.get(reference)
             except RayActorError as error:
                 running[reference] = call
-                dead = call.actor, death(error)
+                lose(call.member, death(error))
             except RayTaskError as error:
                 queue.failed([call.unit], error.cause or error)
+            except RayError as error:  # the answer was lost on its way
+                queue.failed([call.unit], error)
             else:
-                longest = max(longest, now - call.since)
+                longest = max(longest, time.monotonic() - call.since)
+                crew.worked()
                 yield record
-        limit = timeout_seconds or max(start_timeout_seconds, HANG_FACTOR * longest)
-        hanging = [call.actor for call in running.values() if now - call.since > limit]
-        if dead is None and hanging:
-            dead = hanging[0], TimeoutError(f"no result within {limit:.0f} s")
-        if dead is not None:
-            index, cause = dead
-            lost = [reference for reference, call in running.items() if call.actor == index]
-            queue.failed([running.pop(reference).unit for reference in lost], cause)
-            actors.replace(index)
-        elif not ready:
-            yield None
+        measured = max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)
+        limit = timeout_seconds or (measured if longest else first_timeout_seconds)
+        now = time.monotonic()
+        for member in {c.member for c in running.values() if now - c.since > limit}:
+            lose(member, TimeoutError(f"no result within {limit:.0f} s"))
+        for member in crew.late():
+            crew.start_failed(member, TimeoutError("it took too long"))
+        yield None
+
+
+def _assign(
+    crew: Crew, method: str, queue: "Queue", running: dict[Any, Call], in_flight: int
+) -> None:
+    """Gives units to whoever has the fewest, until all have enough or none is left."""
+    busy: dict[Member, list[str]] = {member: [] for member in crew.ready}
+    for call in running.values():
+        busy[call.member].append(call.unit)
+    for depth in range(in_flight):
+        for member, here in busy.items():
+            if len(here) > depth or (unit := queue.take(here)) is None:
+                continue
+            reference = getattr(member.handle, method).remote(unit)
+            running[reference] = Call(member, unit, time.monotonic())
+            here.append(unit)
+
+
+def _ready(references: list[Any]) -> list[Any]:
+    """Those that are there, after a second at most."""
+    if not references:
+        time.sleep(POLL_SECONDS)
+        return []
+    some, _ = ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
+    return ray.wait(references, num_returns=len(references), timeout=0)[0] if some else []
 
 
 class Queue:
     """Units still to be started. One of several units that went down with an actor may have killed it: to find out
     which, each of them is tried alone, and only a failure alone counts."""
 
-    def __init__(self, units: Sequence[str], attempts: int) -> None:
-        self._waiting, self._attempts = deque(units), attempts
+    def __init__(
+        self, units: Sequence[str], attempts: int, set_aside: Callable[[str, str], None]
+    ) -> None:
+        self._waiting, self._attempts, self._set_aside = deque(units), attempts, set_aside
         self._failures, self._suspects = Counter[str](), set[str]()
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     def take(self, beside: Sequence[str]) -> str | None:
         """The next unit for an actor that is busy with these, or None if it has to wait."""
@@ -107,15 +138,17 @@ class Queue:
         return self._waiting.popleft()
 
     def failed(self, units: Sequence[str], cause: Exception) -> None:
-        """Queues units again. Raises the cause if the user can mend it, UnitFailed after too many failures."""
+        """Queues units again, or sets one aside that failed too often. Raises the cause if the user can mend it."""
         if isinstance(cause, UserError):
             raise cause from None
-        self._waiting.extendleft(reversed(units))
         if len(units) > 1:
             self._suspects.update(units)
+            self._waiting.extendleft(reversed(units))
             return
-        (unit,) = units
-        self._failures[unit] += 1
-        if self._failures[unit] >= self._attempts:
-            reason = " ".join(str(cause).split())[:300]
-            raise UnitFailed(f"unit {unit} failed {self._attempts} times, the last time: {reason}")
+        for unit in units:
+            self._failures[unit] += 1
+            if self._failures[unit] >= self._attempts:
+                reason = " ".join(str(cause).split())[:300]
+                self._set_aside(unit, reason)
+            else:
+                self._waiting.appendleft(unit)

@@ -13,6 +13,13 @@ from calibprune.calibration.prefixes import cut_prefixes, row_seed
 from calibprune.config import GenerateSettings, ModelSettings
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
+from cluster.metrics import SampleMetrics
+
+
+def shard_rows(unit: str, settings: GenerateSettings) -> range:
+    """The rows of a shard."""
+    start = int(unit) * settings.shard_rows
+    return range(start, min(start + settings.shard_rows, settings.samples))
 
 
 class Generator:
@@ -20,23 +27,24 @@ class Generator:
         self, model: ModelSettings, folder: str, dtype: str, most_tokens: int,
         settings: GenerateSettings, stage_url: str, cpus: int,
     ) -> None:  # fmt: skip
-        self._settings = settings
+        self._model, self._folder, self._dtype = model, folder, dtype
+        self._most_tokens, self._settings, self._cpus = most_tokens, settings, cpus
         self._stage = Stage(stage_url)
-        self._tokenizer = load_tokenizer(folder, model.trust_remote_code)
+
+    def start(self) -> None:
+        """Starts the engine, which takes from half a minute to several."""
+        trust = self._model.trust_remote_code
+        self._tokenizer = load_tokenizer(self._folder, trust)
         self._engine = Engine(
-            folder,
-            dtype,
-            settings,
-            most_tokens,
-            cpus,
-            trust_remote_code=model.trust_remote_code,
-        )
+            self._folder, self._dtype, self._settings, self._most_tokens, self._cpus,
+            trust_remote_code=trust,
+        )  # fmt: skip
+        self._metrics = SampleMetrics()
 
     async def complete(self, unit: str) -> Record:
         """Generates, scores and commits the rows of one shard; returns its done record."""
         settings = self._settings
-        start = int(unit) * settings.shard_rows
-        rows = range(start, min(start + settings.shard_rows, settings.samples))
+        rows = shard_rows(unit, settings)
         prefixes = cut_prefixes(settings.prefixes, self._tokenizer, rows, settings.seed)
         seeds = [row_seed(settings.seed, row) for row in rows]
         try:
@@ -59,6 +67,7 @@ class Generator:
             "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
         }
         data = parquet_bytes(pa.table(columns, schema=SAMPLE_SCHEMA))
-        return self._stage.commit(
-            unit, self._stage.put(unit, data, "parquet", "data", "part"), facts
-        )
+        published = self._stage.put(unit, data, "parquet", "data", "part")
+        record = self._stage.commit(unit, published, facts)
+        self._metrics.record(record)
+        return record

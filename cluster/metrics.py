@@ -1,4 +1,4 @@
-"""What the layers' done records say, as Prometheus metrics of the Ray cluster."""
+"""What done records say, as Prometheus metrics of the Ray cluster."""
 
 from ray.util.metrics import Counter, Gauge
 
@@ -43,3 +43,18 @@ class LayerMetrics:
             tags = {"layer": layer, "linear": linear}
             self._sparsity.set(of["zeros"] / of["parameters"], tags)
             self._error.set(of["relative_error"], tags)
+
+
+class SampleMetrics:
+    """Set on the worker that committed a shard of samples."""
+
+    def __init__(self) -> None:
+        self._shards = Counter("calibprune_shards_committed", "Shards of samples committed.")
+        self._samples = Counter("calibprune_samples", "Samples committed.")
+        self._tokens = Counter("calibprune_generated_tokens", "Tokens generated and committed.")
+
+    def record(self, record: Record) -> None:
+        self._shards.inc()
+        for counter, name in ((self._samples, "rows"), (self._tokens, "tokens")):
+            if record.facts.get(name):
+                counter.inc(record.facts[name])

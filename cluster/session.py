@@ -111,7 +111,6 @@ def capacity(bundle: Bundle) -> int:
 class Actors:
     """`count` actors of one class, each on a bundle of its own; killed and their places freed on leaving.
 
-    `max_restarts=0`: the driver must see a death to decide what to do about it.
     Raises UserError, saying what was asked and what the cluster has, when they do not fit or do not come in time.
     """
 
@@ -123,7 +122,6 @@ class Actors:
         arguments: Sequence[Any],
         *,
         timeout_seconds: float,
-        concurrency: int | None = None,
         concurrency_groups: Mapping[str, int] | None = None,
         spinning: bool = False,
     ) -> None:
@@ -134,21 +132,13 @@ class Actors:
             remove_placement_group(self._group)
             raise NoRoom(
                 f"{self._wanted(count)} did not become free within {timeout_seconds:g} s; "
-                f"the cluster has {_shown(ray.cluster_resources())}, "
-                f"free now {_shown(ray.available_resources())}"
+                f"the cluster has {shown(ray.cluster_resources())}, "
+                f"free now {shown(ray.available_resources())}"
             )
         groups: dict[str, Any] = {"concurrency_groups": dict(concurrency_groups or {}) or None}
         self._class = ray.remote(max_restarts=0, **groups)(actor_class)
         self._arguments = arguments
-        self._options: dict[str, Any] = {
-            "num_cpus": bundle.cpus,
-            "num_gpus": bundle.gpus,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "runtime_env": {"env_vars": _thread_environment(bundle.cpus, spinning)},
-        }
-        if concurrency is not None:
-            self._options["max_concurrency"] = concurrency
+        self._options = actor_options(bundle, spinning)
         self._order = self._by_node(count)
         self.handles = [self._start(index) for index in range(count)]
 
@@ -159,12 +149,6 @@ class Actors:
         for handle in self.handles:
             ray.kill(handle)
         remove_placement_group(self._group)
-
-    def replace(self, index: int) -> Any:
-        """Kills one actor, if it still lives, and starts another in its place."""
-        ray.kill(self.handles[index])
-        self.handles[index] = self._start(index)
-        return self.handles[index]
 
     def _start(self, index: int) -> Any:
         place = PlacementGroupSchedulingStrategy(
@@ -187,12 +171,23 @@ class Actors:
         for name, amount in self._bundle.as_resources().items():
             if amount * count > total.get(name, 0):
                 raise NoRoom(
-                    f"{self._wanted(count)} were asked for, the cluster has {_shown(total)}: "
+                    f"{self._wanted(count)} were asked for, the cluster has {shown(total)}: "
                     f"lower cluster.workers, cluster.gpus_per_worker or cluster.cpus_per_worker"
                 )
 
     def _wanted(self, count: int) -> str:
-        return f"{count} x ({_shown(self._bundle.as_resources())})"
+        return f"{count} x ({shown(self._bundle.as_resources())})"
+
+
+def actor_options(bundle: Bundle, spinning: bool = False) -> dict[str, Any]:
+    """What every actor of ours is started with. No restarts: the driver must see a death to decide what to do."""
+    return {
+        "num_cpus": bundle.cpus,
+        "num_gpus": bundle.gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": _thread_environment(bundle.cpus, spinning)},
+    }
 
 
 def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:
@@ -220,7 +215,8 @@ def death(error: RayActorError) -> Exception:
     return RuntimeError(last)
 
 
-def _shown(resources: Mapping[str, float]) -> str:
+def shown(resources: Mapping[str, float]) -> str:
+    """CPUs and GPUs in words."""
     wanted = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
     return ", ".join(
         f"{amount:g} {name}" for name, amount in wanted.items() if amount or name == "CPU"

@@ -1,20 +1,26 @@
 """generate: vLLM engines continue prefixes in shards; every shard commits on its own."""
 
 import time
+from typing import Any
 
 from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.prefixes import longest_prefix
-from calibprune.run import Record
+from calibprune.run import Record, Stage
+from cluster.crew import Crew
 from cluster.dispatch import dispatch
-from cluster.generator import Generator
-from cluster.session import Actors, Bundle, worker_bundle
+from cluster.generator import Generator, shard_rows
+from cluster.session import Bundle, capacity, worker_bundle
 from jobs.progress import Steps, say
 from jobs.run_folder import Run
 
 NOT_IN_THE_RESULT = {
-    "engines", "max_concurrent", "shards_in_flight", "attempts", "shard_timeout_seconds",
-    "gpu_memory_utilization", "cpu_kvcache_gib", "enforce_eager",
+    "engines", "max_concurrent", "shards_in_flight", "attempts", "max_bad_shards",
+    "shard_timeout_seconds", "gpu_memory_utilization", "cpu_kvcache_gib", "enforce_eager",
 }  # fmt: skip
+
+
+class ShardsFailed(RuntimeError):
+    """Shards that failed too often; all others are committed."""
 
 
 def run(run: Run) -> None:
@@ -35,37 +41,80 @@ def run(run: Run) -> None:
         say("generate: done already")
         return
     started = time.monotonic()
-    tokens = 0
-    if missing:
-        bundle = worker_bundle(run.config.cluster, gpus_needed=settings.tensor_parallel)
-        count = min(settings.engines or _engines(run, bundle), len(missing))
-        folder = run.skeleton.checkpoint.url.removeprefix("hf://")
-        most = settings.max_tokens + longest_prefix(settings.prefixes)
-        arguments = [run.config.model, folder, run.dtype, most, settings, stage.url, bundle.cpus]
-        say(f"generate: starting {count} vLLM engine{'s' * (count > 1)}")
-        concurrency = settings.shards_in_flight + 1
-        with (
-            Actors(
-                Generator, count, bundle, arguments,
-                timeout_seconds=run.config.cluster.start_timeout_seconds, concurrency=concurrency,
-            ) as actors,
-            Steps("generate", "shards", shards, shards - len(missing)) as steps,
-        ):  # fmt: skip
-            work = dispatch(
-                actors, "complete", missing,
-                in_flight=settings.shards_in_flight,
-                attempts=settings.attempts,
-                timeout_seconds=settings.shard_timeout_seconds,
-                start_timeout_seconds=run.config.cluster.start_timeout_seconds,
-            )  # fmt: skip
-            for record in work:
-                if isinstance(record, Record):
-                    tokens += record.facts["tokens"]
-                    rate = tokens / (time.monotonic() - started)
-                    steps.add(f"{rate:.0f} tokens/s")
+    facts = _generate(run, stage, missing) if missing else {"tokens": 0, "working_seconds": 0.0}
     seconds = time.monotonic() - started
-    facts = {"seconds": seconds, "tokens": tokens, "resumed": len(missing) < len(units)}
-    stage.finish(facts)
+    stage.finish({"seconds": seconds, "resumed": len(missing) < len(units), **facts})
+
+
+def _generate(run: Run, stage: Stage, missing: list[str]) -> dict[str, Any]:
+    """Has the missing shards committed; returns what it took. Raises ShardsFailed when too many fail."""
+    settings = run.config.generate
+    bad: dict[str, str] = {}
+    tokens = 0
+
+    def set_aside(unit: str, reason: str) -> None:
+        bad[unit] = reason
+        say(f"generate: set aside {_named(run, unit)}: {reason}")
+
+    done = len(stage.read_plan()["units"]) - len(missing)
+    with (
+        engines(run, stage, len(missing)) as crew,
+        Steps("generate", "shards", done + len(missing), done) as steps,
+    ):
+        for record in dispatched(run, crew, "complete", missing, set_aside):
+            if isinstance(record, Record) and crew.ready_at is not None:
+                tokens += record.facts["tokens"]
+                steps.add(f"{tokens / (time.monotonic() - crew.ready_at):.0f} tokens/s")
+        working = time.monotonic() - (crew.ready_at or time.monotonic())
+    if len(bad) > settings.max_bad_shards:
+        first = next(iter(bad))
+        raise ShardsFailed(
+            f"{len(bad)} of {done + len(missing)} shards failed {settings.attempts} times each, the first is "
+            f"{_named(run, first)}: {bad[first]}. All others are committed; the same command tries these again, "
+            f"generate.max_bad_shards={len(bad)} leaves them out"
+        )
+    for unit, reason in bad.items():
+        rows = shard_rows(unit, settings)
+        left_out = {"rows_missing": [rows.start, rows.stop], "set_aside": reason}
+        stage.commit(unit, None, {"rows": 0, "tokens": 0, "finish_reasons": {}} | left_out)
+    return {"tokens": tokens, "working_seconds": working, "set_aside": len(bad)}
+
+
+def engines(run: Run, stage: Stage, units: int, most_tokens: int | None = None) -> Crew:
+    """vLLM engines that commit to the stage, no more of them than there are units of work."""
+    settings, cluster = run.config.generate, run.config.cluster
+    bundle = worker_bundle(cluster, gpus_needed=settings.tensor_parallel)
+    count = min(settings.engines or _engines(run, bundle), units)
+    room = capacity(bundle)
+    say(f"{stage.name}: starting {min(count, room) or count} vLLM engine{'s' * (count > 1)}")
+    if 0 < room < count:
+        say(f"{stage.name}: {count} were asked for; the others start when nodes join")
+    folder = run.skeleton.checkpoint.url.removeprefix("hf://")
+    most = most_tokens or settings.max_tokens + longest_prefix(settings.prefixes)
+    return Crew(
+        Generator, count, bundle,
+        [run.config.model, folder, run.dtype, most, settings, stage.url, bundle.cpus],
+        start_seconds=cluster.start_timeout_seconds,
+        concurrency=settings.shards_in_flight + 1,
+    )  # fmt: skip
+
+
+def dispatched(run: Run, crew: Crew, method: str, units: list[str], set_aside: Any) -> Any:
+    """The units' records as the engines commit them."""
+    settings = run.config.generate
+    return dispatch(
+        crew, method, units,
+        in_flight=settings.shards_in_flight,
+        attempts=settings.attempts,
+        set_aside=set_aside,
+        timeout_seconds=settings.shard_timeout_seconds,
+        first_timeout_seconds=run.config.cluster.start_timeout_seconds,
+    )  # fmt: skip
+
+
+def _named(run: Run, unit: str) -> str:
+    rows = shard_rows(unit, run.config.generate)
+    return f"shard {unit} (rows {rows.start} to {rows.stop - 1})"
 
 
 def _engines(run: Run, bundle: Bundle) -> int:

@@ -1,4 +1,4 @@
-"""Units of work over real Ray actors that die, fail and hang."""
+"""Units of work over real Ray actors that die, fail, hang, come late and leave."""
 
 import os
 import time
@@ -10,8 +10,9 @@ import ray
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.run import Record
-from cluster.dispatch import UnitFailed, dispatch
-from cluster.session import Actors, Bundle, connect
+from cluster.crew import Crew, StartFailed
+from cluster.dispatch import dispatch
+from cluster.session import Bundle, NoRoom, connect
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,17 @@ class Worker:
     def __init__(self, folder: str, trouble: dict[str, str]) -> None:
         self._folder, self._trouble = Path(folder), trouble
 
+    def start(self) -> None:
+        trouble = self._trouble.get("start", "")
+        starts = len(list(self._folder.glob("start.*")))
+        (self._folder / f"start.{starts}").touch()
+        if trouble == "user":
+            raise UserError("the context is too short")
+        if trouble == "die always" or (trouble == "die" and starts == 0):
+            os._exit(1)
+        if trouble == "hang" and starts == 0:
+            time.sleep(1000)
+
     def work(self, unit: str) -> Record:
         attempt = len(list(self._folder.glob(f"{unit}.*")))
         (self._folder / f"{unit}.{attempt}").touch()
@@ -39,41 +51,49 @@ class Worker:
                 raise ValueError("the prompt is poisoned")
             if trouble.startswith("user"):
                 raise UserError("the prefix source is gone")
-        return Record(unit, None, 0, None, {"attempt": attempt})
+        time.sleep(self._trouble.get("seconds", 0))
+        return Record(unit, None, 0, None, {"attempt": attempt, "node": os.environ.get("NODE")})
 
 
-def run(folder, trouble, *, units=6, workers=2, timeout_seconds=None):
-    with Actors(
-        Worker, workers, Bundle(1, 0), [str(folder), trouble], timeout_seconds=60
-    ) as actors:
+def run(folder, trouble, *, units=6, workers=2, timeout_seconds=None, start_seconds=60):
+    """(attempt that did it, for every unit done; cause, for every unit set aside)"""
+    bad: dict[str, str] = {}
+    with Crew(
+        Worker, workers, Bundle(1, 0), [str(folder), trouble], start_seconds=start_seconds, concurrency=3
+    ) as crew:  # fmt: skip
         records = dispatch(
-            actors, "work", [str(u) for u in range(units)],
-            in_flight=2, attempts=3, timeout_seconds=timeout_seconds, start_timeout_seconds=60,
+            crew, "work", [str(u) for u in range(units)],
+            in_flight=2, attempts=3, set_aside=bad.__setitem__, timeout_seconds=timeout_seconds,
         )  # fmt: skip
-        return {record.unit: record.facts["attempt"] for record in records if record is not None}
+        done = [record for record in records if record is not None]
+    assert len({record.unit for record in done}) == len(done)
+    return {record.unit: record.facts["attempt"] for record in done}, bad
 
 
 def test_every_unit_is_done_once(cluster, tmp_path):
-    assert run(tmp_path, {}) == {str(unit): 0 for unit in range(6)}
-    assert len(list(tmp_path.iterdir())) == 6
+    assert run(tmp_path, {}) == ({str(unit): 0 for unit in range(6)}, {})
+    assert len(list(tmp_path.glob("[0-9]*"))) == 6
 
 
 @pytest.mark.parametrize("trouble", ["die", "raise"])
 def test_a_unit_that_fails_once_is_done_again(cluster, tmp_path, trouble):
-    attempts = run(tmp_path, {"2": trouble, "5": trouble})
-    assert attempts.keys() == {str(unit) for unit in range(6)}
+    attempts, bad = run(tmp_path, {"2": trouble, "5": trouble})
+    assert attempts.keys() == {str(unit) for unit in range(6)} and not bad
     assert attempts["2"] >= 1 and attempts["5"] >= 1
 
 
 def test_a_hanging_actor_is_treated_like_a_dead_one(cluster, tmp_path):
-    attempts = run(tmp_path, {"1": "hang"}, timeout_seconds=8)
+    attempts, _ = run(tmp_path, {"1": "hang"}, timeout_seconds=5)
     assert attempts.keys() == {str(unit) for unit in range(6)} and attempts["1"] == 1
 
 
 @pytest.mark.parametrize(("trouble", "cause"), [("raise always", "poisoned"), ("die always", "")])
-def test_attempts_are_capped_and_the_unit_is_named(cluster, tmp_path, trouble, cause):
-    with pytest.raises(UnitFailed, match=f"unit 3 failed 3 times.*{cause}"):
-        run(tmp_path, {"3": trouble}, workers=1, units=4)
+def test_a_unit_that_fails_too_often_is_set_aside_and_all_others_are_done(
+    cluster, tmp_path, trouble, cause
+):
+    attempts, bad = run(tmp_path, {"3": trouble}, workers=1, units=5)
+    assert attempts.keys() == {"0", "1", "2", "4"}
+    assert bad.keys() == {"3"} and cause in bad["3"]
     assert 3 <= len(list(tmp_path.glob("3.*"))) <= 4  # once more where it died beside another
 
 
@@ -83,11 +103,38 @@ def test_what_the_user_can_mend_ends_the_stage_at_once(cluster, tmp_path):
     assert len(list(tmp_path.glob("0.*"))) == 1
 
 
-def test_actors_that_do_not_fit_say_what_was_asked_and_what_is_there(cluster):
-    with pytest.raises(
-        UserError, match=r"2 x \(1000 CPU\) were asked for, the cluster has \d+ CPU"
-    ):
-        Actors(Worker, 2, Bundle(1000, 0), [], timeout_seconds=5)
+@pytest.mark.parametrize("trouble", ["die", "hang"])
+def test_a_start_that_fails_once_costs_no_unit_an_attempt(cluster, tmp_path, trouble):
+    seconds = 4 if trouble == "hang" else 60
+    attempts, _ = run(tmp_path, {"start": trouble}, workers=1, units=3, start_seconds=seconds)
+    assert attempts == {"0": 0, "1": 0, "2": 0}
+
+
+def test_starts_that_fail_again_and_again_end_the_stage(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.crew.RESTART_SECONDS", 0.1)
+    with pytest.raises(StartFailed, match="5 starts in a row failed"):
+        run(tmp_path, {"start": "die always"})
+    with pytest.raises(UserError, match="the context is too short"):
+        run(tmp_path, {"start": "user"})
+
+
+def test_an_actor_that_fits_no_node_says_what_was_asked_and_what_is_there(cluster):
+    with pytest.raises(NoRoom, match=r"no node has room for 1000 CPU, the cluster has \d+ CPU"):
+        Crew(Worker, 2, Bundle(1000, 0), [], start_seconds=5, concurrency=1)
+
+
+def test_a_place_that_does_not_become_free_in_time_says_so(cluster, tmp_path):
+    cpus = int(ray.cluster_resources()["CPU"])
+    with Crew(
+        Worker, 1, Bundle(cpus, 0), [str(tmp_path), {}], start_seconds=60, concurrency=1
+    ) as other:
+        other.fill(1)
+        ray.get(other.members[0].pending)
+        with (
+            Crew(Worker, 1, Bundle(cpus, 0), [str(tmp_path), {}], start_seconds=3, concurrency=1) as crew,
+            pytest.raises(NoRoom, match=rf"{cpus} CPU did not become free within 3 s; .* free now 0 CPU"),
+        ):  # fmt: skip
+            list(dispatch(crew, "work", ["0"], in_flight=1, attempts=3, set_aside=print))
 
 
 def test_places_are_free_again_afterwards(cluster, tmp_path):

@@ -1,0 +1,143 @@
+"""Actors that work each for itself: whoever the cluster has room for works, the others wait for a place.
+
+No placement group: a node that joins is used at once, and one that leaves takes nothing but its own actors with it.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from calibprune.errors import UserError
+from cluster.session import Bundle, NoRoom, actor_options, capacity, death, shown
+
+START_FAILURES = 5
+"""Starts in a row that may fail, while nothing else goes right, before the cause is held to be everywhere."""
+RESTART_SECONDS = 5.0
+"""How long a place rests after a failed start, longer with every further one."""
+MOST_RESTART_SECONDS = 60.0
+
+
+class StartFailed(RuntimeError):
+    """No actor of a stage comes up; names the last cause."""
+
+
+@dataclass(eq=False)
+class Member:
+    """One actor: waiting for a place, then starting, then ready."""
+
+    handle: Any
+    pending: Any
+    """What tells that the present phase is over; None once ready."""
+    phase: Literal["placing", "starting", "ready"] = "placing"
+    since: float = field(default_factory=time.monotonic)
+
+
+class Crew:
+    """Up to `count` actors of one class, whose constructor is quick and whose `start()` does the long work.
+
+    A context manager that kills them on leaving. Raises NoRoom, saying what was asked and what the cluster has, when
+    not even one could ever be placed, or none is within `start_seconds`.
+    """
+
+    def __init__(
+        self,
+        actor_class: Any,
+        count: int,
+        bundle: Bundle,
+        arguments: Sequence[Any],
+        *,
+        start_seconds: float,
+        concurrency: int,
+    ) -> None:
+        if not capacity(bundle):
+            raise NoRoom(
+                f"no node has room for {shown(bundle.as_resources())}, the cluster has "
+                f"{shown(ray.cluster_resources())} in all: lower cluster.cpus_per_worker, "
+                f"cluster.gpus_per_worker or generate.tensor_parallel"
+            )
+        self.count, self._bundle, self._start_seconds = count, bundle, float(start_seconds)
+        self._class = ray.remote(max_restarts=0)(actor_class)
+        self._options = actor_options(bundle) | {"max_concurrency": concurrency}
+        self._arguments = arguments
+        self.members: list[Member] = []
+        self.ready_at: float | None = None
+        """When the first one was ready, by time.monotonic()."""
+        self._idle_since = time.monotonic()
+        self._failures, self._rest_until = 0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for member in self.members:
+            ray.kill(member.handle)
+        self.members = []
+
+    @property
+    def ready(self) -> list[Member]:
+        return [member for member in self.members if member.phase == "ready"]
+
+    def fill(self, wanted: int) -> None:
+        """Asks for as many as are wanted and missing, unless starts have just failed."""
+        if time.monotonic() < self._rest_until:
+            return
+        while len(self.members) < min(wanted, self.count):
+            handle = self._class.options(**self._options).remote(*self._arguments)
+            self.members.append(Member(handle, handle.__ray_ready__.remote()))
+
+    def pending(self) -> dict[Any, Member]:
+        return {member.pending: member for member in self.members if member.pending is not None}
+
+    def advance(self, member: Member) -> None:
+        """Takes a member whose phase is over into the next. Raises UserError where its start did, and StartFailed."""
+        try:
+            ray.get(member.pending)
+        except (RayActorError, RayTaskError) as error:
+            cause = death(error) if isinstance(error, RayActorError) else error.cause or error
+            self.start_failed(member, cause)
+            return
+        member.since = time.monotonic()
+        if member.phase == "placing":
+            member.phase, member.pending = "starting", member.handle.start.remote()
+        else:
+            member.phase, member.pending = "ready", None
+            self.ready_at = self.ready_at or member.since
+
+    def start_failed(self, member: Member, cause: Exception) -> None:
+        if isinstance(cause, UserError):
+            raise cause from None
+        self.dismiss(member)
+        self._failures += 1
+        if self._failures >= START_FAILURES and not self.ready:
+            reason = " ".join(str(cause).split())[:300]
+            raise StartFailed(f"{self._failures} starts in a row failed, the last one: {reason}")
+        rest = min(RESTART_SECONDS * self._failures, MOST_RESTART_SECONDS)
+        self._rest_until = time.monotonic() + rest
+
+    def worked(self) -> None:
+        """Something was done: what went wrong before was not everywhere."""
+        self._failures = 0
+
+    def late(self) -> Iterator[Member]:
+        """Members that take too long to start. Raises NoRoom when none has had a place for too long."""
+        now = time.monotonic()
+        if any(member.phase != "placing" for member in self.members) or not self.members:
+            self._idle_since = now
+        if now - self._idle_since > self._start_seconds:
+            raise NoRoom(
+                f"{shown(self._bundle.as_resources())} did not become free within "
+                f"{self._start_seconds:g} s; the cluster has {shown(ray.cluster_resources())}, "
+                f"free now {shown(ray.available_resources())}"
+            )
+        for member in list(self.members):
+            if member.phase == "starting" and now - member.since > self._start_seconds:
+                yield member
+
+    def dismiss(self, member: Member) -> None:
+        """Kills an actor, if it still lives; `fill` asks for another."""
+        ray.kill(member.handle)
+        self.members.remove(member)
