@@ -40,13 +40,14 @@ def dispatch(
     set_aside: Callable[[str, str], None],
     timeout_seconds: float | None = None,
     first_timeout_seconds: float = 600.0,
+    fatal: tuple[type[Exception], ...] = (),
 ) -> Iterator[Record | None]:
     """Calls `method(unit)` for every unit; yields records as they come, and None about once a second in between.
 
     An actor that dies, or whose unit takes longer than the time limit (the one given, or ten times the longest
-    measured unit; `first_timeout_seconds` before there is one), is replaced, and its units are queued again. An error
-    that the unit raised counts as a failure too; after `attempts` of them `set_aside` is called with the unit and the
-    last cause. A UserError ends the stage at once.
+    measured unit; `first_timeout_seconds` before there is one), or whose unit raises a `fatal` error, is replaced, and
+    its units are queued again. Any other error that a unit raises counts as a failure too; after `attempts` of them
+    `set_aside` is called with the unit and the last cause. A UserError ends the stage at once.
     """
     queue = Queue(units, attempts, set_aside)
     running: dict[Any, Call] = {}
@@ -74,7 +75,12 @@ def dispatch(
                 running[reference] = call
                 lose(call.member, death(error))
             except RayTaskError as error:
-                queue.failed([call.unit], error.cause or error)
+                cause = error.cause or error
+                if isinstance(cause, fatal):
+                    running[reference] = call
+                    lose(call.member, cause)
+                else:
+                    queue.failed([call.unit], cause)
             except RayError as error:  # the answer was lost on its way
                 queue.failed([call.unit], error)
             else:

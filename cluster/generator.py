@@ -3,11 +3,9 @@
 Rows never leave it: the driver gets the done record only.
 """
 
-import os
-
 import pyarrow as pa
 
-from calibprune.calibration.engine import Engine, EngineDied
+from calibprune.calibration.engine import Engine
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
 from calibprune.calibration.prefixes import cut_prefixes, row_seed
 from calibprune.config import GenerateSettings, ModelSettings
@@ -42,15 +40,12 @@ class Generator:
         self._metrics = SampleMetrics()
 
     async def complete(self, unit: str) -> Record:
-        """Generates, scores and commits the rows of one shard; returns its done record."""
+        """Generates, scores and commits the rows of one shard; returns its done record. Raises EngineDied."""
         settings = self._settings
         rows = shard_rows(unit, settings)
         prefixes = cut_prefixes(settings.prefixes, self._tokenizer, rows, settings.seed)
         seeds = [row_seed(settings.seed, row) for row in rows]
-        try:
-            completions = await self._engine.complete(prefixes, seeds)
-        except EngineDied:
-            os._exit(1)  # a dead engine inside a living actor: let the driver see a death
+        completions = await self._engine.complete(prefixes, seeds)
         columns = {
             "row": list(rows),
             "token_ids": [p + c.token_ids for p, c in zip(prefixes, completions, strict=True)],

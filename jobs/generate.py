@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from calibprune.calibration.engine import vllm_version
+from calibprune.calibration.engine import EngineDied, vllm_version
 from calibprune.calibration.prefixes import longest_prefix
 from calibprune.run import Record, Stage
 from cluster.crew import Crew
@@ -55,6 +55,8 @@ def _generate(run: Run, stage: Stage, missing: list[str]) -> dict[str, Any]:
     def set_aside(unit: str, reason: str) -> None:
         bad[unit] = reason
         say(f"generate: set aside {_named(run, unit)}: {reason}")
+        if len(bad) > settings.max_bad_shards + 1 and not tokens:
+            raise ShardsFailed(f"not one shard succeeds, {len(bad)} failed: {reason}")
 
     done = len(stage.read_plan()["units"]) - len(missing)
     with (
@@ -109,6 +111,7 @@ def dispatched(run: Run, crew: Crew, method: str, units: list[str], set_aside: A
         set_aside=set_aside,
         timeout_seconds=settings.shard_timeout_seconds,
         first_timeout_seconds=run.config.cluster.start_timeout_seconds,
+        fatal=(EngineDied,),
     )  # fmt: skip
 
 

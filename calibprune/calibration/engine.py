@@ -114,7 +114,9 @@ class Engine:
         try:
             return await asyncio.gather(*tasks)
         except EngineDeadError:  # its traceback has grown by some frames for every waiting request
-            raise EngineDied("the process of the vLLM engine died; its log says why") from None
+            raise EngineDied(
+                "the process of the vLLM engine died (cluster.verbose=true shows its log)"
+            ) from None
         finally:
             for task in tasks:  # after a failure the other requests are of no use any more
                 task.cancel()
