@@ -5,11 +5,10 @@ Rows never leave it: the driver gets the done record only.
 
 import os
 
-import pyarrow as pa
-
 from calibprune.calibration.engine import Engine, EngineDied
-from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
-from calibprune.calibration.prefixes import cut_prefixes, row_seed
+from calibprune.calibration.pool import parquet_bytes
+from calibprune.calibration.prefixes import PrefixReader
+from calibprune.calibration.samples import sample_facts, write_rows
 from calibprune.config import GenerateSettings, ModelSettings
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
@@ -22,7 +21,8 @@ class Generator:
     ) -> None:  # fmt: skip
         self._settings = settings
         self._stage = Stage(stage_url)
-        self._tokenizer = load_tokenizer(folder, model.trust_remote_code)
+        tokenizer = load_tokenizer(folder, model.trust_remote_code)
+        self._prefixes = PrefixReader(self._stage, settings, tokenizer)
         self._engine = Engine(
             folder,
             dtype,
@@ -37,28 +37,11 @@ class Generator:
         settings = self._settings
         start = int(unit) * settings.shard_rows
         rows = range(start, min(start + settings.shard_rows, settings.samples))
-        prefixes = cut_prefixes(settings.prefixes, self._tokenizer, rows, settings.seed)
-        seeds = [row_seed(settings.seed, row) for row in rows]
         try:
-            completions = await self._engine.complete(prefixes, seeds)
+            table = await write_rows(self._engine, self._prefixes, settings, rows)
         except EngineDied:
             os._exit(1)  # a dead engine inside a living actor: let the driver see a death
-        columns = {
-            "row": list(rows),
-            "token_ids": [p + c.token_ids for p, c in zip(prefixes, completions, strict=True)],
-            "prefix_length": [len(prefix) for prefix in prefixes],
-            "cumulative_logprob": [c.cumulative_logprob for c in completions],
-            "finish_reason": [c.finish_reason for c in completions],
-            "seed": seeds,
-            "source": [settings.prefixes.type] * len(rows),
-        }
-        reasons = columns["finish_reason"]
-        facts = {
-            "rows": len(rows),
-            "tokens": sum(len(c.token_ids) for c in completions),
-            "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
-        }
-        data = parquet_bytes(pa.table(columns, schema=SAMPLE_SCHEMA))
+        facts, data = sample_facts(table), parquet_bytes(table)
         return self._stage.commit(
             unit, self._stage.put(unit, data, "parquet", "data", "part"), facts
         )

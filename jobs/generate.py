@@ -3,7 +3,7 @@
 import time
 
 from calibprune.calibration.engine import vllm_version
-from calibprune.calibration.prefixes import longest_prefix
+from calibprune.calibration.prefixes import cut_prefixes, longest_prefix, prefix_units
 from calibprune.run import Record
 from cluster.dispatch import dispatch
 from cluster.generator import Generator
@@ -37,6 +37,9 @@ def run(run: Run) -> None:
     started = time.monotonic()
     tokens = 0
     if missing:
+        uncut = set(prefix_units(settings)) - stage.done_units()
+        for record in cut_prefixes(stage, settings, run.tokenizer, uncut):
+            say(f"generate: cut {record.facts['prefixes']} prefixes into {record.file}")
         bundle = worker_bundle(run.config.cluster, gpus_needed=settings.tensor_parallel)
         count = min(settings.engines or _engines(run, bundle), len(missing))
         folder = run.skeleton.checkpoint.url.removeprefix("hf://")
