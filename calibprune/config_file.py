@@ -127,7 +127,7 @@ def _over(below: Any, above: Any) -> Any:
     }
 
 
-def _take_list_over(tree: DictConfig, preset: Mapping[str, Any], key: str) -> None:
+def _take_list_over(tree: DictConfig, preset: dict[str, Any], key: str) -> None:
     """Copies a preset's list into the tree where a key changes one of its entries: lists are not merged."""
     parts = key.split(".")
     for end, part in enumerate(parts):

@@ -5,7 +5,7 @@ Which of them become prefixes, and of how many tokens, is decided in prefixes.py
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -65,12 +65,12 @@ def _first_tokens(
 ) -> list[np.ndarray]:
     """The first `count` tokens of each text, fewer of a shorter one; only a text's start is tokenised."""
     found: list[np.ndarray | None] = [None] * len(texts)
-    missing, characters = list(range(len(texts))), 16 * count + 64
+    missing, characters = list(range(len(texts))), 8 * count + 256
     while missing:
         tokens = _tokenise(tokenizer, [texts[i][:characters] for i in missing])
         for index, ids in zip(missing, tokens, strict=True):
-            # where the text was cut, the last few tokens may not be those of the whole text
-            if characters >= len(texts[index]) or len(ids) >= count + 8:
+            # where a text was cut, its last tokens may be pieces of one token of the whole text
+            if characters >= len(texts[index]) or len(ids) >= count + 32:
                 found[index] = np.array(ids[:count], np.int32)
         missing = [index for index in missing if found[index] is None]
         characters *= 4
@@ -91,19 +91,18 @@ def _prompt_tokens(
             "take an instruction-tuned model, or prefixes of type dataset"
         )
     chats = [_conversation(prompt, settings.system) for prompt in batch]
-    asked = [chat for chat in chats if chat]
+    asked: Any = [chat for chat in chats if chat]
+    tokens: Any = ()
     try:
-        tokens = iter(
-            tokenizer.apply_chat_template(
+        if asked:
+            tokens = tokenizer.apply_chat_template(
                 asked, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-            if asked
-            else ()
-        )
     except TemplateError as error:
         raise UserError(
             f"the chat template of {name} refuses a prompt of {settings.path}: {error}"
         ) from None
+    tokens = iter(tokens)
     for chat in chats:
         ids = next(tokens) if chat else []
         yield np.array(ids[: settings.max_prompt_tokens + 1], np.int32)

@@ -8,7 +8,6 @@ from collections import Counter
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from calibprune.calibration.engine import Engine
 from calibprune.calibration.pool import SAMPLE_SCHEMA
@@ -42,8 +41,8 @@ async def write_rows(
 
 def sample_facts(table: pa.Table) -> dict[str, Any]:
     """What a done record says of a shard: rows, new tokens, and how many rows ended for which reason."""
-    tokens = pc.sum(pc.list_value_length(table["token_ids"])).as_py()
-    prefixes = pc.sum(table["prefix_length"]).as_py()
+    tokens = len(table["token_ids"].combine_chunks().flatten())
+    prefixes = sum(table["prefix_length"].to_pylist())
     return {
         "rows": table.num_rows,
         "tokens": tokens - prefixes,

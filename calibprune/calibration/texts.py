@@ -89,7 +89,7 @@ def _rows(
 ) -> Iterator[Cell]:
     """Every row, blank ones too. What `path` is gets settled at once, before the first row."""
     if path == PYTHON_DOCS:
-        return _python_docs()
+        return (take(text, column, path) for text in _python_docs())
     if _looks_like_hub_id(path):
         return _hub_rows(path, name, split, column, take)
     return _file_rows(*_files(path), column, take, whole_files)
@@ -152,9 +152,10 @@ def _file_rows(
             elif extension in _LINES:
                 yield from _json_rows(stream, file, column, take)
             elif whole_files:
-                yield _decoded(stream.read(), file)
+                yield take(_decoded(stream.read(), file), column, file)
             else:
-                yield from (_decoded(line, file).rstrip("\r\n") for line in stream)
+                for line in stream:
+                    yield take(_decoded(line, file).rstrip("\r\n"), column, file)
 
 
 def _decoded(raw: bytes, file: str) -> str:
