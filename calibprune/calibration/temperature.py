@@ -79,7 +79,9 @@ class SlotSchedule(SlotLogitsProcessor):
         return req_idx in self._requests
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        slots = ctx.idx_mapping_np
+        if not self._requests:
+            return logits
+        slots = ctx.idx_mapping_np  # a row each, for nothing is speculated
         scales = np.ones(len(slots), np.float32)
         for row, slot in enumerate(slots.tolist()):
             if slot in self._requests:
