@@ -1,19 +1,21 @@
-"""Reading a configuration: YAML plus `key.path=value` overrides, and what is wrong with it told in one line."""
+"""Reading a configuration: a preset, YAML, `key.path=value` overrides, and what is wrong with it told in one line."""
 
 import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from calibprune import storage
 from calibprune.config import Config
+from calibprune.config.base import named
 from calibprune.errors import UserError
 
 
@@ -39,32 +41,101 @@ _PlainNumbers.add_implicit_resolver(
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `key.path=value` overrides and validates.
+    """Reads a YAML file, applies `key.path=value` overrides, puts the preset that they name under it, and validates.
 
-    Raises UserError naming the file, the key, the value and, for an unknown key, the nearest valid one.
+    Raises UserError naming the file, the key, the value and, for an unknown key or preset, the nearest valid one.
     """
+    tree = _read(path)
     try:
-        tree = OmegaConf.create(yaml.load(storage.read_bytes(path).decode(), _PlainNumbers) or {})
-    except FileNotFoundError:
-        raise UserError(f"no configuration at {path}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals or not key:
-                raise UserError(f"an override is key.path=value, not {override!r}")
-            _spell_out(tree, key)
-            OmegaConf.update(
-                tree, key, yaml.load(value, _PlainNumbers), merge=False, force_add=True
-            )
-        content = OmegaConf.to_container(tree, resolve=True)
+        pairs = [_parse(override) for override in overrides]
+        preset_name = (
+            [value for key, value in pairs if key == "preset"] or [tree.pop("preset", None)]
+        )[-1]
+        tree.pop("preset", None)
+        preset = {} if preset_name is None else read_preset(preset_name)
+        for key, value in pairs:
+            if key != "preset":
+                _spell_out(tree, key)
+                _take_list_over(tree, preset, key)
+                OmegaConf.update(tree, key, value, merge=False, force_add=True)
+        own = OmegaConf.to_container(tree, resolve=False)
+        content = OmegaConf.to_container(OmegaConf.create(_over(preset, own)), resolve=True)  # type: ignore[arg-type]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, content)}") from None
+        told = explain(error, content)
+        problem = error.errors()[0]
+        if problem["type"] == "missing" and problem["loc"][0] in preset:
+            told += f": the preset {preset_name} leaves it to you, as in {told.split()[0]}=..."
+        raise UserError(f"{path}: {told}") from None
+
+
+def presets() -> dict[str, str]:
+    """The shipped presets by name, each with what it is in one line."""
+    files = resources.files("calibprune").joinpath("presets").iterdir()
+    lines = {file.name: file.read_text().splitlines()[0] for file in files}
+    names = sorted(name.removesuffix(".yaml") for name in lines if name.endswith(".yaml"))
+    return {name: lines[f"{name}.yaml"].removeprefix("# ") for name in names}
+
+
+def read_preset(name: object) -> dict[str, Any]:
+    """A preset's settings. Raises UserError for an unknown name, with the nearest."""
+    known = presets()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"there is no preset {name!r}: {hint}")
+    file = resources.files("calibprune").joinpath("presets", f"{name}.yaml")
+    return yaml.load(file.read_text(), _PlainNumbers)
+
+
+def _read(path: str) -> DictConfig:
+    try:
+        content = yaml.load(storage.read_bytes(path).decode(), _PlainNumbers) or {}
+        tree = OmegaConf.create(content)
+    except FileNotFoundError:
+        raise UserError(f"no configuration at {path}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path} is not a configuration: it holds no sections")
+    return tree
+
+
+def _parse(override: str) -> tuple[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"an override is key.path=value, not {override!r}")
+    return key, yaml.load(value, _PlainNumbers)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Sections merged, the upper one winning; one of another `type` takes the lower one's place as a whole."""
+    if isinstance(below, Mapping) and "type" in below:
+        above = named(above)
+        if isinstance(above, Mapping) and above.get("type", below["type"]) != below["type"]:
+            return above
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    return {
+        **below,
+        **{
+            key: _over(below[key], value) if key in below else value for key, value in above.items()
+        },
+    }
+
+
+def _take_list_over(tree: DictConfig, preset: dict[str, Any], key: str) -> None:
+    """Copies a preset's list into the tree where a key changes one of its entries: lists are not merged."""
+    parts = key.split(".")
+    for end, part in enumerate(parts):
+        above = ".".join(parts[:end])
+        if part.isdigit() and OmegaConf.select(tree, above) is None:
+            entries = OmegaConf.select(OmegaConf.create(preset), above)
+            if entries is not None:
+                OmegaConf.update(tree, above, entries, force_add=True)
 
 
 def _spell_out(tree: Any, key: str) -> None:
@@ -83,7 +154,9 @@ def explain(error: ValidationError, content: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = _written_key(problem["loc"], content)
     if problem["type"] == "extra_forbidden":
-        valid = sorted(_valid_keys(Config, location[:-1]))
+        valid = sorted(
+            _valid_keys(Config, location[:-1]) | ({"preset"} if not location[:-1] else set())
+        )
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(valid)}"
         return f"unknown key {key}: {hint}"

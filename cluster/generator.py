@@ -3,11 +3,10 @@
 Rows never leave it: the driver gets the done record only.
 """
 
-import pyarrow as pa
-
 from calibprune.calibration.engine import Engine
-from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
-from calibprune.calibration.prefixes import cut_prefixes, row_seed
+from calibprune.calibration.pool import parquet_bytes
+from calibprune.calibration.prefixes import PrefixReader
+from calibprune.calibration.samples import sample_facts, write_rows
 from calibprune.config import GenerateSettings, ModelSettings
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
@@ -32,7 +31,8 @@ class Generator:
     def start(self) -> None:
         """Starts the engine, which takes from half a minute to several."""
         trust = self._model.trust_remote_code
-        self._tokenizer = load_tokenizer(self._folder, trust)
+        tokenizer = load_tokenizer(self._folder, trust)
+        self._prefixes = PrefixReader(self._stage, self._settings, tokenizer)
         self._engine = Engine(
             self._folder, self._dtype, self._settings, self._most_tokens, self._cpus,
             trust_remote_code=trust,
@@ -41,28 +41,9 @@ class Generator:
 
     async def complete(self, unit: str) -> Record:
         """Generates, scores and commits the rows of one shard; returns its done record. Raises EngineDied."""
-        settings = self._settings
-        rows = shard_rows(unit, settings)
-        prefixes = cut_prefixes(settings.prefixes, self._tokenizer, rows, settings.seed)
-        seeds = [row_seed(settings.seed, row) for row in rows]
-        completions = await self._engine.complete(prefixes, seeds)
-        columns = {
-            "row": list(rows),
-            "token_ids": [p + c.token_ids for p, c in zip(prefixes, completions, strict=True)],
-            "prefix_length": [len(prefix) for prefix in prefixes],
-            "cumulative_logprob": [c.cumulative_logprob for c in completions],
-            "finish_reason": [c.finish_reason for c in completions],
-            "seed": seeds,
-            "source": [settings.prefixes.type] * len(rows),
-        }
-        reasons = columns["finish_reason"]
-        facts = {
-            "rows": len(rows),
-            "tokens": sum(len(c.token_ids) for c in completions),
-            "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
-        }
-        data = parquet_bytes(pa.table(columns, schema=SAMPLE_SCHEMA))
-        published = self._stage.put(unit, data, "parquet", "data", "part")
-        record = self._stage.commit(unit, published, facts)
+        rows = shard_rows(unit, self._settings)
+        table = await write_rows(self._engine, self._prefixes, self._settings, rows)
+        published = self._stage.put(unit, parquet_bytes(table), "parquet", "data", "part")
+        record = self._stage.commit(unit, published, sample_facts(table))
         self._metrics.record(record)
         return record

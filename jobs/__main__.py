@@ -33,7 +33,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[key.path=value]...",
-        help="Settings that replace the file's, such as prune.sparsity=0.6 or prune.method.type=wanda.",
+        help="Settings that replace the file's, such as prune.sparsity=0.6 or prune.method.type=wanda; "
+        "preset=NAME puts one of `calibprune presets` under them.",
     ),
 ]
 ALL = ("generate", "curate", "prune", "evaluate", "report")
@@ -107,6 +108,15 @@ def status(run_url: Annotated[str, typer.Argument(metavar="RUN_URL")]) -> None:
 
     for line in describe(run_url):
         print(line)
+
+
+@app.command()
+def presets() -> None:
+    """Ready settings of generate and curate, taken with preset=NAME or `preset: NAME` in the file."""
+    from calibprune.config_file import presets
+
+    for name, line in presets().items():
+        print(f"{name:<14} {line}")
 
 
 @app.command("demo-model")

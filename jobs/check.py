@@ -6,7 +6,7 @@ from typing import Any
 
 from calibprune import storage
 from calibprune.calibration.engine import vllm_version
-from calibprune.calibration.prefixes import longest_prefix
+from calibprune.calibration.prefixes import check_prefixes, longest_prefix
 from calibprune.config import Config, LengthFilter, PerplexityFilter
 from calibprune.errors import UserError
 from jobs.run_folder import Run
@@ -105,10 +105,7 @@ def _check_generate(run: Run) -> None:
             'vLLM is not installed, generate needs it: pip install "calibprune[cuda]" on a machine with '
             'NVIDIA GPUs, "calibprune[cpu]" on one without'
         )
-    from calibprune.calibration.prefixes import cut_prefixes
-
-    generate = run.config.generate
-    cut_prefixes(generate.prefixes, run.tokenizer, range(1), generate.seed)
+    check_prefixes(run.config.generate, run.tokenizer)
 
 
 def kept_at_most(config: Config) -> int:

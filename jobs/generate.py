@@ -1,10 +1,15 @@
 """generate: vLLM engines continue prefixes in shards; every shard commits on its own."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import ray
+
 from calibprune.calibration.engine import EngineDied, vllm_version
-from calibprune.calibration.prefixes import longest_prefix
+from calibprune.calibration.prefixes import cut_prefixes, longest_prefix, prefix_units
+from calibprune.config import GenerateSettings, ModelSettings
+from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
 from cluster.crew import Crew
 from cluster.dispatch import dispatch
@@ -28,8 +33,8 @@ def run(run: Run) -> None:
     if run.config.prune.pool is not None:
         say("generate: not needed, prune.pool is given")
         return
-    shards = -(-settings.samples // settings.shard_rows)
-    units = [f"{shard:05d}" for shard in range(shards)]
+    shards = [f"{shard:05d}" for shard in range(-(-settings.samples // settings.shard_rows))]
+    units = [*prefix_units(settings), *shards]
     identity = {
         "model": run.model_identity,
         "model.dtype": run.dtype,
@@ -41,13 +46,36 @@ def run(run: Run) -> None:
         say("generate: done already")
         return
     started = time.monotonic()
-    facts = _generate(run, stage, missing) if missing else {"tokens": 0, "working_seconds": 0.0}
+    _cut_prefixes(run, stage, {unit for unit in missing if not unit.isdigit()})
+    facts = _generate(run, stage, len(shards), [unit for unit in missing if unit.isdigit()])
     seconds = time.monotonic() - started
     stage.finish({"seconds": seconds, "resumed": len(missing) < len(units), **facts})
 
 
-def _generate(run: Run, stage: Stage, missing: list[str]) -> dict[str, Any]:
+def _cut_prefixes(run: Run, stage: Stage, missing: set[str]) -> None:
+    """Has the missing files of prefixes committed, by one task that reads the source from its start."""
+    if not missing:
+        return
+    task = ray.remote(_cut).options(num_cpus=1, max_retries=2, num_returns="streaming")
+    folder = run.skeleton.checkpoint.url.removeprefix("hf://")
+    with Steps("prefixes", "files", len(missing)) as steps:
+        for record in task.remote(
+            run.config.model, folder, run.config.generate, stage.url, missing
+        ):
+            steps.add(f"{ray.get(record).facts['prefixes']} prefixes")
+
+
+def _cut(
+    model: ModelSettings, folder: str, settings: GenerateSettings, stage_url: str, missing: set[str]
+) -> Iterator[Record]:
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    yield from cut_prefixes(Stage(stage_url), settings, tokenizer, missing)
+
+
+def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[str, Any]:
     """Has the missing shards committed; returns what it took. Raises ShardsFailed when too many fail."""
+    if not missing:
+        return {"tokens": 0, "working_seconds": 0.0}
     settings = run.config.generate
     bad: dict[str, str] = {}
     tokens = 0
@@ -55,13 +83,12 @@ def _generate(run: Run, stage: Stage, missing: list[str]) -> dict[str, Any]:
     def set_aside(unit: str, reason: str) -> None:
         bad[unit] = reason
         say(f"generate: set aside {_named(run, unit)}: {reason}")
-        if len(bad) > settings.max_bad_shards + 1 and not tokens:
+        if len(bad) > settings.max_bad_shards + 1 and not tokens and len(missing) == shards:
             raise ShardsFailed(f"not one shard succeeds, {len(bad)} failed: {reason}")
 
-    done = len(stage.read_plan()["units"]) - len(missing)
     with (
         engines(run, stage, len(missing)) as crew,
-        Steps("generate", "shards", done + len(missing), done) as steps,
+        Steps("generate", "shards", shards, shards - len(missing)) as steps,
     ):
         for record in dispatched(run, crew, "complete", missing, set_aside):
             if isinstance(record, Record) and crew.ready_at is not None:
@@ -71,7 +98,7 @@ def _generate(run: Run, stage: Stage, missing: list[str]) -> dict[str, Any]:
     if len(bad) > settings.max_bad_shards:
         first = next(iter(bad))
         raise ShardsFailed(
-            f"{len(bad)} of {done + len(missing)} shards failed {settings.attempts} times each, the first is "
+            f"{len(bad)} of {shards} shards failed {settings.attempts} times each, the first is "
             f"{_named(run, first)}: {bad[first]}. All others are committed; the same command tries these again, "
             f"generate.max_bad_shards={len(bad)} leaves them out"
         )

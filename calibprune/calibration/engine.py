@@ -1,16 +1,28 @@
-"""A vLLM engine that continues token ids with token ids and log-probabilities: the only import of vLLM.
+"""A vLLM engine that continues and scores token ids. Besides temperature.py, which vLLM loads, the only import of vLLM.
 
 Shards, retries and files are the callers' concern.
 """
 
 import asyncio
 import itertools
+import math
 import os
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from calibprune.config import GenerateSettings
 from calibprune.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+SCHEDULE_START, SCHEDULE_TOKENS = "calibprune_temperature_start", "calibprune_temperature_tokens"
+"""What a request's extra arguments tell the logits processors of temperature.py."""
+_SCORED_AT_A_TIME = 32
+"""Enough to fill an engine's steps; log-probabilities of every waiting text are kept until it is done."""
+Answer = TypeVar("Answer")
 
 
 class EngineDied(Exception):
@@ -98,69 +110,138 @@ class Engine:
         self.settings = settings
         self.max_model_tokens = max_model_tokens
         self._request_numbers = itertools.count()
-        self._llm = AsyncLLM.from_engine_args(arguments)
+        self._scoring = asyncio.Semaphore(_SCORED_AT_A_TIME)
+        config = arguments.create_engine_config()
+        if settings.temperature_schedule is not None:
+            fitting = "SlotSchedule" if config.use_v2_model_runner else "BatchSchedule"
+            config.model_config.logits_processors = [
+                f"calibprune.calibration.temperature:{fitting}"
+            ]
+        self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
-    async def complete(self, prefixes: list[list[int]], seeds: list[int]) -> list[Completion]:
+    async def complete(
+        self,
+        prefixes: list[list[int]],
+        seeds: list[int],
+        settings: GenerateSettings | None = None,
+    ) -> list[Completion]:
         """Continues every prefix with its own seed; results in the same order.
 
-        Calls may overlap. Raises EngineDied, at once, when the engine's process has died.
+        `settings` are how to sample; None: those that the engine was made with. Calls may overlap.
+        Raises EngineDied, at once, when the engine's process has died.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
+        settings = settings or self.settings
+        if settings.temperature_schedule is not None and self.settings.temperature_schedule is None:
+            raise ValueError("the engine was made without a temperature schedule")
+        return await _all_or_none(
+            [
+                self._continue(prefix, seed, settings)
+                for prefix, seed in zip(prefixes, seeds, strict=True)
+            ]
+        )
 
-        tasks = [
-            asyncio.ensure_future(self._continue(prefix, seed))
-            for prefix, seed in zip(prefixes, seeds, strict=True)
-        ]
-        try:
-            return await asyncio.gather(*tasks)
-        except EngineDeadError:  # its traceback has grown by some frames for every waiting request
-            raise EngineDied(
-                "the process of the vLLM engine died (cluster.verbose=true shows its log)"
-            ) from None
-        finally:
-            for task in tasks:  # after a failure the other requests are of no use any more
-                task.cancel()
+    async def score(self, token_ids: list[list[int]], first: list[int]) -> list[float]:
+        """For each text the sum of the model's own log-probabilities of its tokens from position `first` on.
 
-    async def _continue(self, prefix: list[int], seed: int) -> Completion:
-        from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        `first` is 1 or more, for nothing comes before token 0; texts have fewer tokens than the engine's
+        `max_model_tokens`. Calls may overlap. Raises EngineDied as `complete` does.
+        """
+        return await _all_or_none(
+            [self._score(ids, start) for ids, start in zip(token_ids, first, strict=True)]
+        )
 
-        settings = self.settings
+    async def _continue(
+        self, prefix: list[int], seed: int, settings: GenerateSettings
+    ) -> Completion:
         if len(prefix) + settings.max_tokens > self.max_model_tokens:
             raise ValueError(
                 f"a prefix of {len(prefix)} tokens and {settings.max_tokens} new ones exceed "
                 f"the {self.max_model_tokens} that the engine was made for"
             )
+        output = (await self._answer(prefix, _sampling(settings, seed))).outputs[0]
+        assert output.cumulative_logprob is not None and output.finish_reason is not None
+        return Completion(
+            token_ids=list(output.token_ids),
+            cumulative_logprob=float(output.cumulative_logprob),
+            finish_reason=output.finish_reason,
+        )
+
+    async def _score(self, token_ids: list[int], first: int) -> float:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        if not 1 <= first <= len(token_ids) < self.max_model_tokens:
+            raise ValueError(
+                f"a text of {len(token_ids)} tokens cannot be scored from position {first} on, by an engine "
+                f"made for {self.max_model_tokens} tokens"
+            )
         sampling = SamplingParams(
-            max_tokens=settings.max_tokens,
-            min_tokens=settings.min_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k or 0,
-            repetition_penalty=settings.repetition_penalty,
-            seed=seed,  # one request without would make its neighbours' tokens irreproducible
-            logprobs=0,
+            max_tokens=1,  # at least one has to be asked for
+            temperature=0.0,
+            prompt_logprobs=0,
+            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        async with self._scoring:
+            logprobs = (await self._answer(token_ids, sampling)).prompt_logprobs
+        assert logprobs is not None and len(logprobs) == len(token_ids)
+        return math.fsum(logprobs.logprobs[first - 1 :])  # type: ignore[union-attr]  # none for token 0
+
+    async def _answer(self, prompt: list[int], sampling: "SamplingParams") -> "RequestOutput":
+        from vllm.inputs import tokens_input
+
         request = str(next(self._request_numbers))
-        prompt = tokens_input(prompt_token_ids=prefix)
-        async for answer in self._llm.generate(prompt, sampling, request):
-            output = answer.outputs[0]
-            if output.finish_reason in ("stop", "length"):
-                assert output.cumulative_logprob is not None
-                return Completion(
-                    token_ids=list(output.token_ids),
-                    cumulative_logprob=float(output.cumulative_logprob),
-                    finish_reason=output.finish_reason,
-                )
-            raise RuntimeError(f"vLLM gave a request up: {output.finish_reason}")
+        answers = self._llm.generate(tokens_input(prompt_token_ids=prompt), sampling, request)
+        async for answer in answers:
+            reason = answer.outputs[0].finish_reason
+            if reason in ("stop", "length"):
+                return answer
+            raise RuntimeError(f"vLLM gave a request up: {reason}")
         raise RuntimeError("vLLM gave no answer to a request")
 
     def shutdown(self) -> None:
         """Ends the engine's processes."""
         self._llm.shutdown()
         del self._llm  # its finalizer fails where it runs as late as the interpreter's end
+
+
+async def _all_or_none(requests: list[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """Answers in the order of the requests. Raises EngineDied when the engine's process has died."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    except EngineDeadError:  # its traceback has grown by some frames for every waiting request
+        raise EngineDied(
+            "the process of the vLLM engine died (cluster.verbose=true shows its log)"
+        ) from None
+    finally:
+        for task in tasks:  # after a failure the other requests are of no use any more
+            task.cancel()
+
+
+def _sampling(settings: GenerateSettings, seed: int) -> "SamplingParams":
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    schedule = settings.temperature_schedule
+    return SamplingParams(
+        max_tokens=settings.max_tokens,
+        min_tokens=settings.min_tokens,
+        ignore_eos=not settings.stop_at_eos,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k or 0,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        seed=seed,  # one request without would make its neighbours' tokens irreproducible
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=None
+        if schedule is None
+        else {SCHEDULE_START: schedule.start, SCHEDULE_TOKENS: schedule.tokens},
+    )
 
 
 def _set_environment(settings: GenerateSettings, cpu_threads: int | None) -> None:

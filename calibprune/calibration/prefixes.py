@@ -1,56 +1,160 @@
 """What every sample starts from: prefix token ids and sampling seeds, a function of (settings, seed, row) alone.
 
-Nothing here depends on shards or workers, so a sample can be made anywhere, any number of times.
+Row r starts from prefix r // samples_per_prefix. Prefixes from a dataset or from prompts are cut once into files of
+the stage, whatever the shards are; the others are computed where they are needed. So a sample can be made
+anywhere, any number of times.
 """
 
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from calibprune.calibration.texts import documents
-from calibprune.config import BosPrefixes, DatasetPrefixes, Prefixes, VocabularyPrefixes
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from calibprune.calibration.pool import parquet_bytes
+from calibprune.calibration.prefix_sources import candidates, most_tokens
+from calibprune.config import (
+    BosPrefixes,
+    DatasetPrefixes,
+    GenerateSettings,
+    Prefixes,
+    PromptPrefixes,
+    VocabularyPrefixes,
+)
 from calibprune.errors import UserError
+from calibprune.run import Record, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PREFIXES_PER_FILE = 20_000
+_CHECKED = 4096
+"""Documents that are looked at before work starts."""
+_REMEMBERED = 20_000
+"""A source of no more documents than this is not read again when it is gone through again."""
 _MOST_DRAWS = 10_000
 
 
-def cut_prefixes(
-    settings: Prefixes, tokenizer: "PreTrainedTokenizerBase", rows: range, seed: int
-) -> list[list[int]]:
-    """The prefix token ids of `rows`; a row's prefix depends on settings, seed and row number only.
+def prefix_units(settings: GenerateSettings) -> list[str]:
+    """Names of the files of prefixes, in order; none where prefixes are computed."""
+    if not isinstance(settings.prefixes, DatasetPrefixes | PromptPrefixes):
+        return []
+    return [f"prefixes-{i:05d}" for i in range(-(-_prefix_count(settings) // PREFIXES_PER_FILE))]
 
-    A dataset is read from its start up to the last of the rows (and again from its start where it
-    has fewer documents of enough tokens), so ask for many rows at once rather than few at a time.
-    Raises UserError without a start-of-text token where one is asked for, without ordinary tokens
-    in the vocabulary, or without a document of enough tokens.
+
+def cut_prefixes(
+    stage: Stage,
+    settings: GenerateSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    missing: set[str],
+) -> Iterator[Record]:
+    """Reads the source from its start and commits the missing units, each a parquet file of `token_ids`.
+
+    Documents with fewer tokens than the prefix is to have, and prompts of too many, are passed over. A source
+    that has too few is gone through again, as often as needed: prefixes repeat, their samples do not.
+    Facts of a unit: `prefixes`, `passed_over` while it was filled, and `source_prefixes`, how many the whole
+    source gave (None: its end was not reached). Memory is that of one unit.
+    Raises UserError where the source cannot be read or nothing in it is usable.
     """
-    match settings:
-        case BosPrefixes():
-            start = _start_token(tokenizer)
-            return [[start] for _ in rows]
-        case VocabularyPrefixes():
-            front = [_start_token(tokenizer)] if settings.bos else []
-            ordinary = _OrdinaryTokens(tokenizer)
-            return [front + ordinary.draw(settings.tokens, seed, row) for row in rows]
-        case DatasetPrefixes():
-            front = [_start_token(tokenizer)] if settings.bos else []
-            starts = list(islice(_document_starts(settings, tokenizer), rows.stop))
-            if not starts:
-                raise UserError(
-                    f"no document in {settings.path} has {settings.tokens} tokens or more: "
-                    "set generate.prefixes.tokens lower"
-                )
-            return [front + starts[row % len(starts)] for row in rows]
+    units = prefix_units(settings)
+    if not missing.intersection(units):
+        return
+    cuts = _cut(settings, tokenizer)
+    left, passed_over = _prefix_count(settings), 0
+    for unit in units[: 1 + max(i for i, unit in enumerate(units) if unit in missing)]:
+        count = min(left, PREFIXES_PER_FILE)
+        left -= count
+        filled: list[np.ndarray] = []
+        for cut in islice(cuts, count):
+            last = cut
+            if unit in missing:
+                filled.append(cut.token_ids)
+        if unit in missing:
+            facts = {
+                "prefixes": count,
+                "passed_over": last.passed_over - passed_over,
+                "source_prefixes": last.source_prefixes,
+            }
+            published = stage.put(unit, _parquet(filled), "parquet", "prefixes", "part")
+            yield stage.commit(unit, published, facts)
+        passed_over = last.passed_over
+
+
+def check_prefixes(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Finds out whether there will be prefixes, from the start of their source.
+
+    Raises UserError: no such source or column, no chat template, no token to start with, or nothing usable among the
+    first few thousand documents.
+    """
+    prefixes = settings.prefixes
+    if _starts_with_bos(prefixes):
+        _start_token(tokenizer)
+    match prefixes:
+        case VocabularyPrefixes(draw="uniform"):
+            _OrdinaryTokens(tokenizer).draw(1, settings.seed, 0)
+        case DatasetPrefixes() | PromptPrefixes():
+            most = most_tokens(prefixes)
+            start = islice(candidates(prefixes, tokenizer), _CHECKED)
+            if not any(_usable(prefixes, tokens, most) for tokens in start):
+                raise _nothing_usable(prefixes, most, _CHECKED)
+
+
+class PrefixReader:
+    """The prefixes of rows, wherever they come from; holds one file of prefixes at a time.
+
+    Raises UserError when made without a token to start with.
+    """
+
+    def __init__(
+        self, stage: Stage, settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase"
+    ) -> None:
+        self._stage, self._settings = stage, settings
+        self._held: tuple[str, list[np.ndarray]] = ("", [])
+        prefixes = settings.prefixes
+        if isinstance(prefixes, BosPrefixes | VocabularyPrefixes):
+            self._front = [_start_token(tokenizer)] if _starts_with_bos(prefixes) else []
+            self._ordinary = _OrdinaryTokens(tokenizer)
+
+    def of(self, rows: range) -> list[list[int]]:
+        """The token ids that every row starts from; with `draw: model`, those that its prefix is drawn after."""
+        return [list(self._prefix(row // self._settings.samples_per_prefix)) for row in rows]
+
+    def _prefix(self, index: int) -> list[int]:
+        prefixes, seed = self._settings.prefixes, self._settings.seed
+        match prefixes:
+            case BosPrefixes() | VocabularyPrefixes(draw="model"):
+                return self._front
+            case VocabularyPrefixes():
+                return self._front + self._ordinary.draw(prefixes.tokens, seed, index)
+        file, place = divmod(index, PREFIXES_PER_FILE)
+        return self._file(f"prefixes-{file:05d}")[place].tolist()
+
+    def _file(self, unit: str) -> list[np.ndarray]:
+        held, prefixes = self._held
+        if held != unit:
+            table = pq.read_table(io.BytesIO(self._stage.read(self._stage.record(unit))))
+            lists = table["token_ids"].combine_chunks()
+            prefixes = np.split(lists.values.to_numpy(), lists.offsets.to_numpy()[1:-1])
+            self._held = (unit, prefixes)
+        return prefixes
 
 
 def longest_prefix(settings: Prefixes) -> int:
-    """Tokens of a prefix, start-of-text token included."""
-    return 1 if isinstance(settings, BosPrefixes) else settings.tokens + settings.bos
+    """Tokens of the longest prefix there can be, start-of-text token included."""
+    match settings:
+        case BosPrefixes():
+            return 1
+        case VocabularyPrefixes():
+            return settings.tokens + settings.bos
+        case DatasetPrefixes():
+            return most_tokens(settings) + settings.bos
+        case PromptPrefixes():
+            return settings.max_prompt_tokens
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -58,10 +162,30 @@ def row_seed(seed: int, row: int) -> int:
     return _digest("sampling", seed, row) >> 33
 
 
-def _digest(purpose: str, seed: int, row: int) -> int:
-    """64 bits that differ for every purpose, seed and row."""
-    key = f"calibprune {purpose} {seed} {row}".encode()
+def draw_seed(seed: int, prefix: int) -> int:
+    """The seed, of 31 bits, that the model draws this prefix with."""
+    return _digest("prefix drawn by the model", seed, prefix) >> 33
+
+
+def _digest(purpose: str, seed: int, number: int) -> int:
+    """64 bits that differ for every purpose, seed and row or prefix."""
+    key = f"calibprune {purpose} {seed} {number}".encode()
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
+
+
+def _prefix_count(settings: GenerateSettings) -> int:
+    return -(-settings.samples // settings.samples_per_prefix)
+
+
+def _starts_with_bos(settings: Prefixes) -> bool:
+    """Whether we put a start-of-text token in front; a chat template brings its own."""
+    match settings:
+        case BosPrefixes():
+            return True
+        case PromptPrefixes():
+            return False
+        case _:
+            return settings.bos
 
 
 def _start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -71,7 +195,7 @@ def _start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
             return token
     raise UserError(
         f"the tokenizer of {tokenizer.name_or_path} has neither a bos nor an eos token: "
-        "use prefixes of type vocabulary or dataset with bos: false"
+        "use prefixes of type dataset, or vocabulary with draw: uniform, and bos: false"
     )
 
 
@@ -83,9 +207,9 @@ class _OrdinaryTokens:
         self.size = len(tokenizer)
         self.others = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
-    def draw(self, count: int, seed: int, row: int) -> list[int]:
+    def draw(self, count: int, seed: int, prefix: int) -> list[int]:
         """`count` tokens, uniformly and independently."""
-        random = Random(_digest("prefix", seed, row))
+        random = Random(_digest("prefix", seed, prefix))
         drawn: list[int] = []
         for _ in range(_MOST_DRAWS + count):
             token = random.randrange(self.size)
@@ -102,25 +226,83 @@ class _OrdinaryTokens:
         return bool(text) and "\ufffd" not in text  # a part of a character decodes to U+FFFD
 
 
-def _document_starts(
-    settings: DatasetPrefixes, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[list[int]]:
-    texts = documents(
-        settings.path, name=settings.name, split=settings.split, column=settings.column
-    )
-    for text in texts:
-        tokens = _first_tokens(tokenizer, text, settings.tokens)
-        if tokens is not None:
+class _Cut(NamedTuple):
+    token_ids: np.ndarray
+    passed_over: int
+    """Documents up to here."""
+    source_prefixes: int | None
+
+
+def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Cut]:
+    """Every prefix from number 0 on, without end."""
+    prefixes = settings.prefixes
+    assert isinstance(prefixes, DatasetPrefixes | PromptPrefixes)
+    bos = [_start_token(tokenizer)] if _starts_with_bos(prefixes) else []
+    front = np.array(bos, np.int32)
+    index = passed_over = 0
+    source_prefixes = None
+    for once in _again_and_again(lambda: candidates(prefixes, tokenizer)):
+        before = index
+        for tokens in once:
+            length = _length(prefixes, settings.seed, index)
+            if _usable(prefixes, tokens, length):
+                yield _Cut(np.concatenate([front, tokens[:length]]), passed_over, source_prefixes)
+                index += 1
+            else:
+                passed_over += 1
+        if index == before:
+            raise _nothing_usable(prefixes, _length(prefixes, settings.seed, index))
+        source_prefixes = index if source_prefixes is None else source_prefixes
+
+
+def _again_and_again(read: Callable[[], Iterator[np.ndarray]]) -> Iterator[Iterator[np.ndarray]]:
+    """All that is read, once and once more without end; few documents are remembered."""
+    few: list[np.ndarray] = []
+
+    def first() -> Iterator[np.ndarray]:
+        for tokens in read():
+            if len(few) <= _REMEMBERED:
+                few.append(tokens)
             yield tokens
 
-
-def _first_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, count: int) -> list[int] | None:
-    """The first tokens of a text, or None if it has fewer; only its start is tokenised."""
-    characters = 16 * count + 64
+    yield first()
     while True:
-        tokens = tokenizer(text[:characters], add_special_tokens=False).input_ids
-        if characters >= len(text):
-            return tokens[:count] if len(tokens) >= count else None
-        if len(tokens) >= count + 8:  # the cut falls into the last few tokens
-            return tokens[:count]
-        characters *= 4
+        yield iter(few) if len(few) <= _REMEMBERED else read()
+
+
+def _length(settings: DatasetPrefixes | PromptPrefixes, seed: int, index: int) -> int:
+    """Tokens of this prefix, start-of-text token not counted; of a prompt, the most."""
+    if isinstance(settings, DatasetPrefixes) and isinstance(settings.tokens, tuple):
+        least, most = settings.tokens
+        return least + _digest("prefix length", seed, index) % (most - least + 1)
+    return most_tokens(settings)
+
+
+def _usable(settings: DatasetPrefixes | PromptPrefixes, tokens: np.ndarray, length: int) -> bool:
+    """Documents need as many tokens as are wanted; prompts may have as many, for they are taken whole."""
+    if isinstance(settings, PromptPrefixes):
+        return 0 < len(tokens) <= length
+    return len(tokens) >= length
+
+
+def _nothing_usable(
+    settings: DatasetPrefixes | PromptPrefixes, length: int, looked_at: int | None = None
+) -> UserError:
+    some = "" if looked_at is None else f" of the first {looked_at}"
+    if isinstance(settings, PromptPrefixes):
+        return UserError(
+            f"no prompt{some} in {settings.path} has at most {length} tokens, chat template included: "
+            "set generate.prefixes.max_prompt_tokens higher"
+        )
+    return UserError(
+        f"no document{some} in {settings.path} has {length} tokens or more: "
+        "set generate.prefixes.tokens lower"
+    )
+
+
+def _parquet(prefixes: list[np.ndarray]) -> bytes:
+    offsets = np.cumsum([0, *map(len, prefixes)])
+    lists = pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(np.concatenate(prefixes), pa.int32())
+    )
+    return parquet_bytes(pa.table({"token_ids": lists}))

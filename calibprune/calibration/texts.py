@@ -4,9 +4,9 @@ Knows nothing of tokens: cutting prefixes and windows happens elsewhere.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
@@ -17,7 +17,15 @@ PYTHON_DOCS = "python-docs"
 _TEXT = (".txt",)
 _LINES = (".jsonl", ".json", ".ndjson")
 _PARQUET = (".parquet",)
+_PARQUET_BATCH = 256
+"""Documents held at a time; they may be books."""
 _EXTENSIONS = (*_TEXT, *_LINES, *_PARQUET)
+
+Message = dict[str, Any]
+"""A chat message: `role`, `content`, and what else the chat template knows."""
+Cell = TypeVar("Cell", str, str | list[Message])
+_Take = Callable[[Any, str, str], Cell]
+"""(value, column, where) -> the value, checked."""
 
 
 def documents(
@@ -31,7 +39,14 @@ def documents(
     Raises UserError where there is nothing at `path`, or while streaming where there is no such
     column or no text at all.
     """
-    return _at_least_one(path, _rows(path, name, split, column))
+    return _at_least_one(path, _rows(path, name, split, column, _text))
+
+
+def prompts(
+    path: str, *, name: str | None = None, split: str = "train", column: str = "prompt"
+) -> Iterator[str | list[Message]]:
+    """Streams prompts as `documents` does documents; each is a text or a list of chat messages."""
+    return _at_least_one(path, _rows(path, name, split, column, _text_or_messages))
 
 
 def running_text(text: HeldOutText, *, characters: int | None = None) -> str:
@@ -42,7 +57,8 @@ def running_text(text: HeldOutText, *, characters: int | None = None) -> str:
     """
     pieces: list[str] = []
     length = 0
-    for row in _rows(text.path, text.dataset_name, text.split, text.column, whole_files=True):
+    rows = _rows(text.path, text.dataset_name, text.split, text.column, _text, whole_files=True)
+    for row in rows:
         pieces.append(row)
         length += len(row) + len(text.separator)
         if characters is not None and length >= characters:
@@ -53,10 +69,10 @@ def running_text(text: HeldOutText, *, characters: int | None = None) -> str:
     return joined
 
 
-def _at_least_one(path: str, rows: Iterable[str]) -> Iterator[str]:
+def _at_least_one(path: str, rows: Iterable[Cell]) -> Iterator[Cell]:
     empty = True
     for row in rows:
-        if row.strip():
+        if row.strip() if isinstance(row, str) else row:
             empty = False
             yield row
     if empty:
@@ -64,14 +80,19 @@ def _at_least_one(path: str, rows: Iterable[str]) -> Iterator[str]:
 
 
 def _rows(
-    path: str, name: str | None, split: str, column: str, whole_files: bool = False
-) -> Iterator[str]:
+    path: str,
+    name: str | None,
+    split: str,
+    column: str,
+    take: _Take[Cell],
+    whole_files: bool = False,
+) -> Iterator[Cell]:
     """Every row, blank ones too. What `path` is gets settled at once, before the first row."""
     if path == PYTHON_DOCS:
-        return _python_docs()
+        return (take(text, column, path) for text in _python_docs())
     if _looks_like_hub_id(path):
-        return _hub_rows(path, name, split, column)
-    return _file_rows(*_files(path), column, whole_files)
+        return _hub_rows(path, name, split, column, take)
+    return _file_rows(*_files(path), column, take, whole_files)
 
 
 def _python_docs() -> Iterator[str]:
@@ -116,20 +137,25 @@ def _known_extensions() -> str:
 
 
 def _file_rows(
-    fs: fsspec.AbstractFileSystem, files: list[str], column: str, whole_files: bool
-) -> Iterator[str]:
+    fs: fsspec.AbstractFileSystem,
+    files: list[str],
+    column: str,
+    take: _Take[Cell],
+    whole_files: bool,
+) -> Iterator[Cell]:
     for file in files:
         extension = _extension(file)
         compression = "gzip" if file.endswith(".gz") else None
         with cast(BinaryIO, fs.open(file, "rb", compression=compression)) as stream:
             if extension in _PARQUET:
-                yield from _parquet_rows(stream, file, column)
+                yield from _parquet_rows(stream, file, column, take)
             elif extension in _LINES:
-                yield from _json_rows(stream, file, column)
+                yield from _json_rows(stream, file, column, take)
             elif whole_files:
-                yield _decoded(stream.read(), file)
+                yield take(_decoded(stream.read(), file), column, file)
             else:
-                yield from (_decoded(line, file).rstrip("\r\n") for line in stream)
+                for line in stream:
+                    yield take(_decoded(line, file).rstrip("\r\n"), column, file)
 
 
 def _decoded(raw: bytes, file: str) -> str:
@@ -139,7 +165,9 @@ def _decoded(raw: bytes, file: str) -> str:
         raise UserError(f"{file} is not UTF-8 text: {error}") from None
 
 
-def _json_rows(stream: Iterable[bytes], file: str, column: str) -> Iterator[str]:
+def _json_rows(
+    stream: Iterable[bytes], file: str, column: str, take: _Take[Cell]
+) -> Iterator[Cell]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -150,10 +178,10 @@ def _json_rows(stream: Iterable[bytes], file: str, column: str) -> Iterator[str]
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object: one object per line is read")
-        yield _cell(row, column, where)
+        yield _cell(row, column, where, take)
 
 
-def _parquet_rows(stream: BinaryIO, file: str, column: str) -> Iterator[str]:
+def _parquet_rows(stream: BinaryIO, file: str, column: str, take: _Take[Cell]) -> Iterator[Cell]:
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
@@ -164,12 +192,14 @@ def _parquet_rows(stream: BinaryIO, file: str, column: str) -> Iterator[str]:
     names = parquet.schema_arrow.names
     if column not in names:
         raise _no_column(column, file, names)
-    for batch in parquet.iter_batches(columns=[column]):
+    for batch in parquet.iter_batches(_PARQUET_BATCH, columns=[column]):
         for value in batch.column(0).to_pylist():
-            yield _text(value, column, file)
+            yield take(value, column, file)
 
 
-def _hub_rows(path: str, name: str | None, split: str, column: str) -> Iterator[str]:
+def _hub_rows(
+    path: str, name: str | None, split: str, column: str, take: _Take[Cell]
+) -> Iterator[Cell]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -188,13 +218,13 @@ def _hub_rows(path: str, name: str | None, split: str, column: str) -> Iterator[
         ) from None
     except ValueError as error:  # no such configuration or split
         raise UserError(f"dataset {path}: {' '.join(str(error).split())}") from None
-    return (_cell(row, column, f"dataset {path}") for row in rows)
+    return (_cell(row, column, f"dataset {path}", take) for row in rows)
 
 
-def _cell(row: dict[str, Any], column: str, where: str) -> str:
+def _cell(row: dict[str, Any], column: str, where: str, take: _Take[Cell]) -> Cell:
     if column not in row:
         raise _no_column(column, where, row)
-    return _text(row[column], column, where)
+    return take(row[column], column, where)
 
 
 def _text(value: Any, column: str, where: str) -> str:
@@ -203,6 +233,18 @@ def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f'column "{column}" of {where} holds {type(value).__name__}, not text')
     return value
+
+
+def _text_or_messages(value: Any, column: str, where: str) -> str | list[Message]:
+    if not isinstance(value, list):
+        return _text(value, column, where)
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(
+                f'column "{column}" of {where} holds a list, but not of messages with role and content'
+            )
+    # a parquet file has every key in every message, most of them empty
+    return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 
 def _no_column(column: str, where: str, names: Iterable[str]) -> UserError:

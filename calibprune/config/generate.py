@@ -114,3 +114,9 @@ class GenerateSettings(Section):
     cpu_kvcache_gib: PositiveInt = 2
     enforce_eager: bool | None = None
     """None: compiled on GPUs, eager on CPUs, where compiling costs more than it saves on short runs."""
+
+    @model_validator(mode="after")
+    def _schedule_ends_above_zero(self) -> Self:
+        if self.temperature_schedule is not None and self.temperature == 0:
+            raise ValueError("a temperature_schedule cannot end at temperature 0: take 0.01")
+        return self

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from calibprune.config import Config, parse_pattern
-from calibprune.config_file import load_config
+from calibprune.config import Config, VocabularyPrefixes, parse_pattern
+from calibprune.config_file import load_config, presets, read_preset
 from calibprune.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -129,3 +129,94 @@ def test_a_name_alone_stands_for_a_type_with_its_defaults(minimal):
     assert load_config(minimal, named) == load_config(minimal, spelt)
     more = load_config(minimal, [*named, "prune.method.faithful=true"])
     assert more.prune.method.model_dump()["faithful"] and more.prune.method.type == "dsnot"
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_loads_and_says_what_it_is(minimal, name):
+    required = ["generate.prefixes.path=tasks.jsonl"] if name == "tasks" else []
+    config = load_config(minimal, [f"preset={name}", *required])
+    assert (config.curate.sequences, config.curate.sequence_tokens) == (128, 2048)
+    assert 20 < len(presets()[name]) < 130
+    assert set(read_preset(name)) == {"generate", "curate"}
+
+
+def test_the_presets_are_those_of_the_papers(minimal):
+    assert list(presets()) == ["bos", "ji2025", "ji2025-llama3", "tasks", "unbiased"]
+    paper = load_config(minimal, ["preset=ji2025"])
+    assert paper.generate.prefixes.model_dump() == {
+        "type": "dataset", "path": "wikimedia/wikipedia", "dataset_name": "20231101.en",
+        "split": "train", "column": "text", "tokens": 2, "bos": True,
+    }  # fmt: skip
+    sampling = {"temperature", "top_p", "top_k", "repetition_penalty", "samples", "max_tokens"}
+    assert paper.generate.model_dump(include=sampling) == {
+        "temperature": 0.6, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.2,
+        "samples": 5000, "max_tokens": 2048,
+    }  # fmt: skip
+    (perplexity,) = paper.curate.filters
+    assert (perplexity.type, perplexity.drop_worst) == ("perplexity", 0.2)
+    llama = load_config(minimal, ["preset=ji2025-llama3"]).generate
+    assert (llama.prefixes.tokens, llama.temperature, llama.repetition_penalty) == (64, 0.8, 1.1)
+    assert load_config(minimal, ["preset=unbiased"]) == load_config(minimal)
+
+
+def test_own_settings_win_over_the_preset_and_overrides_over_all(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "preset: ji2025\nmodel: {path: m}\noutput: x\n"
+        "generate: {samples: 7, top_k: 9, prefixes: {tokens: 5}}\n"
+    )
+    config = load_config(str(path), ["generate.samples=8", "generate.prefixes.bos=false"])
+    generate = config.generate
+    assert (generate.samples, generate.top_k, generate.top_p) == (8, 9, 0.95)
+    prefixes = generate.prefixes
+    assert (prefixes.path, prefixes.tokens, prefixes.bos) == ("wikimedia/wikipedia", 5, False)
+    other = load_config(str(path), ["preset=ji2025-llama3"]).generate
+    assert (other.repetition_penalty, other.prefixes.tokens, other.top_k) == (1.1, 5, 9)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["generate.prefixes=vocabulary"],
+        ["generate.prefixes.type=vocabulary"],
+        ["generate.prefixes={type: vocabulary}"],
+        ["generate.prefixes=vocabulary", "generate.prefixes.tokens=1"],
+    ],
+)
+def test_another_type_takes_the_place_of_the_presets(minimal, overrides):
+    generate = load_config(minimal, ["preset=ji2025", *overrides]).generate
+    assert generate.prefixes == VocabularyPrefixes(type="vocabulary")
+    assert generate.temperature == 0.6
+
+
+def test_the_same_type_keeps_what_the_preset_says_of_it(minimal):
+    named = load_config(minimal, ["preset=ji2025", "generate.prefixes=dataset"])
+    spelt = load_config(minimal, ["preset=ji2025", "generate.prefixes={type: dataset, bos: true}"])
+    assert named == spelt == load_config(minimal, ["preset=ji2025"])
+
+
+def test_an_entry_of_a_presets_list_can_be_changed(minimal):
+    config = load_config(minimal, ["preset=ji2025", "curate.filters.0.drop_worst=0.3"])
+    assert [f.drop_worst for f in config.curate.filters] == [0.3]
+    assert load_config(minimal, ["preset=ji2025", "curate.filters=[]"]).curate.filters == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["preset=ji2052"], r"there is no preset 'ji2052': did you mean ji2025\?"),
+        (["preset=zzz"], r"there is no preset 'zzz': there are bos, ji2025,"),
+        (["prset=bos"], r"unknown key prset: did you mean preset\?"),
+        (
+            ["preset=tasks"],
+            r"generate\.prefixes\.path is missing: the preset tasks leaves it to you, as in "
+            r"generate\.prefixes\.path=",
+        ),
+        (["preset=tasks", "model={}"], r"model\.path is missing$"),
+        (["preset=ji2025", "generate.prefixes.tokns=3"], r"did you mean tokens\?"),
+    ],
+)
+def test_what_is_wrong_with_a_preset_is_told_in_one_line(minimal, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(minimal, overrides)
+    assert "\n" not in str(caught.value)

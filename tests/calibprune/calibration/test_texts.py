@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calibprune.calibration.texts import documents, running_text
+from calibprune.calibration.texts import documents, prompts, running_text
 from calibprune.config import HeldOutText
 from calibprune.errors import UserError
 
@@ -135,3 +135,21 @@ def test_running_text_without_text(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["", None])
     with pytest.raises(UserError, match="holds no text"):
         running_text(HeldOutText(name="own", path=str(tmp_path / "a.parquet")))
+
+
+def test_prompts_are_texts_or_chat_messages(tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"prompt": "one"}, {"prompt": " "}, {"prompt": chat}, {"prompt": []}, {"prompt": None}]
+    (tmp_path / "a.jsonl").write_text(jsonl(rows))
+    assert list(prompts(str(tmp_path / "a.jsonl"))) == ["one", chat]
+    with pytest.raises(UserError, match=r'column "prompt" of line 3 .* holds list, not text'):
+        list(documents(str(tmp_path / "a.jsonl"), column="prompt"))
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    assert list(prompts(str(tmp_path / "b.txt"))) == ["one", "two"]
+
+
+@pytest.mark.parametrize("cell", [["a", "b"], [{"role": "user"}], 3])
+def test_what_is_no_prompt_is_refused(tmp_path, cell):
+    (tmp_path / "a.jsonl").write_text(jsonl([{"prompt": cell}]))
+    with pytest.raises(UserError, match=r'column "prompt" of line 1 of .* holds'):
+        list(prompts(str(tmp_path / "a.jsonl")))

@@ -1,0 +1,119 @@
+"""Token ids of documents and of prompts, streamed in batches through the fast tokenizer.
+
+Which of them become prefixes, and of how many tokens, is decided in prefixes.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from calibprune.calibration.texts import Message, documents, prompts
+from calibprune.config import DatasetPrefixes, PromptPrefixes
+from calibprune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 256
+Item = TypeVar("Item")
+
+
+def candidates(
+    settings: DatasetPrefixes | PromptPrefixes, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[np.ndarray]:
+    """int32 token ids for every document or prompt of the source, in its order, without a start-of-text token.
+
+    Of a document the first `most_tokens`, all of a shorter one. Of a prompt, chat template included, the first
+    `most_tokens` and one more, so that a longer one is recognised.
+    Raises UserError for a source that cannot be read, and for prompts without a chat template that takes them.
+    """
+    where = {"name": settings.dataset_name, "split": settings.split, "column": settings.column}
+    if isinstance(settings, PromptPrefixes):
+        for batch in _batches(prompts(settings.path, **where)):
+            yield from _prompt_tokens(settings, tokenizer, batch)
+    else:
+        for batch in _batches(documents(settings.path, **where)):
+            yield from _first_tokens(tokenizer, batch, most_tokens(settings))
+
+
+def most_tokens(settings: DatasetPrefixes | PromptPrefixes) -> int:
+    """Tokens of the longest prefix, without a start-of-text token put in front."""
+    if isinstance(settings, PromptPrefixes):
+        return settings.max_prompt_tokens
+    return settings.tokens[1] if isinstance(settings.tokens, tuple) else settings.tokens
+
+
+def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
+    while batch := list(islice(items, BATCH)):
+        yield batch
+
+
+def _tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # else it warns of texts longer than the model's context
+    ).input_ids  # type: ignore[return-value]
+
+
+def _first_tokens(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], count: int
+) -> list[np.ndarray]:
+    """The first `count` tokens of each text, fewer of a shorter one; only a text's start is tokenised."""
+    found: list[np.ndarray | None] = [None] * len(texts)
+    missing, characters = list(range(len(texts))), 8 * count + 256
+    while missing:
+        tokens = _tokenise(tokenizer, [texts[i][:characters] for i in missing])
+        for index, ids in zip(missing, tokens, strict=True):
+            # where a text was cut, its last tokens may be pieces of one token of the whole text
+            if characters >= len(texts[index]) or len(ids) >= count + 32:
+                found[index] = np.array(ids[:count], np.int32)
+        missing = [index for index in missing if found[index] is None]
+        characters *= 4
+    return [ids for ids in found if ids is not None]
+
+
+def _prompt_tokens(
+    settings: PromptPrefixes,
+    tokenizer: "PreTrainedTokenizerBase",
+    batch: Sequence[str | list[Message]],
+) -> Iterator[np.ndarray]:
+    from jinja2 import TemplateError
+
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"prefixes of type prompts need a chat template, the tokenizer of {name} has none: "
+            "take an instruction-tuned model, or prefixes of type dataset"
+        )
+    chats = [_conversation(prompt, settings.system) for prompt in batch]
+    asked: Any = [chat for chat in chats if chat]
+    tokens: Any = ()
+    try:
+        if asked:
+            tokens = tokenizer.apply_chat_template(
+                asked, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template of {name} refuses a prompt of {settings.path}: {error}"
+        ) from None
+    tokens = iter(tokens)
+    for chat in chats:
+        ids = next(tokens) if chat else []
+        yield np.array(ids[: settings.max_prompt_tokens + 1], np.int32)
+
+
+def _conversation(prompt: str | list[Message], system: str | None) -> list[Message]:
+    """The messages up to the answer that is to be written; one that is there already is left out."""
+    if isinstance(prompt, str):
+        first = [{"role": "system", "content": system}] if system is not None else []
+        return [*first, {"role": "user", "content": prompt}]
+    messages = list(prompt)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
