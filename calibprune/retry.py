@@ -73,12 +73,12 @@ def retrying(
 def passes(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: 429, 5xx, throttling, timeouts, dropped connections."""
     for link in _chain(error):
-        if status(link) in _PASSING_STATUS or _code(link) in _PASSING_CODES:
+        if _status(link) in _PASSING_STATUS or _code(link) in _PASSING_CODES:
             return True
     if isinstance(error, FileNotFoundError | FileExistsError):
         return False
     return any(
-        isinstance(link, _dropped()) and not isinstance(link, _refused()) and status(link) is None
+        isinstance(link, _dropped()) and not isinstance(link, _refused()) and _status(link) is None
         for link in _chain(error)
     )
 
@@ -88,7 +88,7 @@ def denied(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | FileExistsError):
         return False
     return any(
-        status(link) in (401, 403)
+        _status(link) in (401, 403)
         or isinstance(link, (PermissionError, *_without_credentials()))
         or (type(link) is OSError and str(link).startswith("Forbidden: "))  # gcsfs, for 403
         for link in _chain(error)
@@ -96,7 +96,12 @@ def denied(error: BaseException) -> bool:
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status that an error of botocore, gcsfs, huggingface_hub, requests or aiohttp tells of."""
+    """The HTTP status behind an error of any of the stores' libraries."""
+    return next((found for link in _chain(error) if (found := _status(link))), None)
+
+
+def _status(error: BaseException) -> int | None:
+    """As botocore, gcsfs, huggingface_hub, requests and aiohttp tell it."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -107,7 +112,7 @@ def status(error: BaseException) -> int | None:
 def reason(error: BaseException) -> str:
     """The kind of an error in a word or two, without a library's own text."""
     for link in _chain(error):
-        if name := _code(link) or status(link):
+        if name := _code(link) or _status(link):
             return f"the store answers {name}"
     return type(error).__name__
 

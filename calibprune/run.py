@@ -58,7 +58,8 @@ class Stage:
         """
         plan = {"identity": _flat(identity), "units": list(units), "created_at": time.time()}
         data = storage.json_bytes(plan, compact=True)
-        if storage.create(storage.join(self.url, "_plan.json"), data):
+        # asked first, since a store may ignore the condition and let a create overwrite the older plan
+        if not self.planned and storage.create(storage.join(self.url, "_plan.json"), data):
             return list(units)
         planned = self.read_plan()["identity"]
         wanted = json.loads(storage.json_bytes(_flat(identity)))

@@ -166,7 +166,7 @@ def create(url: str, data: bytes, patience_seconds: float | None = None) -> bool
         except FileExistsError:
             return False
         except OSError as error:
-            if error.__cause__ is not None and status(error.__cause__) == 412:
+            if status(error) == 412:
                 return False
             raise
         return True
@@ -296,7 +296,7 @@ def _named(error: Exception, url: str, start: int | None, stop: int | None) -> E
         return error
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url} is not there")
-    if error.__cause__ is not None and status(error.__cause__) == 416:
+    if status(error) == 416:
         return EOFError(f"{url}: bytes {start} to {stop} were asked for, none came")
     return error
 
