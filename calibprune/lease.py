@@ -108,7 +108,7 @@ class Lease:
                 raise self._refusal(_parse(winner))
 
     def _watch(self, found: bytes) -> bytes | None:
-        """Waits until a lease has expired and returns it, or None if it went away. Raises UserError if it is renewed."""
+        """Waits until a lease has expired; None if it went away meanwhile. Raises UserError if it is renewed."""
         holder = _parse(found)
         expire = max(self._expire, float(holder.get("expire_seconds") or 0))
         self._tell(

@@ -105,7 +105,10 @@ def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    found = (getattr(response, "status_code", None), *(getattr(error, k, 0) for k in ("status", "code")))
+    found = (
+        getattr(response, "status_code", None),
+        *(getattr(error, k, 0) for k in ("status", "code")),
+    )
     return next((int(value) for value in found if value and str(value).isdigit()), None)
 
 

@@ -6,6 +6,7 @@ Every remote call is patient with passing trouble (`calibprune.retry`), and none
 Credentials come from where each store's own library looks for them, never from a setting.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
 
 from calibprune.errors import UserError
@@ -81,7 +83,7 @@ def names(url: str) -> list[str]:
 
 
 def tree(url: str) -> dict[str, int]:
-    """Bytes of every file in a folder and the folders in it, by path relative to it, sorted; empty where there is none."""
+    """Bytes of every file in a folder and below, by path relative to it, sorted; empty where there is none."""
     filesystem, path = resolve(url)
 
     def look() -> dict[str, dict[str, Any]]:
@@ -194,10 +196,8 @@ def sha256(data: bytes) -> str:
 def remove(url: str, patience_seconds: float | None = None) -> None:
     """Removes a file; one that is gone already is as wanted."""
     filesystem, path = resolve(url)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         _patiently(filesystem, url, "remove", partial(filesystem.rm_file, path), patience_seconds)
-    except FileNotFoundError:
-        pass
 
 
 def remove_folder(url: str) -> None:
@@ -208,10 +208,8 @@ def remove_folder(url: str) -> None:
         filesystem.invalidate_cache()
         filesystem.rm(path, recursive=True)
 
-    try:
+    with contextlib.suppress(FileNotFoundError):
         _patiently(filesystem, url, "remove", clear)
-    except FileNotFoundError:
-        pass
 
 
 def check_writable(url: str) -> None:
