@@ -11,3 +11,7 @@ class DriftError(UserError):
 
 class CorruptionError(UserError):
     """A committed file is missing, damaged or foreign: its hash is not the one that was recorded."""
+
+
+class LeaseLost(UserError):
+    """Another driver took over the run, or may have: this one must stop."""

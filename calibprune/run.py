@@ -57,7 +57,9 @@ class Stage:
         Raises DriftError naming every setting or input that differs from the plan in the folder.
         """
         plan = {"identity": _flat(identity), "units": list(units), "created_at": time.time()}
-        if storage.create(storage.join(self.url, "_plan.json"), storage.json_bytes(plan)):
+        data = storage.json_bytes(plan, compact=True)
+        # asked first, since a store may ignore the condition and let a create overwrite the older plan
+        if not self.planned and storage.create(storage.join(self.url, "_plan.json"), data):
             return list(units)
         planned = self.read_plan()["identity"]
         wanted = json.loads(storage.json_bytes(_flat(identity)))
@@ -79,7 +81,13 @@ class Stage:
         return missing
 
     def read_plan(self) -> dict[str, Any]:
-        return storage.read_json(storage.join(self.url, "_plan.json"))
+        url = storage.join(self.url, "_plan.json")
+        try:
+            return storage.read_json(url)
+        except ValueError:
+            raise CorruptionError(
+                f"{url} is damaged: remove the folder {self.url} to make it again"
+            ) from None
 
     @property
     def planned(self) -> bool:
@@ -96,7 +104,8 @@ class Stage:
         """Writes the unit's done record, the commit point; returns the record that won.
 
         A unit that another attempt committed first keeps that attempt's record, and this one's file, if it
-        differs, is never referred to.
+        differs, is never referred to. On a store that ignores conditional writes the later of two racing attempts
+        may win instead: each record names a file of its own, so either is whole.
         """
         failpoint(f"between-data-and-done-{unit}")
         file, size, digest = published or (None, 0, None)
@@ -106,21 +115,30 @@ class Stage:
         return self.record(unit)
 
     def record(self, unit: str) -> Record:
-        return Record(**storage.read_json(self._done_url(unit)))
+        """Raises FileNotFoundError for a unit that is not done, CorruptionError for a damaged record."""
+        return self._parse(unit, storage.read_bytes(self._done_url(unit)))
 
-    def done(self) -> dict[str, Record]:
-        """The committed units, in order."""
-        found = storage.names(storage.join(self.url, "_done"))
-        units = [name.removesuffix(".json") for name in found if name.endswith(".json")]
-        return {unit: self.record(unit) for unit in units}
+    def done(self, units: Iterable[str] | None = None) -> dict[str, Record]:
+        """The committed units, in order; with `units`, those of them, in the order given.
+
+        The records are read many at a time. Raises CorruptionError naming a damaged one.
+        """
+        committed = self.done_units()
+        wanted = sorted(committed) if units is None else [u for u in units if u in committed]
+        contents = storage.read_many([self._done_url(unit) for unit in wanted])
+        return {unit: self._parse(unit, data) for unit, data in zip(wanted, contents, strict=True)}
 
     def done_units(self) -> set[str]:
         found = storage.names(storage.join(self.url, "_done"))
         return {name.removesuffix(".json") for name in found if name.endswith(".json")}
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Writes the manifest and `_SUCCESS`. Raises RuntimeError when a planned unit is missing."""
-        units, done = self.read_plan()["units"], self.done()
+        """Writes the manifest and `_SUCCESS`: one record for every planned unit, and none beyond the plan.
+
+        Raises RuntimeError when a planned unit is missing, CorruptionError when a record is damaged or another unit's.
+        """
+        units = self.read_plan()["units"]
+        done = self.done(units)
         missing = [unit for unit in units if unit not in done]
         if missing:
             raise RuntimeError(f"{self.url}: {len(missing)} units are missing: {missing[:5]}")
@@ -128,7 +146,8 @@ class Stage:
             "records": [done[unit].__dict__ for unit in units],
             "facts": dict(facts or {}),
         }
-        storage.write_json(storage.join(self.url, "manifest.json"), manifest)
+        data = storage.json_bytes(manifest, compact=True)
+        storage.write(storage.join(self.url, "manifest.json"), data)
         storage.write(storage.join(self.url, "_SUCCESS"), b"")
         return manifest
 
@@ -165,6 +184,18 @@ class Stage:
                 f"{self._done_url(record.unit)}, then run the same command to make it again"
             )
         return data
+
+    def _parse(self, unit: str, data: bytes) -> Record:
+        try:
+            record = Record(**json.loads(data))
+        except (ValueError, TypeError):
+            record = None
+        if record is None or record.unit != unit:
+            raise CorruptionError(
+                f"{self._done_url(unit)} is damaged: it is not the done record of unit {unit}. Remove it, "
+                f"then run the same command to make that unit again"
+            )
+        return record
 
     def _done_url(self, unit: str) -> str:
         return storage.join(self.url, "_done", f"{unit}.json")

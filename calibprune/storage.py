@@ -2,30 +2,43 @@
 
 Nothing here streams into an open remote file: an exception inside `with fs.open(...)` publishes a truncated
 object on local disk, S3 and GCS alike. Bytes are put in one piece; on local disk by write, fsync and rename.
+Every remote call is patient with passing trouble (`calibprune.retry`), and none trusts a remembered listing.
 Credentials come from where each store's own library looks for them, never from a setting.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import posixpath
 import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
 
 from calibprune.errors import UserError
 from calibprune.failpoint import failpoint
+from calibprune.retry import passes, retrying, status
+
+READS_AT_ONCE = 64
+T = TypeVar("T")
 
 
 def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL and the path on it. Raises UserError for an unknown scheme."""
+    scheme = url.split("://", 1)[0]
     try:
-        return fsspec.core.url_to_fs(url)
+        filesystem, path = fsspec.core.url_to_fs(url, **_options(scheme))
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot open {url}: {error}") from None
+    if scheme in ("s3", "s3a"):
+        filesystem.retries = 2  # type: ignore[attr-defined]
+    return filesystem, path
 
 
 def join(url: str, *parts: str) -> str:
@@ -37,53 +50,104 @@ def is_local(url: str) -> bool:
 
 
 def exists(url: str) -> bool:
+    """Whether there is a file or a folder."""
     filesystem, path = resolve(url)
-    return filesystem.exists(path)
+
+    def look() -> bool:
+        filesystem.invalidate_cache()
+        if url.startswith(("http://", "https://")):  # its info() says "not found" of any error
+            return filesystem.exists(path, strict=True)
+        filesystem.info(path)
+        return True
+
+    try:
+        return _patiently(filesystem, url, "read", look)
+    except FileNotFoundError:
+        return False
 
 
 def names(url: str) -> list[str]:
     """Sorted names of the files directly in a folder; empty where there is no such folder."""
     filesystem, path = resolve(url)
-    filesystem.invalidate_cache()
+
+    def look() -> list[dict[str, Any]]:
+        filesystem.invalidate_cache()
+        return filesystem.ls(path, detail=True)
+
     try:
-        entries = filesystem.ls(path, detail=True)
+        entries = _patiently(filesystem, url, "list", look)
     except FileNotFoundError:
         return []
     found = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]
     return sorted(name for name in found if not name.endswith(".tmp"))
 
 
-def read_bytes(url: str) -> bytes:
+def tree(url: str) -> dict[str, int]:
+    """Bytes of every file in a folder and below, by path relative to it, sorted; empty where there is none."""
     filesystem, path = resolve(url)
-    return bytes(filesystem.cat_file(path))  # type: ignore[arg-type]
+
+    def look() -> dict[str, dict[str, Any]]:
+        filesystem.invalidate_cache()
+        return filesystem.find(path, detail=True)  # type: ignore[return-value]
+
+    try:
+        found = _patiently(filesystem, url, "list", look)
+    except FileNotFoundError:
+        return {}
+    sizes = {posixpath.relpath(name, path): entry["size"] for name, entry in sorted(found.items())}
+    return {name: size for name, size in sizes.items() if not name.endswith(".tmp")}
+
+
+def read_bytes(url: str, patience_seconds: float | None = None) -> bytes:
+    filesystem, path = resolve(url)
+    read = partial(filesystem.cat_file, path)
+    return bytes(_patiently(filesystem, url, "read", read, patience_seconds))  # type: ignore[arg-type]
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of a file. Raises EOFError when the file is shorter."""
-    filesystem, path = resolve(url)
-    data = bytes(filesystem.cat_file(path, start=start, end=stop))  # type: ignore[arg-type]
-    if len(data) != stop - start:
-        raise EOFError(f"{url}: bytes {start} to {stop} were asked for, {len(data)} came")
-    return data
+    return read_ranges([(url, start, stop)])[0]
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Bytes [start, stop) of files, given as (URL, start, stop), read at the same time where the store can.
+
+    All URLs must be on one store. Raises EOFError naming a file that is shorter.
+    """
+    pieces = _read_together(ranges)
+    for (url, start, stop), data in zip(ranges, pieces, strict=True):
+        if len(data) != stop - start:
+            raise EOFError(f"{url}: bytes {start} to {stop} were asked for, {len(data)} came")
+    return pieces
+
+
+def read_many(urls: Sequence[str]) -> list[bytes]:
+    """The contents of many small files of one store, in the order asked for, 64 requests at a time.
+
+    Raises FileNotFoundError naming one that is missing.
+    """
+    return _read_together([(url, None, None) for url in urls])
 
 
 def read_json(url: str) -> Any:
     return json.loads(read_bytes(url))
 
 
-def write(url: str, data: bytes) -> None:
+def write(url: str, data: bytes, patience_seconds: float | None = None) -> None:
     """Publishes a whole file, replacing an older one; a crash leaves the old file or the new one."""
     filesystem, path = resolve(url)
     if isinstance(filesystem, LocalFileSystem):
         staged = _stage(path, data)
         staged.replace(path)
     else:
-        filesystem.pipe_file(path, data)
+        retrying(url, "write", partial(filesystem.pipe_file, path, data), patience_seconds)
 
 
-def create(url: str, data: bytes) -> bool:
+def create(url: str, data: bytes, patience_seconds: float | None = None) -> bool:
     """Publishes a whole file unless there is one already; says whether this call made it.
 
+    On a remote store an equal file counts as made by this call: its answer may have been lost and the put repeated
+    by the store's own library. Who must know puts something of his own into the data.
     Stores without conditional writes may let two racing writers both succeed; callers therefore
     only create files whose content either writer may win.
     """
@@ -97,46 +161,142 @@ def create(url: str, data: bytes) -> bool:
         finally:
             staged.unlink()
         return True
+
+    def put() -> bool:
+        try:
+            filesystem.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if status(error) == 412:
+                return False
+            raise
+        return True
+
+    if retrying(url, "write", put, patience_seconds):
+        return True
     try:
-        filesystem.pipe_file(path, data, mode="create")
-    except FileExistsError:
+        return read_bytes(url, patience_seconds) == data
+    except FileNotFoundError:
         return False
-    return True
 
 
 def write_json(url: str, value: Any) -> None:
     write(url, json_bytes(value))
 
 
-def json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+def json_bytes(value: Any, *, compact: bool = False) -> bytes:
+    return (json.dumps(value, indent=None if compact else 1, sort_keys=True) + "\n").encode()
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def remove(url: str) -> None:
+def remove(url: str, patience_seconds: float | None = None) -> None:
+    """Removes a file; one that is gone already is as wanted."""
     filesystem, path = resolve(url)
-    filesystem.rm_file(path)
+    with contextlib.suppress(FileNotFoundError):
+        _patiently(filesystem, url, "remove", partial(filesystem.rm_file, path), patience_seconds)
 
 
 def remove_folder(url: str) -> None:
     """Removes a folder and all in it, if it is there."""
     filesystem, path = resolve(url)
-    filesystem.invalidate_cache()
-    if filesystem.exists(path):
+
+    def clear() -> None:
+        filesystem.invalidate_cache()
         filesystem.rm(path, recursive=True)
+
+    with contextlib.suppress(FileNotFoundError):
+        _patiently(filesystem, url, "remove", clear)
 
 
 def check_writable(url: str) -> None:
-    """Writes and removes a probe file. Raises UserError when the folder cannot be written."""
+    """Writes and removes a probe file. Raises UserError when the folder cannot hold a run."""
+    if url.startswith("hf://"):
+        raise UserError(
+            f"{url}: a run cannot live on the Hugging Face hub, where every file would be a commit: choose a local "
+            f"folder or a bucket as output, then `calibprune publish RUN_URL STAGE {url}`"
+        )
     probe = join(url, f".calibprune-{uuid.uuid4().hex[:8]}.tmp")
     try:
         write(probe, b"")
         remove(probe)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write to {url}: {error}") from None
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """No listing is remembered, since other processes write; the libraries' own retries last seconds, ours minutes."""
+    if scheme in ("gs", "gcs"):
+        return {"use_listings_cache": False}
+    if scheme in ("s3", "s3a"):
+        ours = {
+            "retries": {"mode": "standard", "total_max_attempts": 3},
+            "max_pool_connections": READS_AT_ONCE,
+        }
+        theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        return {"use_listings_cache": False, "config_kwargs": {**ours, **theirs}}
+    return {}
+
+
+def _patiently(
+    filesystem: fsspec.AbstractFileSystem,
+    url: str,
+    verb: str,
+    operation: Callable[[], T],
+    patience_seconds: float | None = None,
+) -> T:
+    """Only a remote store is tried again: trouble with a local disk does not pass."""
+    if isinstance(filesystem, LocalFileSystem):
+        return operation()
+    return retrying(url, verb, operation, patience_seconds)
+
+
+def _read_together(wanted: Sequence[tuple[str, int | None, int | None]]) -> list[bytes]:
+    """Contents or ranges of files of one store, in order; what came is kept while the rest is asked for again."""
+    if not wanted:
+        return []
+    filesystem = resolve(wanted[0][0])[0]
+    paths = [resolve(url)[1] for url, _, _ in wanted]
+    contents: list[Any] = [None] * len(wanted)
+    more: dict[str, Any] = {}
+    if filesystem.async_impl:
+        more["batch_size"] = READS_AT_ONCE
+    if wanted[0][0].startswith(("s3://", "s3a://")):
+        more["max_concurrency"] = 1  # else every whole read asks for the size first
+
+    def read(part: range) -> None:
+        missing = [k for k in part if not isinstance(contents[k], bytes)]
+        found = filesystem.cat_ranges(
+            [paths[k] for k in missing],
+            [wanted[k][1] for k in missing],
+            [wanted[k][2] for k in missing],
+            on_error="return",
+            **more,
+        )
+        for k, data in zip(missing, found, strict=True):
+            contents[k] = data if isinstance(data, Exception) else bytes(data)
+        for k in missing:
+            if isinstance(contents[k], Exception):
+                raise _named(contents[k], *wanted[k])
+
+    for first in range(0, len(wanted), READS_AT_ONCE * 8):
+        part = range(first, min(first + READS_AT_ONCE * 8, len(wanted)))
+        _patiently(filesystem, wanted[first][0], "read", partial(read, part))
+    return contents
+
+
+def _named(error: Exception, url: str, start: int | None, stop: int | None) -> Exception:
+    """The error of one file among many, with the file's URL where the store's own error is sure to lack it."""
+    if passes(error):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{url} is not there")
+    if status(error) == 416:
+        return EOFError(f"{url}: bytes {start} to {stop} were asked for, none came")
+    return error
 
 
 def _stage(path: str, data: bytes) -> Path:

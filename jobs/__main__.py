@@ -119,6 +119,27 @@ def presets() -> None:
         print(f"{name:<14} {line}")
 
 
+@app.command()
+def publish(
+    run_url: Annotated[str, typer.Argument(metavar="RUN_URL")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(ALL)}.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A folder, a bucket's URL, hf://org/model or hf://datasets/org/name.",
+        ),
+    ],
+) -> None:
+    """Copy a finished stage, verified, to a folder, a bucket or the Hugging Face hub; of prune, the checkpoint."""
+    from calibprune.publish import publish as publish_stage
+
+    done = publish_stage(run_url, stage, target, lambda line: progress.say(f"publish: {line}"))
+    print(
+        f"{target}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
+    )
+
+
 @app.command("demo-model")
 def demo_model(folder: Annotated[str, typer.Argument(metavar="DIR")]) -> None:
     """Make the small model of the demo: SmolLM2-135M-Instruct as a safetensors checkpoint in DIR."""

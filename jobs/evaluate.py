@@ -59,6 +59,7 @@ def _measure(run: Run, stage: Stage, prune: Stage, missing: list[str]) -> None:
                 notice=lambda text: say(f"evaluate: {text}"),
             )
             for event in events:
+                steps.tick()
                 if isinstance(event, int):
                     steps.to(turn * layers + event, unit)
                 elif event is not None:

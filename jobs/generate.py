@@ -1,7 +1,7 @@
 """generate: vLLM engines continue prefixes in shards; every shard commits on its own."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
@@ -59,10 +59,10 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str]) -> None:
     task = ray.remote(_cut).options(num_cpus=1, max_retries=2, num_returns="streaming")
     folder = run.skeleton.checkpoint.url.removeprefix("hf://")
     with Steps("prefixes", "files", len(missing)) as steps:
-        for record in task.remote(
-            run.config.model, folder, run.config.generate, stage.url, missing
-        ):
-            steps.add(f"{ray.get(record).facts['prefixes']} prefixes")
+        arguments = (run.config.model, folder, run.config.generate, stage.url, missing)
+        references: Iterable[Any] = task.remote(*arguments)  # type: ignore[assignment]
+        for reference in references:
+            steps.add(f"{ray.get(reference).facts['prefixes']} prefixes")
 
 
 def _cut(
@@ -91,6 +91,7 @@ def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[s
         Steps("generate", "shards", shards, shards - len(missing)) as steps,
     ):
         for record in dispatched(run, crew, "complete", missing, set_aside):
+            steps.tick()
             if isinstance(record, Record) and crew.ready_at is not None:
                 tokens += record.facts["tokens"]
                 steps.add(f"{tokens / (time.monotonic() - crew.ready_at):.0f} tokens/s")

@@ -3,11 +3,13 @@
 Every stage reads files and writes files in its own folder of the run; the same command resumes after any crash.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from calibprune.config import Config
+from calibprune.lease import Lease
 from cluster.session import connect
-from jobs import curate, evaluate, generate, prune, report
+from jobs import curate, evaluate, generate, progress, prune, report
 from jobs.check import check_before_work
 from jobs.progress import say
 from jobs.run_folder import Run
@@ -24,14 +26,30 @@ STAGES: dict[str, Callable[[Run], None]] = {
 def run_stages(config: Config, stages: Sequence[str]) -> Run:
     """Runs the given stages in order; stages that are finished already are passed over.
 
-    Raises UserError for bad input before any work starts, DriftError when the folder holds a run with other settings.
+    Raises UserError for bad input and for a run that another driver is working on before any work starts, DriftError
+    when the folder holds a run with other settings.
     """
     run = Run(config)
     check_before_work(run, stages)
-    with connect(config.cluster):
+    with only_driver(run, stages), connect(config.cluster):
         run.open()
         for stage in stages:
+            progress.still_ours()
             STAGES[stage](run)
     if "report" in stages:
         say(f"report: {run.url('report', 'index.html')}")
     return run
+
+
+@contextmanager
+def only_driver(run: Run, stages: Sequence[str]) -> Iterator[None]:
+    """Keeps other drivers away from the run. A report may be made beside one that works."""
+    if set(stages) == {"report"}:
+        yield
+        return
+    with Lease(run.config.output, tell=say) as lease:
+        progress.still_ours = lease.check
+        try:
+            yield
+        finally:
+            progress.still_ours = progress.nobody_else

@@ -1,6 +1,7 @@
 """Progress with rate and time left: a live bar on a terminal, a plain line now and then in a log."""
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +19,14 @@ LOG_SECONDS = 15.0
 stop_asked = False
 """Set when a signal asks to stop: an exception raised from a signal handler may be lost inside a library's callback."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def nobody_else() -> None:
+    """There is no other driver to look out for."""
+
+
+still_ours: Callable[[], None] = nobody_else
+"""Raises where another driver has taken over the run."""
 
 
 def say(text: str) -> None:
@@ -63,9 +72,8 @@ class Steps:
             self._bar.stop()
 
     def to(self, done: int, detail: str = "") -> None:
-        """`done` steps are done now. Raises KeyboardInterrupt if the user asked to stop."""
-        if stop_asked:
-            raise KeyboardInterrupt
+        """`done` steps are done now. Raises as `tick` does."""
+        self.tick()
         self._done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, detail=detail)
@@ -74,6 +82,12 @@ class Steps:
             say(
                 f"{self._stage}: {done} of {self._total} {self._unit}{self._pace()} {detail}".rstrip()
             )
+
+    def tick(self) -> None:
+        """Nothing new. Raises KeyboardInterrupt if the user asked to stop, LeaseLost if another driver took over."""
+        if stop_asked:
+            raise KeyboardInterrupt
+        still_ours()
 
     def add(self, detail: str = "") -> None:
         self.to(self._done + 1, detail)

@@ -73,6 +73,7 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
             notice=notice,
         )
         for event in events:
+            steps.tick()
             match event:
                 case Record():
                     steps.add(f"{settings.method.type} {event.unit}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from calibprune import __version__, storage
 from calibprune.config import Config
 from calibprune.errors import UserError
+from calibprune.lease import FILE as LEASE
 from calibprune.run import Stage
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Run:
             filesystem, path = storage.resolve(self.config.output)
             if filesystem.isfile(path):
                 raise UserError(f"output {self.config.output} is a file, not a folder")
-            if filesystem.isdir(path) and filesystem.ls(path):
+            inside = filesystem.ls(path, detail=False) if filesystem.isdir(path) else []
+            if any(not entry.endswith(LEASE) for entry in inside):
                 raise UserError(
                     f"output {self.config.output} is not empty and holds no run of calibprune: "
                     f"choose another folder"

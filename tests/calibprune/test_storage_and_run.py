@@ -1,49 +1,106 @@
-"""Atomic files and the commit protocol, on local disk, in memory and on a real S3 server."""
+"""Atomic files and the commit protocol, on local disk, in memory and on real servers of S3, weak S3 and gs://."""
 
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
+import tracemalloc
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from calibprune import storage
 from calibprune.errors import CorruptionError, DriftError, UserError
-from calibprune.run import Stage
-from tests.servers import s3_server
+from calibprune.run import Record, Stage
+from tests.servers import gcs_server, make_bucket, moto, rclone, s3_at
 
 
 @pytest.fixture(scope="module")
-def s3_bucket():
-    with s3_server("runs") as url:
-        yield url
+def servers(tmp_path_factory):
+    """Endpoints of the S3 servers, each with the bucket `runs`, and the URL of a gs:// bucket."""
+    folder = tmp_path_factory.mktemp("objects")
+    with moto() as strong, rclone(folder) as weak, gcs_server("runs") as gs:
+        for endpoint in (strong, weak):
+            with s3_at(endpoint):
+                make_bucket("runs")
+        yield {"s3": strong, "weak": weak, "gs": gs}
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "s3", "weak", "gs"])
 def folder(request, tmp_path):
-    if request.param == "s3":
-        return f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
-    return str(tmp_path / "x") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    """A folder on each kind of store; `weak` is an S3 server that ignores conditional writes."""
+    name = f"run-{uuid.uuid4().hex}"
+    if request.param == "local":
+        yield str(tmp_path / "x")
+    elif request.param == "memory":
+        yield f"memory://{name}"
+    else:
+        servers = request.getfixturevalue("servers")
+        if request.param == "gs":
+            yield f"{servers['gs']}/{name}"
+        else:
+            with s3_at(servers[request.param]):
+                yield f"s3://runs/{name}"
 
 
-def test_files_come_back_and_create_keeps_the_first(folder):
-    url = storage.join(folder, "a", "b.bin")
+def is_weak(request):
+    return request.node.callspec.params["folder"] == "weak"
+
+
+def test_files_come_back_and_create_keeps_the_first(folder, request):
+    url = storage.join(folder, "aaa", "b.bin")
     storage.write(url, b"one")
     storage.write(url, b"two")
     assert storage.read_bytes(url) == b"two" and storage.read_range(url, 1, 3) == b"wo"
-    assert not storage.create(url, b"three") and storage.read_bytes(url) == b"two"
-    assert storage.create(storage.join(folder, "a", "c"), b"c")
-    assert storage.names(storage.join(folder, "a")) == ["b.bin", "c"]
+    created = storage.create(url, b"three")
+    assert created is is_weak(request)
+    assert storage.read_bytes(url) == (b"three" if is_weak(request) else b"two")
+    assert storage.create(storage.join(folder, "aaa", "ccc"), b"c")
+    assert storage.names(storage.join(folder, "aaa")) == ["b.bin", "ccc"]
+    assert storage.tree(folder)["aaa/ccc"] == 1 and storage.tree(storage.join(folder, "no")) == {}
     assert storage.names(storage.join(folder, "nothing")) == []
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(folder, "nothing"))
+    storage.remove(url)
+    storage.remove(url)
+    assert not storage.exists(url) and storage.exists(storage.join(folder, "aaa"))
+
+
+def test_many_files_come_in_the_order_asked_for(folder):
+    urls = [storage.join(folder, f"file-{n:03d}") for n in range(100)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(storage.write, urls, (f"{n}".encode() for n in range(100))))
+    shuffled = urls[::-1] + urls[:3]
+    assert storage.read_many(shuffled) == [
+        url[-3:].lstrip("0").encode() or b"0" for url in shuffled
+    ]
+    assert storage.read_many([]) == []
+    with pytest.raises(FileNotFoundError, match="file-none is not there|file-none"):
+        storage.read_many([*urls, storage.join(folder, "file-none")])
+
+
+def test_what_another_process_writes_is_seen(folder):
+    if folder.startswith("memory"):
+        pytest.skip("memory is not shared")
+    first, second = storage.join(folder, "aaa", "one"), storage.join(folder, "aaa", "two")
+    storage.write(first, b"1")
+    assert storage.names(storage.join(folder, "aaa")) == ["one"] and not storage.exists(second)
+    code = f"from calibprune import storage; storage.write({second!r}, b'2'); storage.remove({first!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert storage.exists(second) and not storage.exists(first)
+    assert storage.names(storage.join(folder, "aaa")) == ["two"]
+    assert list(storage.tree(folder)) == ["aaa/two"]
 
 
 def test_a_range_beyond_the_end_is_an_error(folder):
-    storage.write(storage.join(folder, "x"), b"12")
+    storage.write(storage.join(folder, "xxx"), b"12")
     with pytest.raises(EOFError, match="0 to 5"):
-        storage.read_range(storage.join(folder, "x"), 0, 5)
+        storage.read_range(storage.join(folder, "xxx"), 0, 5)
+    with pytest.raises(EOFError, match="7 to 9"):
+        storage.read_range(storage.join(folder, "xxx"), 7, 9)
 
 
 def finished_stage(folder, identity=None):
@@ -74,11 +131,94 @@ def test_a_stage_with_a_hole_does_not_finish(folder):
         stage.manifest()
 
 
-def test_the_first_commit_of_a_unit_wins(folder):
+def test_the_first_commit_of_a_unit_wins(folder, request):
     stage = Stage(folder)
     first = stage.commit("u", stage.put("u", b"first", "bin", "data", "part"), {"attempt": 1})
     second = stage.commit("u", stage.put("u", b"second", "bin", "data", "part"), {"attempt": 2})
-    assert second == first and stage.read(stage.record("u")) == b"first"
+    assert stage.record("u") == (second if is_weak(request) else first)
+    assert stage.read(stage.record("u")) == (b"second" if is_weak(request) else b"first")
+
+
+def test_racing_commits_end_with_a_record_that_is_true(folder):
+    stage, barrier = Stage(folder), threading.Barrier(6)
+    stage.plan({}, ["unit"])
+
+    def attempt(n):
+        published = stage.put("unit", f"attempt {n}".encode() * 100, "bin", "data", "part")
+        barrier.wait()
+        return stage.commit("unit", published, {"attempt": n})
+
+    with ThreadPoolExecutor(6) as pool:
+        outcomes = list(pool.map(attempt, range(6)))
+    stage.finish()
+    (record,) = stage.records()
+    assert record in outcomes
+    assert stage.read(record) == f"attempt {record.facts['attempt']}".encode() * 100
+
+
+def test_a_resume_is_held_to_the_plan_on_every_store(folder):
+    stage = Stage(folder)
+    assert stage.plan({"seed": 1}, ["aaa", "bbb"]) == ["aaa", "bbb"]
+    stage.commit("aaa", None, {})
+    assert stage.plan({"seed": 1}, ["aaa", "bbb"]) == ["bbb"]
+    with pytest.raises(DriftError, match="seed was 1, now 2"):
+        stage.plan({"seed": 2}, ["aaa", "bbb"])
+
+
+@pytest.mark.parametrize("content", [b"", b'{"unit": "aaa", "fi', b"[]", b'{"unit": "aaa"}'])
+def test_a_damaged_done_record_is_named_with_what_to_do(tmp_path, content):
+    stage = Stage(str(tmp_path))
+    stage.plan({}, ["aaa", "bbb"])
+    for unit in ("aaa", "bbb"):
+        stage.commit(unit, None, {})
+    (tmp_path / "_done" / "aaa.json").write_bytes(content)
+    for reading in (stage.done, stage.finish):
+        with pytest.raises(CorruptionError, match=r"_done/aaa\.json is damaged.*Remove it"):
+            reading()
+    assert list(stage.done(["bbb"])) == ["bbb"]
+
+
+def test_the_record_of_another_unit_does_not_pass(tmp_path):
+    stage = Stage(str(tmp_path))
+    stage.plan({}, ["aaa", "bbb"])
+    stage.commit("aaa", None, {})
+    (tmp_path / "_done" / "bbb.json").write_bytes((tmp_path / "_done" / "aaa.json").read_bytes())
+    with pytest.raises(CorruptionError, match="not the done record of unit bbb"):
+        stage.finish()
+
+
+def test_units_beyond_the_plan_stay_out_of_the_manifest(tmp_path):
+    stage = Stage(str(tmp_path))
+    stage.plan({}, ["bbb", "aaa"])
+    for unit in ("aaa", "bbb", "extra"):
+        stage.commit(unit, None, {})
+    assert set(stage.done()) == {"aaa", "bbb", "extra"}
+    assert [r["unit"] for r in stage.finish()["records"]] == ["bbb", "aaa"]
+
+
+def test_twenty_thousand_units_take_seconds_and_little_memory(tmp_path):
+    stage, units = Stage(str(tmp_path)), [f"{n:05d}" for n in range(20_000)]
+    stage.plan({"seed": 1}, units)
+    (tmp_path / "_done").mkdir()
+    for unit in units:
+        record = Record(
+            unit, f"data/part-{unit}-0.parquet", 9, "0" * 64, {"rows": 500, "tokens": 9}, 1.0
+        )
+        (tmp_path / "_done" / f"{unit}.json").write_bytes(storage.json_bytes(record.__dict__))
+    tracemalloc.start()
+    started = time.monotonic()
+    assert stage.plan({"seed": 1}, units) == []
+    planned = time.monotonic()
+    assert len(stage.done_units()) == 20_000
+    stage.finish()
+    finished = time.monotonic()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(
+        f"plan {planned - started:.1f} s, done units and finish {finished - planned:.1f} s, {peak >> 20} MiB"
+    )
+    assert finished - started < 60 and peak < 150 << 20
+    assert len(stage.records()) == 20_000
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "missing"])
@@ -112,7 +252,7 @@ def test_versions_matter_only_while_units_are_missing(tmp_path):
 
 def test_sigkill_between_data_and_done_loses_only_that_unit(tmp_path):
     code = (
-        f"from calibprune.run import Stage; s = Stage({str(tmp_path)!r}); s.plan({{}}, ['a']); "
+        f"from calibprune.run import Record, Stage; s = Stage({str(tmp_path)!r}); s.plan({{}}, ['a']); "
         f"s.commit('a', s.put('a', b'x' * 100, 'bin', 'data', 'part'), {{}})"
     )
     (orders := tmp_path.parent / "failpoints").mkdir()
@@ -142,6 +282,11 @@ def test_an_unwritable_folder_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
         storage.check_writable(str(tmp_path / "file"))
+
+
+def test_a_run_on_the_hub_is_refused_with_the_way_out():
+    with pytest.raises(UserError, match=r"calibprune publish RUN_URL STAGE hf://datasets/org/name"):
+        storage.check_writable("hf://datasets/org/name")
 
 
 def test_records_are_plain_json(tmp_path):

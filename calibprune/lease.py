@@ -1,0 +1,230 @@
+"""One driver for one run: a lease file that its holder keeps rewriting, `<run>/_lease.json`.
+
+What a lease guards is work done twice and settings mixed, not the data: units commit safely without it. So it is
+enough that of two drivers one stops soon, on stores that ignore conditional writes too.
+No clocks are compared. A holder whose count does not grow for `expire_seconds` by the watcher's own clock is gone.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from calibprune import storage
+from calibprune.errors import LeaseLost, UserError
+
+FILE = "_lease.json"
+
+
+class Lease:
+    """A context manager: inside, this process is the run's only driver, for as long as `check()` raises nothing.
+
+    A daemon thread keeps the lease. It needs the interpreter now and then: C code that holds the GIL, or a stopped
+    process, for longer than `expire_seconds` lets the lease go to whoever asks; `check()` tells afterwards. A fork
+    does not carry the thread along: the child must not use the lease.
+    """
+
+    def __init__(
+        self,
+        run_url: str,
+        *,
+        heartbeat_seconds: float = 5.0,
+        expire_seconds: float = 30.0,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`tell` gets a line before a wait that the user may wonder about."""
+        self.url = storage.join(run_url, FILE)
+        self._run_url = run_url
+        self._heartbeat, self._expire, self._tell = heartbeat_seconds, expire_seconds, tell
+        self._settle = min(1.0, heartbeat_seconds / 4)
+        self._mine = _this_process() | {
+            "owner": uuid.uuid4().hex,
+            "count": 0,
+            "expire_seconds": expire_seconds,
+        }
+        self._superseded: str | None = None
+        self._alive_at = 0.0
+        self._lost, self._leaving = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Raises UserError when another driver holds the run. Waits `expire_seconds` for one that may be gone."""
+        self._acquire()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.set()
+        self._thread.join(self._expire)
+        if not self.lost:
+            # a lease that cannot be removed expires by itself
+            with contextlib.suppress(OSError, UserError):
+                if _owner(self._read()) == self._mine["owner"]:
+                    storage.remove(self.url, self._expire)
+
+    @property
+    def lost(self) -> bool:
+        """Whether another driver holds the run now, or may: the lease was not renewed for `expire_seconds`."""
+        if not self._leaving.is_set() and time.monotonic() - self._alive_at > self._expire:
+            self._lost.set()
+        return self._lost.is_set()
+
+    def check(self) -> None:
+        """Raises LeaseLost when the lease is lost."""
+        if self.lost:
+            raise LeaseLost(
+                f"another driver took over {self._run_url}, or may have, since this one could not renew {self.url} "
+                f"for {self._expire:.0f} s; this one stops, nothing committed is lost"
+            )
+
+    def _acquire(self) -> None:
+        while True:
+            found = self._read()
+            if found is None:
+                if not self._create():
+                    continue
+            else:
+                if not _is_dead_here(_parse(found)):
+                    found = self._watch(found)
+                    if found is None:
+                        continue
+                if self._read() != found:  # somebody was quicker
+                    continue
+                self._superseded = _owner(found)
+                self._write()
+            if not storage.is_local(self.url) or self._superseded:
+                time.sleep(self._settle)
+            winner = self._read()
+            if _owner(winner) == self._mine["owner"]:
+                return
+            if winner is not None:
+                raise self._refusal(_parse(winner))
+
+    def _watch(self, found: bytes) -> bytes | None:
+        """Waits until a lease has expired; None if it went away meanwhile. Raises UserError if it is renewed."""
+        holder = _parse(found)
+        expire = max(self._expire, float(holder.get("expire_seconds") or 0))
+        self._tell(
+            f"{_named(holder)} holds {self._run_url}: taking over unless it shows life within {expire:.0f} s"
+        )
+        waited_since = time.monotonic()
+        while time.monotonic() - waited_since < expire:
+            time.sleep(min(1.0, expire / 20))
+            now = self._read()
+            if now is None:
+                return None
+            if now != found:
+                raise self._refusal(_parse(now))
+        return found
+
+    def _keep(self) -> None:
+        """The heartbeat: reads before it writes, so that a holder that slept does not overwrite its successor."""
+        while not self._leaving.wait(self._heartbeat) and not self.lost:
+            # what fails here is tried again at the next beat, until the lease has expired
+            with contextlib.suppress(OSError, UserError):
+                found = self._read()
+                owner = _owner(found)
+                if owner == self._mine["owner"]:
+                    self._write()
+                elif found is None:
+                    self._create()
+                elif owner == self._superseded:  # woke up between its reading and its writing
+                    self._write()
+                else:
+                    self._lost.set()
+
+    def _write(self) -> None:
+        started = time.monotonic()
+        self._mine["count"] += 1
+        storage.write(self.url, storage.json_bytes(self._mine), self._expire / 3)
+        self._renewed(started)
+
+    def _create(self) -> bool:
+        started = time.monotonic()
+        self._mine["count"] += 1
+        made = storage.create(self.url, storage.json_bytes(self._mine), self._expire / 3)
+        if made:
+            self._renewed(started)
+        return made
+
+    def _renewed(self, started: float) -> None:
+        """Counted from before the write: a watcher saw the file change after that, never earlier."""
+        if self._alive_at and time.monotonic() - self._alive_at > self._expire:
+            self._lost.set()
+        self._alive_at = started
+
+    def _read(self) -> bytes | None:
+        try:
+            return storage.read_bytes(self.url, self._expire / 3)
+        except FileNotFoundError:
+            return None
+
+    def _refusal(self, holder: dict[str, Any]) -> UserError:
+        return UserError(
+            f"{_named(holder)} is working on {self._run_url}: a second run on the same output is refused while it "
+            f"lives; wait for it, stop it, or choose another output"
+        )
+
+
+def _this_process() -> dict[str, Any]:
+    """Who holds a lease: enough to tell on the same machine, and in the same container, whether he lives."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": (_state_and_start(os.getpid()) or ("", ""))[1],
+        "boot": _boot(),
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _boot() -> str | None:
+    """The boot and the process namespace in which a process id means something; None where that cannot be known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _state_and_start(pid: int) -> tuple[str, str] | None:
+    """State and start time, in ticks since boot, of a process; None if there is none (proc(5), stat)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], fields[19]
+
+
+def _is_dead_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder ran on this machine since its last boot, and does no more."""
+    here = _this_process()
+    if not here["boot"] or (holder.get("host"), holder.get("boot")) != (here["host"], here["boot"]):
+        return False
+    found = _state_and_start(int(holder.get("pid", 0)))
+    return found is None or found[0] in "ZX" or found[1] != holder.get("process_start")
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """An unreadable lease is nobody's: it is watched by its bytes."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _owner(data: bytes | None) -> str | None:
+    return None if data is None else _parse(data).get("owner")
+
+
+def _named(holder: dict[str, Any]) -> str:
+    if "owner" not in holder:
+        return "another driver"
+    return f"the driver with process id {holder['pid']} on {holder['host']}, at it since {holder['at']},"

@@ -1,0 +1,210 @@
+"""The lease on a run: real holder processes that are killed or stopped, on local disk and on two kinds of S3 server."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import pytest
+
+from calibprune import storage
+from calibprune.errors import LeaseLost, UserError
+from calibprune.lease import FILE, Lease
+from tests.servers import s3_server, weak_s3_server
+
+SHORT = {"heartbeat_seconds": 0.2, "expire_seconds": 2.0}
+HOLDER = """
+import sys, time
+from calibprune.errors import LeaseLost
+from calibprune.lease import Lease
+with Lease(sys.argv[1], heartbeat_seconds=0.2, expire_seconds=2.0) as lease:
+    print("held", flush=True)
+    try:
+        while True:
+            lease.check()
+            time.sleep(0.05)
+    except LeaseLost as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def strong_bucket():
+    with s3_server("leases") as url:
+        yield url
+
+
+@pytest.fixture(params=["local", "s3"])
+def run_url(request, tmp_path):
+    if request.param == "s3":
+        return f"{request.getfixturevalue('strong_bucket')}/{uuid.uuid4().hex}"
+    return str(tmp_path / "run")
+
+
+def start_holder(run_url):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, run_url], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    return holder
+
+
+def content(run_url):
+    return json.loads(storage.read_bytes(storage.join(run_url, FILE)))
+
+
+def make_foreign(run_url, **changes):
+    """A lease as a driver on another machine left it."""
+    with Lease(run_url, **SHORT):
+        left = content(run_url) | {"owner": "foreign", "host": "elsewhere", "pid": 7} | changes
+    storage.write_json(storage.join(run_url, FILE), left)
+
+
+def wait_for(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_lease_is_renewed_and_removed(run_url):
+    with Lease(run_url, **SHORT) as lease:
+        first = content(run_url)
+        wait_for(lambda: content(run_url)["count"] > first["count"] + 1)
+        lease.check()
+        assert content(run_url)["owner"] == first["owner"] and first["pid"] == os.getpid()
+    assert not storage.exists(storage.join(run_url, FILE))
+    with Lease(run_url, **SHORT):
+        assert content(run_url)["owner"] != first["owner"]
+
+
+def test_a_living_holder_is_named_and_kept(run_url):
+    with start_holder(run_url) as holder:
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"process id {holder.pid} on .* refused") as refusal:
+            Lease(run_url, **SHORT).__enter__()
+        assert time.monotonic() - started < 2.0 and "\n" not in str(refusal.value)
+        assert holder.poll() is None and content(run_url)["pid"] == holder.pid
+        holder.kill()
+
+
+def test_a_killed_holder_on_this_machine_is_replaced_at_once(run_url):
+    with start_holder(run_url) as holder:
+        os.kill(holder.pid, signal.SIGKILL)
+        wait_for(lambda: (holder.poll() or 0) < 0)
+    started = time.monotonic()
+    with Lease(run_url, **SHORT) as lease:
+        assert time.monotonic() - started < 1.5
+        lease.check()
+
+
+def test_a_process_id_used_again_is_not_the_holder(tmp_path):
+    make_foreign(str(tmp_path), host=os.uname().nodename, pid=os.getpid(), process_start="1")
+    started = time.monotonic()
+    with Lease(str(tmp_path), **SHORT):
+        assert time.monotonic() - started < 1.0
+
+
+def test_a_stopped_holder_is_replaced_and_stops_when_it_wakes(run_url):
+    with start_holder(run_url) as holder:
+        holder.send_signal(signal.SIGSTOP)
+        told = []
+        started = time.monotonic()
+        with Lease(run_url, **SHORT, tell=told.append) as lease:
+            assert time.monotonic() - started >= 2.0 and str(holder.pid) in told[0]
+            holder.send_signal(signal.SIGCONT)
+            answer, _ = holder.communicate(timeout=10)
+            assert b"another driver took over" in answer and holder.returncode == 0
+            time.sleep(0.6)
+            lease.check()
+            assert content(run_url)["pid"] == os.getpid()
+
+
+def test_a_holder_elsewhere_is_given_its_own_time(tmp_path):
+    make_foreign(str(tmp_path), expire_seconds=1.5)
+    started = time.monotonic()
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=0.3):
+        assert time.monotonic() - started >= 1.5
+
+
+def test_a_foreign_lease_ends_ours(tmp_path):
+    lease = Lease(str(tmp_path), **SHORT)
+    with lease:
+        storage.write_json(lease.url, content(str(tmp_path)) | {"owner": "foreign"})
+        wait_for(lambda: lease.lost)
+        with pytest.raises(LeaseLost, match="nothing committed is lost"):
+            lease.check()
+    assert content(str(tmp_path))["owner"] == "foreign"
+
+
+def test_a_late_write_of_the_superseded_holder_does_not_end_the_new_lease(tmp_path):
+    make_foreign(str(tmp_path), expire_seconds=0.3)
+    old = storage.read_bytes(storage.join(str(tmp_path), FILE))
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=1.0) as lease:
+        storage.write(lease.url, old)
+        wait_for(lambda: content(str(tmp_path))["owner"] != "foreign")
+        lease.check()
+
+
+def test_a_lease_that_cannot_be_written_is_lost(tmp_path):
+    run = tmp_path / "run"
+    with Lease(str(run), heartbeat_seconds=0.1, expire_seconds=0.6) as lease:
+        (run / FILE).unlink()
+        run.rmdir()
+        run.write_text("in the way")
+        time.sleep(0.2)
+        assert not lease.lost
+        wait_for(lambda: lease.lost)
+
+
+def test_an_unreadable_lease_expires(tmp_path):
+    storage.write(str(tmp_path / FILE), b"{half")
+    started = time.monotonic()
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=0.5) as lease:
+        assert time.monotonic() - started >= 0.5
+        lease.check()
+
+
+def race(run_url, drivers):
+    """What happens to several that ask at the same moment: the owners that hold on, after a few heartbeats."""
+    barrier, leases, refused = threading.Barrier(drivers), [], []
+
+    def ask():
+        lease = Lease(run_url, **SHORT)
+        barrier.wait()
+        try:
+            leases.append(lease.__enter__())
+        except UserError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(drivers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    time.sleep(0.8)
+    holding = [lease for lease in leases if not lease.lost]
+    for lease in leases:
+        lease.__exit__()
+    return holding, refused
+
+
+def test_of_several_that_ask_at_once_one_holds(run_url):
+    holding, refused = race(run_url, 4)
+    assert len(holding) == 1 and len(refused) == 3
+
+
+def test_of_several_that_take_over_at_once_one_holds(tmp_path):
+    make_foreign(str(tmp_path), host=os.uname().nodename, pid=os.getpid(), process_start="1")
+    holding, _ = race(str(tmp_path), 4)
+    assert len(holding) == 1
+
+
+def test_on_a_store_without_conditional_writes(tmp_path):
+    with weak_s3_server("leases", tmp_path) as bucket:
+        holding, _ = race(f"{bucket}/race", 4)
+        assert len(holding) == 1
+        test_a_living_holder_is_named_and_kept(f"{bucket}/alive")
+        test_a_stopped_holder_is_replaced_and_stops_when_it_wakes(f"{bucket}/stopped")
