@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from calibprune.reporting import plots, svg
+from calibprune.reporting import histograms, plots, svg
 from tests.calibprune.reporting.example import LINEARS, example_report
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -27,7 +27,7 @@ def every_plot(report: dict) -> list[str]:
     layers = report["prune"]["layers"]
     return [
         plots.perplexity_bars(report["perplexity"]),
-        plots.pool_histogram(report["curate"]["perplexity"]),
+        histograms.pool_histogram(report["curate"]["perplexity"]),
         plots.layer_map(layers, "relative_error"),
         plots.layer_map(layers, "sparsity"),
         plots.stage_seconds(report["stages"]),
@@ -94,8 +94,8 @@ def test_means_are_weighted_by_parameters_and_experts_share_a_row():
 
 def test_the_bin_that_holds_the_cut_is_split():
     histogram = {"edges": [0.0, 1.0, 2.0, 3.0], "counts": [5, 4, 3], "median": 0.9}
-    uncut = plots.pool_histogram({**histogram, "cut": None})
-    cut = plots.pool_histogram({**histogram, "cut": 1.5})
+    uncut = histograms.pool_histogram({**histogram, "cut": None})
+    cut = histograms.pool_histogram({**histogram, "cut": 1.5})
     assert [tip.split(": ")[1] for tip in tips(uncut)] == ["5", "4", "3"]
     assert [tip.split(": ")[1] for tip in tips(cut)] == ["5", "4", "4", "3"]
     assert "cut at 1.50" in texts(cut)
@@ -109,7 +109,7 @@ def test_the_bin_that_holds_the_cut_is_split():
     [([1.0, 10.0, 100.0, 1000.0], ["1", "10", "100", "1,000"]), ([0.0, 1.0, 2.0, 3.0], ["0", "1", "2", "3"])],
 )  # fmt: skip
 def test_the_histogram_is_logarithmic_where_its_edges_are(edges, expected):
-    drawing = plots.pool_histogram({"edges": edges, "counts": [1, 1, 1], "median": edges[1], "cut": None})  # fmt: skip
+    drawing = histograms.pool_histogram({"edges": edges, "counts": [1, 1, 1], "median": edges[1], "cut": None})  # fmt: skip
     root = ElementTree.fromstring(drawing)
     places = {text.text: float(text.get("x", "nan")) for text in root.iter(f"{SVG}text")
               if text.text in expected and "middle" in text.get("style", "")}  # fmt: skip
