@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from calibprune.reporting import svg, units
 from calibprune.reporting.svg import HALF_WIDTH
 
-PLOT_HEIGHT = 168.0
+PLOT_HEIGHT, LEGEND_LEFT = 168.0, 64.0
 BETWEEN = (svg.PARTS[2], svg.PARTS[3], svg.PARTS[4], svg.PARTS[6], svg.PARTS[7])
 """Colours of the steps between the first and the last."""
 
@@ -110,9 +110,9 @@ def _overlaid(
     """Step histograms over common edges: the first and the last filled, those between as lines."""
     middle = itertools.islice(itertools.cycle(BETWEEN), max(0, len(series) - 2))
     hues = [svg.DENSE, *middle, svg.PRUNED][: len(series)]
-    top = 26 + svg.legend_height(HALF_WIDTH, 48, series)
+    top = 26 + svg.legend_height(HALF_WIDTH, LEGEND_LEFT, series)
     figure = svg.canvas(HALF_WIDTH, top + PLOT_HEIGHT + 50)
-    axes = svg.place(figure, 48, top, HALF_WIDTH - 62, PLOT_HEIGHT)
+    axes = svg.place(figure, 48, top, HALF_WIDTH - 70, PLOT_HEIGHT)
     for place, (counts, hue) in enumerate(zip(series.values(), hues, strict=True)):
         if place in (0, len(series) - 1):
             axes.stairs(counts, edges, fill=True, color=hue, alpha=0.28, linewidth=0)
@@ -129,7 +129,7 @@ def _overlaid(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
     axes.set_xlabel(label, labelpad=6)
     svg.write(figure, 0, 14, "samples", color=svg.MUTED)
-    svg.legend(figure, 48, 14, zip(series, hues, strict=True))
+    svg.legend(figure, LEGEND_LEFT, 14, zip(series, hues, strict=True))
     return svg.serialise(figure, name, title)
 
 

@@ -47,6 +47,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         total_seconds=sum(stage["seconds"] for stage in seconds.values()),
         change=units.change,
         set_aside=_set_aside,
+        vocabulary=_vocabulary(report),
         draw=_draw(report, seconds),
         layers=_layers(report),
         quantities=_quantities(_layers(report)),
@@ -86,6 +87,13 @@ def _counted(histogram: Mapping[str, Any] | None, counts: str) -> Mapping[str, A
     return histogram if histogram and histogram.get(counts) else None
 
 
+def _vocabulary(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was read of every source and reference, with its name."""
+    analysis = (report.get("curate") or {}).get("analysis") or {}
+    kinds = [(analysis.get("vocabulary") or {}).get(kind) or {} for kind in KINDS]
+    return [{"name": name, **facts} for of in kinds for name, facts in of.items()]
+
+
 def _layers(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     layers = (report.get("prune") or {}).get("layers") or []
     return sorted(layers, key=lambda layer: layer["layer"])
@@ -118,13 +126,13 @@ def _set_aside(shards: Sequence[Mapping[str, Any]]) -> str:
     """What is missing of the samples, in one line."""
     count, rows = len(shards), sum(shard["rows"][1] - shard["rows"][0] for shard in shards)
     listed = "; ".join(
-        f"rows {first:,} to {stop - 1:,}: {shard['reason']}"
+        f"{first:,} to {stop - 1:,} ({shard['reason']})"
         for shard in shards[:SET_ASIDE_SHOWN]
         for first, stop in [shard["rows"]]
     )
     more = f"; and {count - SET_ASIDE_SHOWN} more" if count > SET_ASIDE_SHOWN else ""
-    verb = "shard was" if count == 1 else "shards were"
-    return f"{count} {verb} set aside, {rows:,} rows in all: {listed}{more}"
+    those = "1 shard, {} rows, was" if count == 1 else f"{count} shards, {{}} rows, were"
+    return f"{those.format(units.count(rows))} set aside: rows {listed}{more}"
 
 
 def _in_order(stages: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,7 +146,19 @@ def _analysis() -> dict[str, Any]:
 
     return {
         "ngram": 3,
-        "vocabulary": {},
+        "vocabulary": {
+            kind: {
+                name: {
+                    "documents": 500,
+                    "tokens": 80_000 + 1000 * place,
+                    "distinct_tokens": 9_300,
+                    "ngrams": 79_000,
+                    "distinct_ngrams": 61_300 + 900 * place,
+                }
+                for place, name in enumerate(names)
+            }
+            for kind, names in (("sources", sources), ("references", references))
+        },
         "similarity_tokens": 80_000,
         "similarity": {
             source: {
