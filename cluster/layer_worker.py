@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from calibprune.calibration.pool import read_pool
+from calibprune.calibration.pool import read_pool, read_positions
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.evaluation.perplexity import Perplexity, sweep_perplexity
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
@@ -62,13 +62,13 @@ class LayerWorker:
         """
         torch.set_num_threads(self._cpus)
         skeleton = build_skeleton(model, self._device)
-        stage, pool = Stage(stage_url), read_pool(pool_url)
+        stage, pool, positions = Stage(stage_url), read_pool(pool_url), read_positions(pool_url)
         sequences, tokens = pool.shape
         reason = offload_needed(skeleton, settings, sequences, tokens, self._gang.size)
         if reason and self._gang.rank == 0:
             yield reason
         settings = settings.model_copy(update={"offload": reason is not None})
-        for event in prune_layers(skeleton, pool, settings, stage, self._gang):
+        for event in prune_layers(skeleton, pool, settings, stage, self._gang, positions):
             if isinstance(event, int):
                 self._at = f"layer {event}"
             else:

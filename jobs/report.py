@@ -42,7 +42,7 @@ def collect(run: Run) -> dict[str, Any]:
             for name, stage in finished.items()
         },
         "generate": generate_facts(run) if "generate" in finished else None,
-        "curate": stages["curate"].record("pool").facts if "curate" in finished else None,
+        "curate": curate_facts(stages["curate"]) if "curate" in finished else None,
         "samples": sample_texts(run) if {"generate", "curate"} <= finished.keys() else [],
         "prune": None,
         "sparsity": None,
@@ -75,7 +75,7 @@ def model_facts(run: Run) -> dict[str, Any]:
 
 def generate_facts(run: Run) -> dict[str, Any]:
     stage = run.stage("generate")
-    records, facts = stage.records(), stage.manifest()["facts"]
+    records, facts = sample_shards(stage), stage.manifest()["facts"]
     reasons: dict[str, int] = {}
     for record in records:
         for reason, count in record.facts["finish_reasons"].items():
@@ -85,7 +85,29 @@ def generate_facts(run: Run) -> dict[str, Any]:
         "tokens": sum(record.facts["tokens"] for record in records),
         "tokens_per_second": facts["tokens"] / facts["seconds"] if facts["tokens"] else None,
         "finish_reasons": reasons,
+        "set_aside": [
+            {"reason": record.facts["set_aside"], "rows": record.facts["rows_missing"]}
+            for record in stage.records()
+            if "set_aside" in record.facts
+        ],
     }
+
+
+def sample_shards(stage: Stage) -> list[Record]:
+    """The records of generated samples: neither prefixes nor shards that were set aside."""
+    return [
+        record
+        for record in stage.records()
+        if not record.unit.startswith("prefixes-") and "set_aside" not in record.facts
+    ]
+
+
+def curate_facts(stage: Stage) -> dict[str, Any]:
+    """What was selected, and the analysis of the sources if there was one."""
+    done = stage.done()
+    analysis = {"analysis": done["analysis"].facts} if "analysis" in done else {}
+    selection = done.get("selection") or done["pool"]
+    return selection.facts | analysis
 
 
 def prune_facts(run: Run) -> dict[str, Any]:
@@ -140,7 +162,10 @@ def perplexity_facts(run: Run) -> dict[str, Any]:
 def sample_texts(run: Run) -> list[dict[str, Any]]:
     """A few samples of the first shard: the likeliest, the median and the least likely, by perplexity."""
     stage = run.stage("generate")
-    table = read_samples(stage, stage.records()[0])
+    shards = sample_shards(stage)
+    if not shards:
+        return []
+    table = read_samples(stage, shards[0])
     prefix = table["prefix_length"].to_numpy()
     tokens = table["token_ids"].combine_chunks().value_lengths().to_numpy()
     values = perplexity(table["cumulative_logprob"].to_numpy(), tokens - prefix)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from calibprune import storage
@@ -141,11 +141,7 @@ def pack(
     return np.concatenate(samples)[: shape[0] * shape[1]].reshape(shape)
 
 
-def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
-    """Token ids of a pool: a stage folder made by `curate`, or any folder of parquet files with `token_ids`.
-
-    Raises CorruptionError for a damaged file, UserError for a folder without sequences of one length.
-    """
+def _pool_tables(url: str) -> list[pa.Table]:
     stage = Stage(url)
     if stage.finished:
         files = [stage.read(record) for record in stage.records() if record.unit == "pool"]
@@ -154,7 +150,35 @@ def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
         files = [storage.read_bytes(storage.join(url, name)) for name in names]
     if not files:
         raise UserError(f"{url} holds no calibration pool: a folder of parquet files is expected")
-    tables = [pq.read_table(io.BytesIO(data)) for data in files]
+    return [pq.read_table(io.BytesIO(data)) for data in files]
+
+
+def read_positions(url: str) -> Bool[Tensor, "sequences tokens"] | None:
+    """Which positions of a pool count, from its column `generated`; None where there is no such column: all do.
+
+    Raises UserError where the column does not have one value for every token.
+    """
+    tables = _pool_tables(url)
+    if not any("generated" in table.column_names for table in tables):
+        return None
+    lengths = [
+        [len(row) for table in tables if name in table.column_names for row in table[name]]
+        for name in ("token_ids", "generated")
+    ]
+    if lengths[0] != lengths[1]:
+        raise UserError(f"{url}: column generated needs one value for every one of the token_ids")
+    rows = [
+        row.values.to_numpy(zero_copy_only=False) for table in tables for row in table["generated"]
+    ]
+    return torch.from_numpy(np.stack(rows).astype(bool))
+
+
+def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
+    """Token ids of a pool: a stage folder made by `curate`, or any folder of parquet files with `token_ids`.
+
+    Raises CorruptionError for a damaged file, UserError for a folder without sequences of one length.
+    """
+    tables = _pool_tables(url)
     if any("token_ids" not in table.column_names for table in tables):
         raise UserError(f"{url}: a pool needs a column token_ids, it has {tables[0].column_names}")
     rows = [np.asarray(row.values) for table in tables for row in table["token_ids"]]

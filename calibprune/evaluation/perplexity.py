@@ -1,8 +1,9 @@
 """Perplexity of held-out texts by the streamed sweep: works for models larger than memory."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,20 +59,47 @@ def sweep_perplexity(
     Yields the number of layers left behind after each, and last the perplexity of every text: the same for any
     number of workers. Raises PeerLost when another worker is gone.
     """
-    batches: list[tuple[str, Tensor]] = []
-    for name, sequences in windows.items():
-        batches += [(name, batch) for batch in sequences.split(batch_sequences)]
+    names = [name for name, texts in windows.items() for _ in texts.split(batch_sequences)]
+    batches = [batch for texts in windows.values() for batch in texts.split(batch_sequences)]
+
+    def summed(logits: Tensor, targets: Tensor) -> float:
+        return summed_nll(logits.flatten(0, 1), targets.flatten())
+
+    results = yield from sweep_logits(skeleton, batches, summed, gang)
+    mine = gang.dealt(range(len(batches)))
+    nlls = torch.zeros(len(batches), dtype=torch.float64)
+    nlls[mine] = torch.tensor(results, dtype=torch.float64)
+    nlls = gang.collect(nlls, mine).tolist()
+    yield {
+        name: _perplexity(
+            [nll for of, nll in zip(names, nlls, strict=True) if of == name], sequences
+        )
+        for name, sequences in windows.items()
+    }
+
+
+def sweep_logits(
+    skeleton: Skeleton,
+    batches: Sequence[Int[Tensor, "_ _"]],
+    measure: Callable[[Tensor, Tensor], Any],
+    gang: Gang = ALONE,
+) -> Generator[int, None, list[Any]]:
+    """One pass of all batches of token ids over the model's layers, which need not fit memory together. Collective.
+
+    `measure(logits [sequences, tokens - 1, vocabulary], targets [sequences, tokens - 1])` is called for every batch of
+    this worker's, and what it returned is the generator's value. Yields the number of layers left behind after each.
+    """
     if len(batches) < gang.size:
         raise ValueError(f"{gang.size} workers, but only {len(batches)} batches of windows")
 
-    def summed(batch: tuple[str, Tensor]) -> float:
-        tokens = batch[1].to(skeleton.device)
+    def measured(batch: Tensor) -> Any:
+        tokens = batch.to(skeleton.device)
         logits = skeleton.model(input_ids=tokens, use_cache=False).logits
-        return summed_nll(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return measure(logits[:, :-1], tokens[:, 1:])
 
     with torch.no_grad(), LayerReader(skeleton, gang) as reader:
         sweep = Sweep(
-            summed,
+            measured,
             skeleton.layers,
             gang.dealt(batches),
             outer_modules=skeleton.outer_modules,
@@ -87,16 +115,7 @@ def sweep_perplexity(
             yield stop.layer
             skeleton.place_layer(stop.layer, reader.take(stop.layer).tensors)
     yield len(skeleton.layers)
-    mine = gang.dealt(range(len(batches)))
-    nlls = torch.zeros(len(batches), dtype=torch.float64)
-    nlls[mine] = torch.tensor(sweep.results, dtype=torch.float64)
-    nlls = gang.collect(nlls, mine).tolist()
-    yield {
-        name: _perplexity(
-            [nll for (of, _), nll in zip(batches, nlls, strict=True) if of == name], sequences
-        )
-        for name, sequences in windows.items()
-    }
+    return sweep.results
 
 
 def summed_nll(logits: Tensor, targets: Tensor) -> float:

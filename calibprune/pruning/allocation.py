@@ -15,6 +15,7 @@ from calibprune.model import Skeleton
 from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.masks import Target
 from calibprune.pruning.outliers import outlier_ratios
+from calibprune.pruning.positions import Positions
 from calibprune.pruning.spectrum import tail_exponents
 from calibprune.run import Record, Stage
 
@@ -37,6 +38,7 @@ def allocate(
     chosen: Sequence[Sequence[str]],
     stage: Stage,
     gang: Gang,
+    positions: Positions,
     done: set[str],
 ) -> Generator[Record | int, None, Targets]:
     """What to remove from every linear, as the generator's value; the same on every worker. Collective.
@@ -57,7 +59,7 @@ def allocate(
     if isinstance(settings.allocation, AlphaPruning):
         scores = yield from tail_exponents(skeleton, chosen, settings.allocation.per, gang)
     else:
-        scores = yield from outlier_ratios(skeleton, pool, settings, chosen, gang)
+        scores = yield from outlier_ratios(skeleton, pool, settings, chosen, gang, positions)
     try:
         targets = share_out(settings, shapes, scores)
     except UserError as error:

@@ -20,6 +20,7 @@ from calibprune.parking import Fetched
 from calibprune.process import host_memory
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group
+from calibprune.pruning.positions import Positions, shapes_of
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import (
     Need,
@@ -30,7 +31,6 @@ from calibprune.pruning.statistics import (
     magnitude_bound,
     observe,
     output_error,
-    shapes_of,
 )
 from calibprune.run import Record, Stage
 from calibprune.sweep import GroupStop
@@ -71,8 +71,8 @@ class LayerInWork:
     index: int
     targets: Mapping[str, Target]
     """What to remove of the linears to prune, by their path inside the layer; the others stay dense."""
-    micro_batches: int
-    """Of the whole gang."""
+    positions: Positions
+    """That statistics are taken from, and errors are measured at."""
     loaded: Loaded
     """Everything stored under the layer; pruned weights replace theirs here."""
     clock: Clock
@@ -94,11 +94,11 @@ class LayerInWork:
         weights = [self.loaded.tensors[name] for name in names]
         shares = RowShares.of(weights, self.gang)
         mine = shares.mine(weights)
-        inputs = Fetched(stop.inputs, self.skeleton.device)
+        inputs = self.positions.of(Fetched(stop.inputs, self.skeleton.device))
         try:
             failpoint(f"reduce-{self.index}-{self.gang.rank}")
             statistics = gathered_statistics(
-                inputs, need_of(self.settings), self.gang, self.micro_batches, self.clock
+                inputs, need_of(self.settings), self.gang, len(self.positions.tokens), self.clock
             )
             failpoint(f"solve-{self.index}-{self.gang.rank}")
             settings, targets = self.settings, [self.targets[path] for path in paths]
@@ -154,13 +154,16 @@ class LayerInWork:
 
     def _sample(self, inputs: Sequence[Tensor]) -> Tensor:
         """A few tokens of every micro-batch of all workers, [tokens, in], the same on every worker."""
-        sequence_tokens, width = inputs[0].shape[-2:]  # no micro-batch has fewer tokens
-        each = min(math.ceil(ERROR_TOKENS / self.micro_batches), sequence_tokens)
-        tokens = inputs[0].new_empty(self.micro_batches * each, width)
-        parts = list(tokens.split(each))
+        available = self.positions.tokens
+        each = math.ceil(ERROR_TOKENS / sum(map(bool, available)))
+        sizes = [min(each, count) for count in available]
+        first = inputs[0]
+        tokens = first.new_empty(sum(sizes), first.shape[-1])
+        parts = tokens.split(sizes)
         for index, batch in zip(self.gang.dealt(range(len(parts))), inputs, strict=True):
-            rows = batch.flatten(0, -2)
-            parts[index].copy_(rows[:: len(rows) // each][:each])
+            rows, size = batch.flatten(0, -2), sizes[index]
+            if size:
+                parts[index].copy_(rows[:: len(rows) // size][:size])
         self.gang.broadcast([(part, index % self.gang.size) for index, part in enumerate(parts)])
         return tokens
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from calibprune.checkpoint import from_bytes
@@ -21,6 +22,7 @@ from calibprune.process import return_free_memory
 from calibprune.pruning.allocation import allocate
 from calibprune.pruning.export import ALLOCATION, REST, copy_rest
 from calibprune.pruning.layer import Clock, LayerInWork, layer_unit
+from calibprune.pruning.positions import Positions
 from calibprune.pruning.selection import chosen_linears
 from calibprune.pruning.snapshots import Snapshots
 from calibprune.run import Record, Stage
@@ -28,25 +30,31 @@ from calibprune.sweep import LayerStop
 
 
 def prune_layers(
-    skeleton: Skeleton, pool: Tensor, settings: PruneSettings, stage: Stage, gang: Gang = ALONE
+    skeleton: Skeleton,
+    pool: Tensor,
+    settings: PruneSettings,
+    stage: Stage,
+    gang: Gang = ALONE,
+    positions: Bool[Tensor, "sequences tokens"] | None = None,
 ) -> Iterator[Record | int]:
     """Prunes every layer that has no done record yet and commits it; every worker of the gang runs this.
 
-    `pool` is [sequences, tokens] of token ids, of which every worker sweeps its micro-batches. Yields the records that
+    `pool` is [sequences, tokens] of token ids, of which every worker sweeps its micro-batches; statistics are taken
+    from the `positions` that are True, of all without it. Yields the records that
     this worker committed, and whole numbers that grow: the layers that the sweep has left behind, after negative ones
     while the allocation is measured. Layers that are done are swept through with the weights they were committed
     with, so that a resumed run sees the same inputs, bit for bit.
     Raises ValueError, naming layer and group, when a group cannot be solved (a Gram matrix that is not positive
-    definite after damping, inputs or weights that are not finite), and PeerLost when another worker is gone.
+    definite after damping, inputs or weights that are not finite), UserError when no position counts, and PeerLost when
+    another worker is gone.
     """
     count = len(skeleton.layers)
     done = _agreed(gang, stage, [REST, ALLOCATION, *map(layer_unit, range(count))])
     missing = [index for index in range(count) if layer_unit(index) not in done]
     chosen = chosen_linears(skeleton, settings)
     batches = pool.split(settings.batch_sequences)
-    if len(batches) < gang.size:
-        raise ValueError(f"{gang.size} workers, but only {len(batches)} micro-batches to sweep")
-    targets = yield from allocate(skeleton, pool, settings, chosen, stage, gang, done)
+    counted = Positions(pool, positions, settings.batch_sequences, gang)
+    targets = yield from allocate(skeleton, pool, settings, chosen, stage, gang, counted, done)
     snapshots = Snapshots(stage, gang, len(batches), settings.snapshot_layers)
     first = snapshots.latest(missing[0]) if missing else 0
 
@@ -98,7 +106,7 @@ def prune_layers(
                 clock.lap("load")
                 if stop.layer in missing:
                     layer = LayerInWork(
-                        skeleton, settings, gang, stop.layer, targets[stop.layer], len(batches), loaded, clock
+                        skeleton, settings, gang, stop.layer, targets[stop.layer], counted, loaded, clock
                     )  # fmt: skip
                 del loaded
             else:

@@ -17,6 +17,7 @@ from calibprune.parking import Fetched
 from calibprune.process import return_free_memory
 from calibprune.pruning import wanda
 from calibprune.pruning.layer import Clock, gathered_statistics
+from calibprune.pruning.positions import Positions
 from calibprune.pruning.selection import numbers_of_all
 from calibprune.sweep import GroupStop, LayerStop
 
@@ -27,6 +28,7 @@ def outlier_ratios(
     settings: PruneSettings,
     chosen: Sequence[Sequence[str]],
     gang: Gang,
+    positions: Positions,
 ) -> Generator[int, None, list[dict[str, float]]]:
     """The percentage of outliers, for every layer and its linears to prune, as the generator's value. Collective.
 
@@ -61,7 +63,7 @@ def outlier_ratios(
             elif isinstance(stop, GroupStop):
                 paths = [path for path in stop.linears if path in chosen[stop.layer]]
                 if paths:
-                    inputs = Fetched(stop.inputs, skeleton.device)
+                    inputs = positions.of(Fetched(stop.inputs, skeleton.device))
                     need = frozenset({"sum_squares"})
                     found = gathered_statistics(inputs, need, gang, len(batches), Clock())
                     assert found.sum_squares is not None

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from calibprune.gang import Gang
-from calibprune.parking import Fetched
+from calibprune.pruning.positions import sequences_of, shapes_of
 
 Need = frozenset[str]
 """Of "sums", "sum_squares" and "gram", which are wanted; the last brings the sums of squares as its diagonal."""
@@ -103,8 +103,7 @@ def observe(
         raise ValueError(f"{len(inputs)} micro-batches observed, of {micro_batches} in total")
     shapes = shapes_of(inputs)
     tokens = [math.prod(shape[:-1]) for shape in shapes]
-    sequences = sum(math.prod(shape[:-2]) for shape in shapes)
-    observed = IntegerSums(sum(tokens), sequences)
+    observed = IntegerSums(sum(tokens), sequences_of(inputs))
     if not need:
         return observed
 
@@ -134,11 +133,6 @@ def observe(
     for batch in inputs:
         sums += (_column_sums(_rows(batch)) * 2.0**exponent).round_().long()
     return replace(observed, sums_exponent=exponent, sums=sums)
-
-
-def shapes_of(inputs: Sequence[Tensor]) -> list[torch.Size]:
-    """Without fetching what is in host memory."""
-    return inputs.shapes if isinstance(inputs, Fetched) else [batch.shape for batch in inputs]
 
 
 def scale_exponent(bound: float, micro_batches: int) -> int:
@@ -251,6 +245,8 @@ def _gram_rows(
 ) -> Float32[Tensor, "rows stop"]:
     """Rows [start, stop) of X^T X, up to and including the diagonal block, summed in float32."""
     left, right = tokens[:, start:stop].T, tokens[:, :stop]
+    if not len(tokens):
+        return torch.zeros(stop - start, stop, device=tokens.device)
     if tokens.device.type == "cpu":
         at_once = TOKENS_AT_ONCE["cpu"]
         product = torch.zeros(stop - start, stop)

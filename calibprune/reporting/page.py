@@ -7,17 +7,20 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from calibprune.reporting import plots, units
+from calibprune.reporting import comparisons, histograms, plots, units
 
 STAGES = ("generate", "curate", "prune", "evaluate", "report")
 SECTIONS = ("calibprune", "created_at", "config", "versions", "model", "generate", "curate",
             "samples", "prune", "perplexity")  # fmt: skip
+SET_ASIDE_SHOWN = 3
+KINDS = ("sources", "references")
 SAME_SPARSITY = 5e-4
 """Sparsities that lie within this are one number on the page, not a map."""
 
@@ -43,6 +46,8 @@ def render_page(report: Mapping[str, Any]) -> str:
         sparsity=report.get("sparsity"),
         total_seconds=sum(stage["seconds"] for stage in seconds.values()),
         change=units.change,
+        set_aside=_set_aside,
+        vocabulary=_vocabulary(report),
         draw=_draw(report, seconds),
         layers=_layers(report),
         quantities=_quantities(_layers(report)),
@@ -51,14 +56,42 @@ def render_page(report: Mapping[str, Any]) -> str:
 
 def _draw(report: Mapping[str, Any], seconds: Mapping[str, Any]) -> dict[str, Markup]:
     """The figures that there are values for. Markup: our own drawings, with the names in them escaped."""
-    histogram, layers = (report.get("curate") or {}).get("perplexity") or {}, _layers(report)
+    curate, layers = report.get("curate") or {}, _layers(report)
+    steps, analysis = curate.get("steps") or [], curate.get("analysis") or {}
+    scored = all((step.get("perplexity") or {}).get("counts") for step in steps)
+    likeness = {name: of for name, of in (analysis.get("similarity") or {}).items() if of}
+    min_k = analysis.get("min_k") or {}
     wanted = {
         "perplexity": (plots.perplexity_bars, report.get("perplexity")),
-        "pool": (plots.pool_histogram, histogram if histogram.get("counts") else None),
+        "pool": (histograms.pool_histogram, _counted(curate.get("perplexity"), "counts")),
+        "steps": (histograms.filter_steps, steps if scored else None),
+        "kept": (comparisons.kept_bars, steps if any(step["filter"] for step in steps) else None),
+        "lengths": (histograms.lengths, _counted(curate.get("lengths"), "before")),
+        "repetition": (histograms.repetition, _counted(curate.get("repetition"), "before")),
+        **{
+            f"similarity_{measure}": (
+                partial(comparisons.similarity_map, measure=measure),
+                likeness,
+            )
+            for measure in comparisons.MEASURES
+        },
+        "min_k": (comparisons.min_k_rows, min_k if any(min_k.get(k) for k in KINDS) else None),
         "stages": (plots.stage_seconds, seconds),
         "layers": (plots.layer_seconds, layers),
     }
     return {name: Markup(plot(values)) for name, (plot, values) in wanted.items() if values}
+
+
+def _counted(histogram: Mapping[str, Any] | None, counts: str) -> Mapping[str, Any] | None:
+    """A histogram that has something in it."""
+    return histogram if histogram and histogram.get(counts) else None
+
+
+def _vocabulary(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was read of every source and reference, with its name."""
+    analysis = (report.get("curate") or {}).get("analysis") or {}
+    kinds = [(analysis.get("vocabulary") or {}).get(kind) or {} for kind in KINDS]
+    return [{"name": name, **facts} for of in kinds for name, facts in of.items()]
 
 
 def _layers(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -87,6 +120,19 @@ def _quantities(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
             ],
         }
     return quantities
+
+
+def _set_aside(shards: Sequence[Mapping[str, Any]]) -> str:
+    """What is missing of the samples, in one line."""
+    count, rows = len(shards), sum(shard["rows"][1] - shard["rows"][0] for shard in shards)
+    listed = "; ".join(
+        f"{first:,} to {stop - 1:,} ({shard['reason']})"
+        for shard in shards[:SET_ASIDE_SHOWN]
+        for first, stop in [shard["rows"]]
+    )
+    more = f"; and {count - SET_ASIDE_SHOWN} more" if count > SET_ASIDE_SHOWN else ""
+    those = "1 shard, {} rows, was" if count == 1 else f"{count} shards, {{}} rows, were"
+    return f"{those.format(units.count(rows))} set aside: rows {listed}{more}"
 
 
 def _in_order(stages: Mapping[str, Any]) -> dict[str, Any]:

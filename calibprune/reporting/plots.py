@@ -3,14 +3,11 @@
 Equal input gives equal bytes. Layers and linears without a value are left blank.
 """
 
-import functools
-import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,26 +15,17 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from calibprune.reporting import svg, units
+from calibprune.reporting.svg import FULL_WIDTH, HALF_WIDTH
 
-HALF_WIDTH, FULL_WIDTH = 464.0, 960.0
 LINE_HEIGHT, CELL_HEIGHT = 64.0, 21.0
 MOST_COLUMN_WIDTH = 48.0
 """Pixels of one layer, so that a model of two layers gets no billboard."""
 
 
-def _styled(plot: Callable[..., str]) -> Callable[..., str]:
-    @functools.wraps(plot)
-    def draw(*args, **kwargs) -> str:
-        with matplotlib.rc_context(svg.STYLE):
-            return plot(*args, **kwargs)
-
-    return draw
-
-
-@_styled
+@svg.styled
 def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
     """Held-out perplexity, a pair of bars (dense, pruned) per text."""
-    gutter, rows = _gutter(perplexity), 54 * len(perplexity)
+    gutter, rows = svg.gutter(perplexity), 54 * len(perplexity)
     figure = svg.canvas(HALF_WIDTH, rows + 34)
     axes = svg.place(figure, gutter, 28, HALF_WIDTH - gutter - 74, rows)
     for row, (name, result) in enumerate(perplexity.items()):
@@ -50,7 +38,7 @@ def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
             svg.tip(bar, f"{name}, {key}: {label}")
             axes.annotate(label, (length, row + offset), (6, 0), textcoords="offset points",
                           va="center", annotation_clip=False)  # fmt: skip
-    _rows(axes, list(perplexity))
+    svg.rows(axes, list(perplexity))
     axes.set_xlim(left=0)
     axes.margins(x=0)
     axes.xaxis.set_major_locator(NullLocator())
@@ -59,78 +47,7 @@ def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
     return svg.serialise(figure, "perplexity", "Held-out perplexity of the dense and pruned model")
 
 
-@_styled
-def pool_histogram(perplexity: Mapping[str, Any]) -> str:
-    """How the perplexity of the generated samples is spread, and where the filter cut it.
-
-    `perplexity` holds n+1 `edges`, n `counts`, `median` and `cut`, which is None without a filter and
-    infinite where only samples without a perplexity were dropped. The axis is logarithmic where the
-    edges are.
-    """
-    edges, cut = np.asarray(perplexity["edges"], dtype=float), perplexity.get("cut")
-    figure = svg.canvas(HALF_WIDTH, 262)
-    axes = svg.place(figure, 48, 44, HALF_WIDTH - 62, 168)
-    for low, high, height in zip(edges[:-1], edges[1:], perplexity["counts"], strict=True):
-        bounds = [low, cut, high] if cut is not None and low < cut < high else [low, high]
-        for left, right in itertools.pairwise(bounds):
-            kept = cut is None or left < cut
-            bar = Rectangle((left, 0), right - left, height, edgecolor=svg.CARD, linewidth=0.7,
-                            facecolor=svg.PRUNED if kept else svg.DROPPED)  # fmt: skip
-            svg.tip(bar, f"{units.ratio(low)} to {units.ratio(high)}: {units.count(height)}")
-            axes.add_artist(bar)
-    if _logarithmic(edges):
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_locator(FixedLocator(_log_ticks(edges[0], edges[-1])))
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0, 1.02 * max([*perplexity["counts"], 1]))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.count(value)))
-    axes.grid(axis="y")
-    axes.set_xlabel("perplexity of a sample by the model itself", labelpad=6)
-    svg.write(figure, 0, 14, "samples", color=svg.MUTED)
-    median = perplexity["median"]
-    _mark(axes, f"median {units.ratio(median)}", median, svg.INK, height=1.05, rightmost=0.2)
-    if cut is not None and edges[0] <= cut <= edges[-1]:
-        _mark(axes, f"cut at {units.ratio(cut)}", cut, svg.DROPPED, height=1.17, rightmost=0.75)
-    return svg.serialise(
-        figure, "pool", "Histogram of the samples' perplexity and the filter's cut"
-    )
-
-
-def _mark(
-    axes: Axes, label: str, value: float, hue: str, *, height: float, rightmost: float
-) -> None:
-    """A dashed line from the axis up to its label; beyond `rightmost` the label stands left of it."""
-    frame = axes.get_xaxis_transform()
-    axes.plot([value, value], [0, height], transform=frame, color=hue, linewidth=1.3,
-              dashes=(3, 2), clip_on=False)  # fmt: skip
-    at = axes.transAxes.inverted().transform(axes.transData.transform((value, 0)))[0]
-    offset, side = (-5, "right") if at > rightmost else (5, "left")
-    axes.annotate(label, (value, height), (offset, 0), xycoords=frame, textcoords="offset points",
-                  ha=side, va="center", fontsize=11.5, annotation_clip=False)  # fmt: skip
-
-
-def _logarithmic(edges: np.ndarray) -> bool:
-    """Whether the edges are nearer to equal ratios than to equal steps."""
-    if len(edges) < 3 or edges[0] <= 0:
-        return False
-    steps, ratios = np.diff(edges), np.diff(np.log(edges))
-    return bool(np.std(ratios) / np.mean(ratios) < np.std(steps) / np.mean(steps))
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    decades = math.log10(high / low)
-    digits = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
-@_styled
+@svg.styled
 def layer_map(
     layers: Sequence[Mapping[str, Any]], quantity: Literal["relative_error", "sparsity"]
 ) -> str:
@@ -145,7 +62,7 @@ def layer_map(
     finite = table[np.isfinite(table)]
     top = float(np.quantile(finite, 0.98 if finite.size > 50 else 1)) if finite.size else 1.0
     bottom = 0.0 if error else float(finite.min(initial=top))
-    span, gutter = positions[-1] - positions[0] + 1, _gutter(names)
+    span, gutter = positions[-1] - positions[0] + 1, svg.gutter(names)
     column = min(MOST_COLUMN_WIDTH, (FULL_WIDTH - gutter - 12) / span)
     width, rows = column * span, CELL_HEIGHT * len(names)
     figure = svg.canvas(max(gutter + width + 12, gutter + 250), 48 + LINE_HEIGHT + 14 + rows + 44)
@@ -163,7 +80,7 @@ def layer_map(
         if column >= 34:
             lower.text(position, row, say(value), ha="center", va="center", fontsize=10.5,
                        color=svg.ON_HEAT if tone > 0.55 else svg.INK)  # fmt: skip
-    _rows(lower, names)
+    svg.rows(lower, names)
     _layer_axis(lower, positions, column)
 
     above = "≥ " if finite.max(initial=top) > top else ""
@@ -231,10 +148,10 @@ def _kind(linear: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", linear)
 
 
-@_styled
+@svg.styled
 def stage_seconds(stages: Mapping[str, Mapping[str, float]]) -> str:
     """Seconds per stage as horizontal bars."""
-    gutter, rows = _gutter(stages), 34 * len(stages)
+    gutter, rows = svg.gutter(stages), 34 * len(stages)
     figure = svg.canvas(HALF_WIDTH, rows + 8)
     axes = svg.place(figure, gutter, 4, HALF_WIDTH - gutter - 90, rows)
     for row, (name, stage) in enumerate(stages.items()):
@@ -243,14 +160,14 @@ def stage_seconds(stages: Mapping[str, Mapping[str, float]]) -> str:
         svg.tip(bar, f"{name}: {label}")
         axes.annotate(label, (stage["seconds"], row), (6, 0), textcoords="offset points",
                       va="center", annotation_clip=False)  # fmt: skip
-    _rows(axes, list(stages))
+    svg.rows(axes, list(stages))
     axes.set_xlim(0, max([1e-9, *(stage["seconds"] for stage in stages.values())]))
     axes.xaxis.set_major_locator(NullLocator())
     axes.spines["bottom"].set_visible(False)
     return svg.serialise(figure, "stages", "Seconds per stage")
 
 
-@_styled
+@svg.styled
 def layer_seconds(layers: Sequence[Mapping[str, Any]]) -> str:
     """Where the seconds of every layer went, stacked."""
     positions = [layer["layer"] for layer in layers]
@@ -277,17 +194,6 @@ def layer_seconds(layers: Sequence[Mapping[str, Any]]) -> str:
         figure, gutter, 14, [(part, svg.PARTS[i % len(svg.PARTS)]) for i, part in enumerate(parts)]
     )
     return svg.serialise(figure, "layer-seconds", "Seconds per decoder layer, by kind of work")
-
-
-def _gutter(names: Sequence[str] | Mapping[str, Any]) -> float:
-    return min(230.0, max(map(svg.text_width, names), default=0.0) + 14)
-
-
-def _rows(axes: Axes, names: Sequence[str]) -> None:
-    """One named row after the other, the first on top."""
-    shown = [name if len(name) <= 34 else f"{name[:16]}…{name[-17:]}" for name in names]
-    axes.set_yticks(range(len(names)), shown, color=svg.INK)
-    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _layer_axis(axes: Axes, positions: Sequence[int], column: float) -> None:

@@ -4,11 +4,13 @@ One SVG unit is one CSS pixel. Text stays text, and colours are CSS variables of
 light scheme's value as fallback), so that a figure follows the reader's colour scheme.
 """
 
+import functools
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -48,7 +50,18 @@ STYLE: dict[Any, Any] = {
     "ytick.major.size": 0,
     "ytick.major.pad": 7,
 }
+HALF_WIDTH, FULL_WIDTH = 464.0, 960.0
+LEGEND_ROW = 19.0
 TIP = "tip: "
+
+
+def styled(plot: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(plot)
+    def draw(*args, **kwargs) -> str:
+        with matplotlib.rc_context(STYLE):
+            return plot(*args, **kwargs)
+
+    return draw
 
 
 def tip(artist, text: str) -> None:
@@ -79,14 +92,51 @@ def text_width(text: str) -> float:
     return 6.3 * len(text)
 
 
+def gutter(names: Iterable[str]) -> float:
+    """Pixels for a column of row names."""
+    return min(230.0, max(map(text_width, names), default=0.0) + 14)
+
+
+def rows(axes: Axes, names: Sequence[str]) -> None:
+    """One named row after the other, the first on top."""
+    axes.set_yticks(range(len(names)), [shortened(name, 34) for name in names], color=INK)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
 def legend(figure: Figure, left: float, top: float, entries: Iterable[tuple[str, str]]) -> None:
-    """A row of (name, colour)."""
-    for name, hue in entries:
-        swatch = place(figure, left, top - 5, 10, 10)
+    """(name, colour) one after the other, in as many rows as they need."""
+    for name, hue, x, row in _legend_places(figure.bbox.width, left, entries):
+        y = top + row * LEGEND_ROW
+        swatch = place(figure, x, y - 5, 10, 10)
         swatch.set_axis_off()
         swatch.add_patch(Rectangle((0, 0), 1, 1, color=hue, linewidth=0))
-        write(figure, left + 16, top, name)
-        left += 16 + text_width(name) + 18
+        write(figure, x + 16, y, name)
+
+
+def legend_height(width: float, left: float, names: Iterable[str]) -> float:
+    """Pixels that a legend takes in a figure of this width."""
+    places = list(_legend_places(width, left, ((name, "") for name in names)))
+    return LEGEND_ROW * (places[-1][3] + 1 if places else 0)
+
+
+def _legend_places(
+    width: float, left: float, entries: Iterable[tuple[str, str]]
+) -> Iterator[tuple[str, str, float, int]]:
+    """(name, colour, left, row)."""
+    x, row = left, 0
+    for name, hue in entries:
+        need = 16 + text_width(name)
+        if x > left and x + need > width:
+            x, row = left, row + 1
+        yield name, hue, x, row
+        x += need + 18
+
+
+def shortened(name: str, most: int) -> str:
+    """A name of at most `most` characters, its middle left out."""
+    if len(name) <= most:
+        return name
+    return f"{name[: (most - 1) // 2]}…{name[len(name) - most // 2 :]}"
 
 
 def serialise(figure: Figure, name: str, title: str) -> str:

@@ -14,7 +14,7 @@ from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.layerwise import prune_layers
 from calibprune.run import Stage
-from tests.cluster.gangs import DTYPES, LAYERS, TOKENS, Run, shards
+from tests.cluster.gangs import DTYPES, GENERATED, LAYERS, TOKENS, Run, shards
 from tests.tiny import write_tiny_llama
 
 
@@ -48,12 +48,22 @@ def pool(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
+def marked_pool(pool, tmp_path_factory) -> str:
+    """The same, with positions marked as generated."""
+    folder = tmp_path_factory.mktemp("marked-pool")
+    table = pq.read_table(Path(pool) / "pool.parquet")
+    marks = pa.array(GENERATED.tolist(), pa.list_(pa.bool_()))
+    pq.write_table(table.append_column("generated", marks), folder / "pool.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def alone(models, tmp_path_factory):
     """The files of a run without any gang, in this process: what every other run has to equal."""
     made: dict[tuple, dict[str, bytes]] = {}
 
-    def files(dtype: str, way: dict) -> dict[str, bytes]:
-        key = (dtype, json.dumps(way, sort_keys=True))
+    def files(dtype: str, way: dict, positions: torch.Tensor | None = None) -> dict[str, bytes]:
+        key = (dtype, json.dumps(way, sort_keys=True), positions is None)
         if key not in made:
             stage = Stage(str(tmp_path_factory.mktemp("alone")))
             threads = torch.get_num_threads()
@@ -61,7 +71,7 @@ def alone(models, tmp_path_factory):
             try:
                 skeleton = build_skeleton(ModelSettings(path=models[dtype]))
                 settings = PruneSettings.model_validate(way)
-                list(prune_layers(skeleton, TOKENS, settings, stage))
+                list(prune_layers(skeleton, TOKENS, settings, stage, positions=positions))
             finally:
                 torch.set_num_threads(threads)
             made[key] = shards(stage)

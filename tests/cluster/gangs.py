@@ -13,6 +13,8 @@ LAYERS = 5
 BUNDLE = Bundle(cpus=1, gpus=0)
 SETTINGS = ClusterSettings(start_timeout_seconds=120)
 TOKENS = torch.randint(0, 258, (11, 40), generator=torch.Generator().manual_seed(1))
+GENERATED = torch.arange(40) >= torch.tensor([2, 9, 40, 40, 38, 1, 20, 0, 40, 40, 40])[:, None]
+"""Positions that count in one of the pools: none in the second and the last micro-batch of two sequences."""
 WAYS = [
     {"method": {"type": method}, "pattern": pattern, "batch_sequences": 2}
     for method in ("wanda", "sparsegpt")

@@ -17,7 +17,7 @@ from calibprune.pruning.export import ALLOCATION, REST
 from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record, Stage
 from cluster.worker_group import WorkerGroup, WorkFailed
-from tests.cluster.gangs import BUNDLE, LAYERS, MORE_WAYS, SETTINGS, WAYS, shards
+from tests.cluster.gangs import BUNDLE, GENERATED, LAYERS, MORE_WAYS, SETTINGS, WAYS, shards
 from tests.cluster.nodes import cluster_of
 
 WINDOWS = {
@@ -84,6 +84,19 @@ def test_any_number_of_workers_on_any_number_of_nodes_writes_the_same_bytes(
         arguments = (ModelSettings(path=models["bfloat16"]), WINDOWS, 1, None)
         found = [e for e in group.events("evaluate", arguments, None) if isinstance(e, dict)]
         assert len(found) == size and all(each == perplexities for each in found)
+
+
+def test_any_number_of_workers_counts_the_same_positions(
+    nodes, models, marked_pool, alone, tmp_path
+):
+    model = ModelSettings(path=models["bfloat16"])
+    with WorkerGroup(3, BUNDLE, SETTINGS) as group:
+        for number, way in enumerate([WAYS[2], MORE_WAYS[1]]):
+            stage = Stage(str(tmp_path / str(number)))
+            arguments = (model, PruneSettings.model_validate(way), marked_pool, stage.url)
+            for _ in group.events("prune", arguments, None):
+                pass
+            assert shards(stage) == alone("bfloat16", way, GENERATED) != alone("bfloat16", way)
 
 
 def test_workers_killed_in_a_collective_while_writing_and_before_the_done_record(

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.errors import UserError
@@ -17,6 +18,7 @@ from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.layerwise import prune_layers
 from calibprune.pruning.memory import worker_memory
+from calibprune.pruning.positions import Counted, sequences_of
 from calibprune.run import Record, Stage
 from tests.tiny import write_tiny_llama
 
@@ -29,10 +31,12 @@ def settings(**changes) -> PruneSettings:
     )
 
 
-def prune(model, folder, **changes) -> tuple[Stage, dict[str, torch.Tensor]]:
+def prune(
+    model, folder, *, positions: torch.Tensor | None = None, **changes
+) -> tuple[Stage, dict[str, torch.Tensor]]:
     stage = Stage(str(folder))
     skeleton = build_skeleton(ModelSettings(path=str(model)))
-    list(prune_layers(skeleton, TOKENS, settings(**changes), stage))
+    list(prune_layers(skeleton, TOKENS, settings(**changes), stage, positions=positions))
     tensors: dict[str, torch.Tensor] = {}
     for record in stage.done().values():
         if record.unit != ALLOCATION:
@@ -109,6 +113,93 @@ def test_errors_recorded_are_those_of_the_linears_outputs(tiny_llama, tmp_path, 
     expected = ((x @ (dense - pruned).T).norm() / (x @ dense.T).norm()).item()
     recorded = stage.done()[layer_unit(0)].facts["linears"]["mlp.down_proj"]["relative_error"]
     assert recorded == pytest.approx(expected, rel=1e-4)
+
+
+def some_positions() -> torch.Tensor:
+    """Continuations after prefixes of different lengths; nothing of the second micro-batch of two sequences."""
+    starts = torch.tensor([3, 39, 40, 40, 17, 0])
+    return torch.arange(TOKENS.shape[1]) >= starts[:, None]
+
+
+def test_statistics_are_of_the_positions_that_count(tiny_llama, tmp_path):
+    """Wanda, written down for the first layer's first linears, whose inputs no pruning has changed."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    seen = []
+    attention = plain.model.layers[0].self_attn
+    attention.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        plain(TOKENS)
+    expected = {}
+    for counted in (some_positions(), torch.ones_like(TOKENS, dtype=torch.bool)):
+        norms = seen[0].double()[counted].norm(dim=0)
+        weight = attention.q_proj.weight.detach()
+        order = (weight.double().abs() * norms).argsort(1)[:, : weight.shape[1] // 2]
+        expected[counted.all().item()] = weight.scatter(1, order, 0)
+    assert not torch.equal(expected[True], expected[False]), "the test could not tell"
+    stage, after = prune(tiny_llama, tmp_path, positions=some_positions())
+    assert torch.equal(after["model.layers.0.self_attn.q_proj.weight"], expected[False])
+    assert all(layer.facts["linears"] for layer in map(stage.record, map(layer_unit, range(3))))
+
+
+def test_errors_are_measured_at_the_positions_that_count(tiny_llama, tmp_path, monkeypatch):
+    from calibprune.pruning import layer
+
+    monkeypatch.setattr(layer, "ERROR_TOKENS", 10 * TOKENS.numel())  # all that count
+    counted, inputs = some_positions(), []
+    prune_group = layer.LayerInWork.prune
+
+    def watch(self, stop):
+        if (stop.layer, stop.linears) == (0, ("mlp.down_proj",)):
+            inputs.extend(x.clone() for x in stop.inputs)
+        prune_group(self, stop)
+
+    monkeypatch.setattr(layer.LayerInWork, "prune", watch)
+    stage, after = prune(tiny_llama, tmp_path, positions=counted)
+    name = "model.layers.0.mlp.down_proj.weight"
+    dense, pruned = load_file(tiny_llama / "model.safetensors")[name].double(), after[name].double()
+    x = torch.cat(inputs).double()[counted]
+    assert len(x) == 37 + 1 + 23 + 40
+    expected = ((x @ (dense - pruned).T).norm() / (x @ dense.T).norm()).item()
+    recorded = stage.done()[layer_unit(0)].facts["linears"]["mlp.down_proj"]["relative_error"]
+    assert recorded == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"method": "sparsegpt"},
+        {"method": {"type": "dsnot", "faithful": True}, "allocation": {"type": "owl", "m": 2}},
+    ],
+)
+def test_counting_every_position_changes_nothing(tiny_llama, tmp_path, way):
+    _, plain = prune(tiny_llama, tmp_path / "plain", **way)
+    _, every = prune(
+        tiny_llama, tmp_path / "every", positions=torch.ones(TOKENS.shape, dtype=torch.bool), **way
+    )
+    _, some = prune(tiny_llama, tmp_path / "some", positions=some_positions(), **way)
+    assert all(torch.equal(every[name], tensor) for name, tensor in plain.items())
+    assert not all(torch.equal(some[name], tensor) for name, tensor in plain.items())
+
+
+def test_positions_that_fit_no_pool(tiny_llama, tmp_path):
+    with pytest.raises(UserError, match=r"no position .* set curate.positions to all"):
+        prune(tiny_llama, tmp_path, positions=torch.zeros(TOKENS.shape, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"shape \(6, 39\), for a pool of \(6, 40\)"):
+        prune(tiny_llama, tmp_path, positions=some_positions()[:, 1:])
+
+
+def test_positions_of_inputs_that_are_one_row_a_token():
+    counted = some_positions()[:4].split(2)
+    inputs = [torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+    flat = Counted([batch.flatten(0, 1) for batch in inputs], counted)
+    whole = Counted(inputs, counted)
+    expected = [batch[which] for batch, which in zip(inputs, counted, strict=True)]
+    for rows in (flat, whole):
+        assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
+        assert rows.shapes == [(38, 8), (0, 8)]
+    assert sequences_of(whole) == 2 and sequences_of(flat) == 1
+    with pytest.raises(ValueError, match="inputs of 79 rows for 80 positions"):
+        Counted([inputs[0].flatten(0, 1)[1:]], counted[:1])[0]
 
 
 MEASURED = """

@@ -75,6 +75,110 @@ def example_report(layers: int = 3) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def curated_report(layers: int = 3) -> dict[str, Any]:
+    """The same with sources, filters and an analysis of them."""
+    report = example_report(layers)
+    edges = report["curate"]["perplexity"]["edges"]
+    counts = [report["curate"]["perplexity"]["counts"]]
+    counts.append([max(0, count - (place < 5) * 7) for place, count in enumerate(counts[0])])
+    counts.append([count - count // 9 for count in counts[1]])
+    counts.append([count * (edge < 24) for count, edge in zip(counts[2], edges, strict=False)])
+    filters = [None, "length", "duplicates", "perplexity"]
+    totals = [sum(values) for values in counts]
+    report["curate"] |= {
+        "samples": totals[0],
+        "kept": totals[-1],
+        "used": totals[-1] - 40,
+        "dropped": {
+            name: totals[place - 1] - totals[place] for place, name in enumerate(filters) if name
+        },
+        "sources": {
+            "self-generated": _source(480, 401_200, 350, 300, 210_000, 103),
+            "slimpajama-validation": _source(160, 88_000, 120, 110, 52_144, 25),
+        },
+        "steps": [
+            {
+                "filter": name,
+                "kept": totals[place],
+                "dropped": totals[place - 1] - totals[place] if place else 0,
+                "perplexity": {"edges": edges, "counts": counts[place], "median": 12.3},
+            }
+            for place, name in enumerate(filters)
+        ],
+        "lengths": {
+            "edges": [128 * step for step in range(17)],
+            "before": [31, 12, 14, 20, 22, 25, 30, 33, 41, 40, 44, 38, 29, 20, 19, 250],
+            "after": [0, 9, 12, 17, 20, 21, 27, 30, 36, 35, 40, 31, 25, 18, 16, 201],
+        },
+        "repetition": {
+            "edges": [step / 20 for step in range(21)],
+            "before": [90, 130, 120, 80, 60, 40, 25, 14, 9, 6, 4, 3, 2, 2, 3, 1, 2, 4, 8, 11],
+            "after": [85, 121, 110, 77, 55, 33, 20, 10, 7, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        },
+        "duplicates": {"exact": 12, "near": 31},
+        "analysis": _analysis(),
+    }
+    report["generate"]["set_aside"] = [
+        {"reason": "engine died three times", "rows": [1000, 1500]},
+        {"reason": "no answer within 90 s", "rows": [2500, 3000]},
+    ]
+    return report
+
+
+def _source(*values: int) -> dict[str, int]:
+    names = ("samples", "tokens", "kept", "used", "used_tokens", "sequences")
+    return dict(zip(names, values, strict=True))
+
+
+def _analysis() -> dict[str, Any]:
+    sources = {"self-generated": 0.0, "slimpajama-validation": 0.6}
+    references = {"c4": 0.1, "wikipedia-en": 0.45, "dclm-baseline": 0.2}
+    edges = [-2.0 + step / 10 for step in range(25)]
+
+    def scores(shift: float) -> dict[str, Any]:
+        counts = [round(9 * math.exp(-((edge + 0.9 + shift) ** 2) / 0.08)) for edge in edges[1:]]
+        return {
+            "documents": sum(counts),
+            "mean": -0.85 - shift,
+            "median": -0.84 - shift,
+            "values": {"edges": edges, "counts": counts},
+        }
+
+    return {
+        "ngram": 3,
+        "vocabulary": {
+            kind: {
+                name: {
+                    "documents": 500,
+                    "tokens": 80_000 + 1000 * place,
+                    "distinct_tokens": 9_300,
+                    "ngrams": 79_000,
+                    "distinct_ngrams": 61_300 + 900 * place,
+                }
+                for place, name in enumerate(names)
+            }
+            for kind, names in (("sources", sources), ("references", references))
+        },
+        "similarity_tokens": 80_000,
+        "similarity": {
+            source: {
+                reference: {
+                    "jaccard": 0.08 - 0.07 * abs(ours - theirs),
+                    "unigram_js": 0.02 + 0.2 * abs(ours - theirs),
+                    "coverage": 0.4 - 0.3 * abs(ours - theirs),
+                }
+                for reference, theirs in references.items()
+            }
+            for source, ours in sources.items()
+        },
+        "min_k": {
+            "share": 0.5,
+            "sources": {name: scores(at / 3) for name, at in sources.items()},
+            "references": {name: scores(at / 3) for name, at in references.items()},
+        },
+    }
+
+
 def _layer(layer: int) -> dict[str, Any]:
     return {
         "layer": layer,

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from calibprune.reporting.page import render_page
-from tests.calibprune.reporting.example import LINEARS, example_report
+from tests.calibprune.reporting.example import LINEARS, curated_report, example_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>alert(1)</script></pre></div><img src=x onerror=alert(2)> &amp; ]]> \"'{{ 7*7 }}"
@@ -63,8 +63,20 @@ def test_a_complete_page_is_well_formed_and_loads_nothing():
     assert len(list(parse(page).iter(f"{SVG}svg"))) == 5
 
 
-def test_ids_are_unique_and_every_reference_has_its_target():
-    page = render_page(example_report(20))
+def test_a_page_with_sources_and_filters_is_well_formed_too():
+    page = render_page(curated_report())
+    assert_loads_nothing(page)
+    drawings = [svg.get("aria-labelledby") for svg in parse(page).iter(f"{SVG}svg")]
+    new = ["filter-steps", "kept", "lengths", "repetition", "similarity-jaccard",
+           "similarity-coverage", "similarity-unigram-js", "min-k"]  # fmt: skip
+    assert drawings[1:9] == [f"{name}-title" for name in new]
+    assert "Sources and reference corpora" in headings(page)
+    assert not re.search(r"\b(nan|inf|None|Undefined)\b", text_of(parse(page).find("body")))
+
+
+@pytest.mark.parametrize("report", [example_report(20), curated_report()])
+def test_ids_are_unique_and_every_reference_has_its_target(report):
+    page = render_page(report)
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(#|href="#|aria-labelledby=")([^")]+)', page)) == set(ids)
@@ -124,6 +136,88 @@ def test_the_tables_have_the_reports_numbers():
                         "1.0 MiB", "3.0 GiB"]  # fmt: skip
 
 
+def test_sources_and_what_was_read_have_the_reports_numbers():
+    page = render_page(curated_report())
+    _, sources, read, *_ = tables(page)
+    assert sources[1] == ["self-generated", "480", "401,200", "350", "300", "210,000", "80.1%", "103"]  # fmt: skip
+    assert [row[0] for row in sources[1:]] == ["self-generated", "slimpajama-validation"]
+    assert read[2] == ["slimpajama-validation", "81,000", "9,300", "78.7%"]
+    assert [row[0] for row in read[1:]][2:] == ["c4", "wikipedia-en", "dclm-baseline"]
+    shown = facts(page)
+    assert shown["Duplicates"] == "43 12 equal, 31 nearly"
+    assert shown["Kept"] == "487 samples 76.5% of 637"
+    assert "Dropped by perplexity" not in shown, "the figure says it"
+    assert "From 2 sources, filtered and packed" in page
+    assert "Mean score of the 50% least expected tokens" in page
+
+
+def test_shards_that_were_set_aside_are_told_in_one_line():
+    report = curated_report()
+    assert (
+        "2 shards, 1,000 rows, were set aside: rows 1,000 to 1,499 (engine died three times); "
+        "2,500 to 2,999 (no answer within 90 s)"
+    ) in render_page(report)
+    report["generate"]["set_aside"] = [{"reason": HOSTILE, "rows": [0, 5]}]
+    page = render_page(report)
+    assert_loads_nothing(page)
+    line = text_of(parse(page).find(".//p[@class='aside']"))
+    assert line.startswith("1 shard, 5 rows, was set aside: rows 0 to 4 (<script>")
+    report["generate"]["set_aside"] *= 5
+    assert "; and 2 more" in render_page(report)
+    report["generate"]["set_aside"] = []
+    assert "set aside" not in render_page(report)
+
+
+def drawn(page: str) -> set[str]:
+    return set(re.findall(r'aria-labelledby="([\w-]+)-title"', page))
+
+
+ANALYSIS = {"similarity-jaccard", "similarity-coverage", "similarity-unigram-js", "min-k"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "gone"),
+    [
+        ({"steps"}, {"filter-steps", "kept"}),
+        ({"lengths", "sources"}, {"lengths"}),
+        ({"repetition", "duplicates"}, {"repetition"}),
+        ({"analysis"}, ANALYSIS),
+        (
+            {"steps", "lengths", "sources", "repetition", "duplicates", "analysis"},
+            {"filter-steps", "kept", "lengths", "repetition", *ANALYSIS},
+        ),
+    ],
+)
+def test_a_missing_part_of_curation_is_left_out(keys, gone):
+    whole, absent, none = (curated_report(1) for _ in range(3))
+    for key in keys:
+        del absent["curate"][key]
+        none["curate"][key] = None
+    everything = drawn(render_page(whole)) | {"pool"}
+    page = render_page(absent)
+    assert page == render_page(none)
+    assert everything - drawn(page) == gone | ({"pool"} if "steps" not in keys else set())
+    assert not re.search(r"\bNone\b|Undefined|\bnan\b", text_of(parse(page).find("body")))
+
+
+def test_parts_of_the_analysis_may_be_missing():
+    report = curated_report(1)
+    analysis = report["curate"]["analysis"]
+    analysis["min_k"] = None
+    page = render_page(report)
+    assert "min-k-title" not in page and "similarity-jaccard-title" in page
+    analysis["similarity"] = {"self-generated": {}}
+    analysis["min_k"] = curated_report()["curate"]["analysis"]["min_k"]
+    page = render_page(report)
+    assert "min-k-title" in page and "similarity-jaccard-title" not in page
+    for step in report["curate"]["steps"]:  # a natural source was never scored
+        step["perplexity"] = {"edges": [], "counts": [], "median": None}
+    page = render_page(report)
+    assert "filter-steps-title" not in page and "kept-title" in page
+    report["curate"]["steps"] = report["curate"]["steps"][:1]  # no filter at all
+    assert "kept-title" not in render_page(report)
+
+
 def test_one_sparsity_everywhere_is_a_sentence_and_several_are_a_map():
     report = example_report()
     even = render_page(report)
@@ -149,6 +243,15 @@ def test_hostile_text_is_shown_and_not_run():
         "sparsity": 0.1, "relative_error": 0.2, "parameters": 1
     }  # fmt: skip
     report["prune"]["layers"][0]["seconds"][HOSTILE] = 1.0
+    curate = curated_report()["curate"]
+    curate["sources"] = {HOSTILE: curate["sources"]["self-generated"]}
+    curate["steps"][1]["filter"] = HOSTILE
+    similarity = curate["analysis"]["similarity"]["self-generated"]
+    curate["analysis"]["similarity"] = {HOSTILE: {HOSTILE: similarity["c4"]}}
+    for kind in ("vocabulary", "min_k"):
+        of = curate["analysis"][kind]["sources"]
+        of[HOSTILE] = of.pop("self-generated")
+    report["curate"] |= curate
     page = render_page(report)
     assert_loads_nothing(page)
     box = parse(page).find(".//div[@class='text']")

@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from calibprune.reporting import plots, svg
-from tests.calibprune.reporting.example import LINEARS, example_report
+from calibprune.reporting import comparisons, histograms, plots, svg
+from calibprune.reporting.units import MINUS
+from tests.calibprune.reporting.example import LINEARS, curated_report, example_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -24,10 +25,17 @@ def texts(drawing: str) -> list[str]:
 
 
 def every_plot(report: dict) -> list[str]:
-    layers = report["prune"]["layers"]
+    layers, curate = report["prune"]["layers"], curated_report()["curate"]
+    similarity = curate["analysis"]["similarity"]
     return [
+        histograms.filter_steps(curate["steps"]),
+        histograms.lengths(curate["lengths"]),
+        histograms.repetition(curate["repetition"]),
+        comparisons.kept_bars(curate["steps"]),
+        *(comparisons.similarity_map(similarity, measure) for measure in comparisons.MEASURES),
+        comparisons.min_k_rows(curate["analysis"]["min_k"]),
         plots.perplexity_bars(report["perplexity"]),
-        plots.pool_histogram(report["curate"]["perplexity"]),
+        histograms.pool_histogram(report["curate"]["perplexity"]),
         plots.layer_map(layers, "relative_error"),
         plots.layer_map(layers, "sparsity"),
         plots.stage_seconds(report["stages"]),
@@ -94,8 +102,8 @@ def test_means_are_weighted_by_parameters_and_experts_share_a_row():
 
 def test_the_bin_that_holds_the_cut_is_split():
     histogram = {"edges": [0.0, 1.0, 2.0, 3.0], "counts": [5, 4, 3], "median": 0.9}
-    uncut = plots.pool_histogram({**histogram, "cut": None})
-    cut = plots.pool_histogram({**histogram, "cut": 1.5})
+    uncut = histograms.pool_histogram({**histogram, "cut": None})
+    cut = histograms.pool_histogram({**histogram, "cut": 1.5})
     assert [tip.split(": ")[1] for tip in tips(uncut)] == ["5", "4", "3"]
     assert [tip.split(": ")[1] for tip in tips(cut)] == ["5", "4", "4", "3"]
     assert "cut at 1.50" in texts(cut)
@@ -109,7 +117,8 @@ def test_the_bin_that_holds_the_cut_is_split():
     [([1.0, 10.0, 100.0, 1000.0], ["1", "10", "100", "1,000"]), ([0.0, 1.0, 2.0, 3.0], ["0", "1", "2", "3"])],
 )  # fmt: skip
 def test_the_histogram_is_logarithmic_where_its_edges_are(edges, expected):
-    drawing = plots.pool_histogram({"edges": edges, "counts": [1, 1, 1], "median": edges[1], "cut": None})  # fmt: skip
+    histogram = {"edges": edges, "counts": [1, 1, 1], "median": edges[1], "cut": None}
+    drawing = histograms.pool_histogram(histogram)
     root = ElementTree.fromstring(drawing)
     places = {text.text: float(text.get("x", "nan")) for text in root.iter(f"{SVG}text")
               if text.text in expected and "middle" in text.get("style", "")}  # fmt: skip
@@ -151,3 +160,84 @@ def test_every_figure_is_drawn_inside_its_frame():
         for text in root.iter(f"{SVG}text"):
             assert 0 <= float(text.get("x", "nan")) <= width
             assert 0 <= float(text.get("y", "nan")) <= height
+
+
+def test_every_filters_histogram_is_in_the_figure():
+    steps = curated_report()["curate"]["steps"]
+    drawing = histograms.filter_steps(steps)
+    found = tips(drawing)
+    assert len(found) == len(steps[0]["perplexity"]["counts"])
+    counts = [step["perplexity"]["counts"][4] for step in steps]
+    assert found[4].endswith(
+        f": {counts[0]} before any filter, {counts[1]} after length, {counts[2]} after duplicates, "
+        f"{counts[3]} after perplexity"
+    )
+    assert {"before any filter", "after length", "after duplicates"} <= set(texts(drawing))
+
+
+def test_a_filter_that_is_there_twice_is_numbered():
+    step = {"perplexity": {"edges": [1, 2, 3], "counts": [4, 5]}}
+    names = [None, "length", "length"]
+    drawing = histograms.filter_steps([step | {"filter": name} for name in names])
+    assert {"after length (1)", "after length (2)"} <= set(texts(drawing))
+
+
+def test_a_long_legend_goes_on_in_another_row_inside_the_frame():
+    step = {"perplexity": {"edges": [1, 2, 3], "counts": [4, 5]}}
+    names = [None, *(f"filter number {place}" for place in range(7))]
+    root = ElementTree.fromstring(
+        histograms.filter_steps([step | {"filter": name} for name in names])
+    )
+    entries = [text for text in root.iter(f"{SVG}text") if "filter" in (text.text or "")]
+    ends = [float(text.get("x", "nan")) + svg.text_width(text.text or "") for text in entries]
+    assert len(entries) == 8 and max(ends) <= svg.HALF_WIDTH
+    assert len({text.get("y") for text in entries}) > 2
+
+
+def test_lengths_and_repetition_before_and_after():
+    curate = curated_report()["curate"]
+    assert tips(histograms.lengths(curate["lengths"]))[0] == "0 to 128: 31 before the filters, 0 after"  # fmt: skip
+    repetition = tips(histograms.repetition(curate["repetition"]))
+    assert repetition[1] == "5.0% to 10.0%: 130 before the filters, 121 after"
+
+
+def test_what_filters_kept_and_dropped():
+    steps = curated_report()["curate"]["steps"]
+    drawing = comparisons.kept_bars(steps)
+    kept, dropped = tips(drawing)[:2]
+    assert kept == f"length kept {steps[1]['kept']}"
+    assert dropped == f"length dropped {steps[1]['dropped']}" == "length dropped 27"
+    assert "27 (4.2%)" in texts(drawing)
+
+
+@pytest.mark.parametrize("measure", comparisons.MEASURES)
+def test_what_is_more_alike_is_darker(measure):
+    similarity = curated_report()["curate"]["analysis"]["similarity"]
+    drawing = comparisons.similarity_map(similarity, measure)
+    title = r"<title>(\S+) and (\S+), [^:]*: [\d.%]+</title>"
+    cells = re.findall(title + r".*?fill-opacity: ([\d.]+)", drawing, re.S)
+    assert [cell[:2] for cell in cells] == [(s, r) for s, of in similarity.items() for r in of]
+    tones = {cell[:2]: float(cell[2]) for cell in cells}
+    values = {(s, r): facts[measure] for s, of in similarity.items() for r, facts in of.items()}
+    order = sorted(values, key=values.__getitem__, reverse=measure == "unigram_js")
+    assert np.all(np.diff([tones[pair] for pair in order]) >= -1e-6)
+    assert tones[order[-1]] > 0.9 and tones[order[0]] < 0.1
+
+
+def test_many_references_fit_and_a_missing_pair_is_blank():
+    one = {"jaccard": 0.1, "coverage": 0.2, "unigram_js": 0.3}
+    names = [f"a-reference-with-a-long-name-{place}" for place in range(12)]
+    similarity = {"first": dict.fromkeys(names, one), "second": dict.fromkeys(names[1:], one)}
+    drawing = comparisons.similarity_map(similarity, "jaccard")
+    assert len(tips(drawing)) == 23
+    root = ElementTree.fromstring(drawing)
+    places = [float(text.get("x", "nan")) for text in root.iter(f"{SVG}text") if "…" in (text.text or "")]  # fmt: skip
+    assert len(places) == 12 and max(places) < float(root.get("width", "0")) <= svg.FULL_WIDTH
+
+
+def test_min_k_shows_every_text_and_its_mean():
+    min_k = curated_report()["curate"]["analysis"]["min_k"]
+    drawing = comparisons.min_k_rows(min_k)
+    assert len(tips(drawing)) == 5
+    assert tips(drawing)[1].startswith(f"slimpajama-validation: mean {MINUS}1.05 of ")
+    assert {"self-generated", "c4", "dclm-baseline", f"{MINUS}0.85"} <= set(texts(drawing))

@@ -1,0 +1,211 @@
+"""Sources against reference corpora: how alike their tokens are, and how familiar the model is with them.
+
+Gives facts of a few kB for the report; knows nothing of where the sources' documents come from.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from calibprune.calibration.similarity import (
+    coverage,
+    jaccard,
+    ngram_hashes,
+    signature,
+    token_counts,
+    unigram_divergence,
+)
+from calibprune.calibration.texts import documents as stream_documents
+from calibprune.config import AnalysisSettings, CurateSettings, Reference
+from calibprune.evaluation.min_k import sweep_min_k
+from calibprune.gang import ALONE, Gang
+from calibprune.model import Skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Texts = Mapping[str, Sequence[np.ndarray]]
+"""The token ids of documents, by the name of their source or reference."""
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+"""A number for every document, by "sources" or "references" and by name."""
+
+CHARACTERS_A_TOKEN = 32
+"""Read of a document for every token wanted: far more than a token has."""
+BINS = 24
+FORWARD_TOKENS = 4096
+"""In one forward, at most, unless a single document has more."""
+
+
+def read_reference(
+    reference: Reference, tokenizer: "PreTrainedTokenizerBase", documents: int, tokens: int
+) -> list[np.ndarray]:
+    """The first tokens of a reference's first documents, with a start-of-text token in front where there is one.
+
+    Raises UserError where there is no such text.
+    """
+    texts = stream_documents(
+        reference.path,
+        name=reference.dataset_name,
+        split=reference.split,
+        column=reference.column,
+    )
+    front = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
+    read = []
+    for text in islice(texts, documents):
+        start = text[: CHARACTERS_A_TOKEN * tokens]
+        ids = tokenizer(start, add_special_tokens=False).input_ids
+        read.append(np.array((front + ids)[:tokens], np.int32))
+    return read
+
+
+def analyse(
+    settings: CurateSettings, sources: Texts, references: Texts, scores: Scores | None = None
+) -> dict[str, Any]:
+    """What the report shows of sources and references. `scores` are what `min_k_scores` measured, if it did.
+
+    Similarity is that of collections cut to one size, the smallest's, since size alone makes collections differ. A
+    collection without any n-gram is left out of it.
+    """
+    analysis = settings.analysis
+    read = {
+        kind: {
+            name: [document[: settings.sequence_tokens] for document in texts[: analysis.documents]]
+            for name, texts in of_kind.items()
+        }
+        for kind, of_kind in (("sources", sources), ("references", references))
+    }
+    facts: dict[str, Any] = {
+        "ngram": analysis.ngram,
+        "vocabulary": {
+            kind: {name: _vocabulary(texts, analysis.ngram) for name, texts in of_kind.items()}
+            for kind, of_kind in read.items()
+        },
+        **_similarities(read["sources"], read["references"], analysis.ngram),
+        "min_k": None,
+    }
+    if scores and analysis.min_k is not None:
+        facts["min_k"] = {"share": analysis.min_k, **_score_facts(scores)}
+    return facts
+
+
+def min_k_scores(
+    skeleton: Skeleton,
+    settings: AnalysisSettings,
+    sources: Texts,
+    references: Texts,
+    gang: Gang = ALONE,
+) -> dict[str, dict[str, list[float]]]:
+    """Min-K%++ of every source's and reference's first documents, in one sweep of the model, which need not fit memory.
+
+    Documents of one token are left out, and texts without others. Raises ValueError without `settings.min_k`.
+    """
+    if settings.min_k is None:
+        raise ValueError("analysis.min_k is off")
+    wanted = {
+        (kind, name): [
+            torch.from_numpy(np.asarray(document[: settings.min_k_tokens]).astype(np.int64))
+            for document in [text for text in texts if len(text) > 1][: settings.min_k_documents]
+        ]
+        for kind, of_kind in (("sources", sources), ("references", references))
+        for name, texts in of_kind.items()
+    }
+    flat = [document for documents in wanted.values() for document in documents]
+    *_, scores = sweep_min_k(skeleton, flat, settings.min_k, FORWARD_TOKENS, gang)
+    assert isinstance(scores, list)
+    following = iter(scores)
+    found: dict[str, dict[str, list[float]]] = {"sources": {}, "references": {}}
+    for (kind, name), documents in wanted.items():
+        if documents:
+            found[kind][name] = list(islice(following, len(documents)))
+    return found
+
+
+def cut_to(documents: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """The first documents, the last of them cut, that have so many tokens together, or all there are."""
+    cut, left = [], tokens
+    for document in documents:
+        if left <= 0:
+            break
+        cut.append(document[:left])
+        left -= len(cut[-1])
+    return cut
+
+
+def _similarities(sources: Texts, references: Texts, ngram: int) -> dict[str, Any]:
+    long_enough = {
+        kind: {n: t for n, t in of_kind.items() if any(len(one) >= ngram for one in t)}
+        for kind, of_kind in (("sources", sources), ("references", references))
+    }
+    sizes = [sum(map(len, texts)) for of_kind in long_enough.values() for texts in of_kind.values()]
+    tokens = min(sizes, default=0)
+    ours, theirs = (
+        {name: _Collection.of(cut_to(texts, tokens), ngram) for name, texts in of_kind.items()}
+        for of_kind in long_enough.values()
+    )
+    return {
+        "similarity": {
+            name: {other: _compared(one, another) for other, another in theirs.items()}
+            for name, one in ours.items()
+        }
+        if theirs
+        else {},
+        "similarity_tokens": tokens,
+    }
+
+
+@dataclass(frozen=True)
+class _Collection:
+    ngrams: np.ndarray
+    """Hashes of distinct n-grams, in ascending order."""
+    occurrences: np.ndarray
+    signature: np.ndarray
+    token_counts: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Sequence[np.ndarray], ngram: int) -> Self:
+        ngrams, occurrences = np.unique(ngram_hashes(documents, ngram), return_counts=True)
+        return cls(ngrams, occurrences, signature(ngrams), token_counts(documents))
+
+
+def _compared(ours: _Collection, theirs: _Collection) -> dict[str, float]:
+    return {
+        "jaccard": jaccard(ours.signature, theirs.signature),
+        "unigram_js": unigram_divergence(ours.token_counts, theirs.token_counts),
+        "coverage": coverage(ours.ngrams, ours.occurrences, theirs.ngrams),
+    }
+
+
+def _vocabulary(documents: Sequence[np.ndarray], ngram: int) -> dict[str, int]:
+    whole = _Collection.of(documents, ngram)
+    return {
+        "documents": len(documents),
+        "tokens": sum(map(len, documents)),
+        "distinct_tokens": int(np.count_nonzero(whole.token_counts)),
+        "ngrams": int(whole.occurrences.sum()),
+        "distinct_ngrams": len(whole.ngrams),
+    }
+
+
+def _score_facts(scores: Scores) -> dict[str, Any]:
+    """Mean, median and histogram of every text's scores; the bins are the same for all."""
+    every = [score for of_kind in scores.values() for texts in of_kind.values() for score in texts]
+    edges = np.histogram_bin_edges(every, BINS) if every else np.empty(0)
+    return {
+        kind: {
+            name: {
+                "documents": len(values),
+                "mean": float(np.mean(values)),
+                "median": float(np.median(values)),
+                "values": {
+                    "edges": edges.tolist(),
+                    "counts": np.histogram(values, edges)[0].tolist(),
+                },
+            }
+            for name, values in of_kind.items()
+        }
+        for kind, of_kind in scores.items()
+    }

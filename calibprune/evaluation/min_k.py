@@ -1,0 +1,88 @@
+"""Min-K%++ of documents by the streamed sweep: how much a model expects a text, compared with what else it expects.
+
+Zhang et al., "Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language Models", ICLR 2025
+(arXiv 2404.02936). Texts like those a model was trained on score higher.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from calibprune.evaluation.perplexity import LOSS_ROWS, sweep_logits
+from calibprune.gang import ALONE, Gang
+from calibprune.model import Skeleton
+
+LEAST_VARIANCE = 1e-12
+"""Where the model is certain of the next token there is no spread to divide by."""
+
+
+def sweep_min_k(
+    skeleton: Skeleton,
+    documents: Sequence[Int[Tensor, " _"]],
+    share: float,
+    batch_tokens: int,
+    gang: Gang = ALONE,
+) -> Iterator[int | list[float]]:
+    """The score of every document of at least two tokens, in one pass over the model's layers. Collective.
+
+    Documents of one length are forwarded together, up to `batch_tokens` of them. Yields the number of layers left
+    behind after each, and last the scores, in the documents' order. Raises PeerLost when another worker is gone.
+    """
+    if not documents:
+        yield []
+        return
+    batches = _of_one_length(documents, batch_tokens)
+    tokens = [torch.stack([documents[index] for index in batch]) for batch in batches]
+
+    def scored(logits: Tensor, targets: Tensor) -> list[float]:
+        return [
+            min_k_score(token_scores(of_one, wanted), share)
+            for of_one, wanted in zip(logits, targets, strict=True)
+        ]
+
+    results = yield from sweep_logits(skeleton, tokens, scored, gang)
+    mine = gang.dealt(batches)
+    scores = torch.zeros(len(documents), dtype=torch.float64)
+    held = [index for batch in mine for index in batch]
+    scores[held] = torch.tensor([s for result in results for s in result], dtype=torch.float64)
+    yield gang.collect(scores, held).tolist()
+
+
+def token_scores(
+    logits: Float[Tensor, "tokens vocabulary"], targets: Int[Tensor, " tokens"]
+) -> Float32[Tensor, " tokens"]:
+    """(log p(x_t) - mu_t) / sigma_t; mu and sigma are the mean and standard deviation of log p under p.
+
+    In float32, a few rows of logits at a time.
+    """
+    parts = []
+    for rows, wanted in zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
+        log_p = F.log_softmax(rows.float(), dim=-1)
+        of_targets = log_p.gather(1, wanted[:, None]).squeeze(1)
+        p = log_p.exp()
+        log_p.masked_fill_(p == 0, 0)  # 0 * log 0 is 0
+        mean = (p * log_p).sum(-1)
+        variance = (p * log_p.sub_(mean[:, None]).square()).sum(-1).clamp(min=LEAST_VARIANCE)
+        parts.append((of_targets - mean) / variance.sqrt())
+    return torch.cat(parts)
+
+
+def min_k_score(scores: Float[Tensor, " tokens"], share: float) -> float:
+    """The mean of the lowest share of the tokens' scores, of one token at least."""
+    count = max(1, int(len(scores) * share))
+    return scores.double().topk(count, largest=False).values.mean().item()
+
+
+def _of_one_length(documents: Sequence[Tensor], batch_tokens: int) -> list[list[int]]:
+    """Indices of documents to forward together."""
+    by_length: dict[int, list[int]] = {}
+    for index, document in enumerate(documents):
+        by_length.setdefault(len(document), []).append(index)
+    batches = []
+    for length, indices in by_length.items():
+        at_once = max(1, batch_tokens // length)
+        batches += [indices[i : i + at_once] for i in range(0, len(indices), at_once)]
+    return batches
