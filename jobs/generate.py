@@ -62,7 +62,8 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str]) -> None:
         arguments = (run.config.model, folder, run.config.generate, stage.url, missing)
         references: Iterable[Any] = task.remote(*arguments)  # type: ignore[assignment]
         for reference in references:
-            steps.add(f"{ray.get(reference).facts['prefixes']} prefixes")
+            record: Any = ray.get(reference)
+            steps.add(f"{record.facts['prefixes']} prefixes")
 
 
 def _cut(
