@@ -31,7 +31,7 @@ def s3_server(bucket: str) -> Iterator[str]:
 @contextlib.contextmanager
 def weak_s3_server(bucket: str, folder: Path) -> Iterator[str]:
     """A real S3 server process that ignores conditional writes: a create overwrites. Its objects lie in `folder`."""
-    with rclone(folder) as endpoint, s3_at(endpoint):
+    with rclone(folder) as endpoint, s3_at(endpoint, weak=True):
         make_bucket(bucket)
         yield f"s3://{bucket}"
 
@@ -73,15 +73,33 @@ def rclone(folder: Path) -> Iterator[str]:
     port = free_port()
     command = [
         str(RCLONE), "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--config", os.devnull,
-        "--auth-key", "tester,tester-secret", "--dir-cache-time", "0s",
+        "--auth-key", "tester,tester-secret",
     ]  # fmt: skip
     with _process(command, port):
         yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
-def s3_at(endpoint: str) -> Iterator[None]:
-    """Lets this process, and those it starts, find s3:// at an endpoint."""
+def web_server(folder: Path) -> Iterator[str]:
+    """The endpoint of a plain web server for a folder."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "http.server",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "-d",
+        str(folder),
+    ]
+    with _process(command, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def s3_at(endpoint: str, weak: bool = False) -> Iterator[None]:
+    """Lets this process, and those it starts, find s3:// at an endpoint; `weak` for rclone's."""
     import s3fs
 
     variables = {
@@ -90,6 +108,8 @@ def s3_at(endpoint: str) -> Iterator[None]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": endpoint,
     }
+    if weak:  # it sends the checksum of the whole object with a part of it
+        variables["AWS_RESPONSE_CHECKSUM_VALIDATION"] = "when_required"
     with _environment(variables):
         s3fs.S3FileSystem.clear_instance_cache()
         try:

@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
-import tracemalloc
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,7 +40,7 @@ def folder(request, tmp_path):
         if request.param == "gs":
             yield f"{servers['gs']}/{name}"
         else:
-            with s3_at(servers[request.param]):
+            with s3_at(servers[request.param], weak=request.param == "weak"):
                 yield f"s3://runs/{name}"
 
 
@@ -60,7 +58,7 @@ def test_files_come_back_and_create_keeps_the_first(folder, request):
     assert storage.read_bytes(url) == (b"three" if is_weak(request) else b"two")
     assert storage.create(storage.join(folder, "aaa", "ccc"), b"c")
     assert storage.names(storage.join(folder, "aaa")) == ["b.bin", "ccc"]
-    assert storage.tree(folder)["aaa/ccc"] == 1 and storage.tree(storage.join(folder, "no")) == {}
+    assert storage.tree(folder)["aaa/ccc"] == 1 and storage.tree(storage.join(folder, "none")) == {}
     assert storage.names(storage.join(folder, "nothing")) == []
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(folder, "nothing"))
@@ -78,7 +76,7 @@ def test_many_files_come_in_the_order_asked_for(folder):
         url[-3:].lstrip("0").encode() or b"0" for url in shuffled
     ]
     assert storage.read_many([]) == []
-    with pytest.raises(FileNotFoundError, match="file-none is not there|file-none"):
+    with pytest.raises(FileNotFoundError, match="file-none"):
         storage.read_many([*urls, storage.join(folder, "file-none")])
 
 
@@ -196,7 +194,7 @@ def test_units_beyond_the_plan_stay_out_of_the_manifest(tmp_path):
     assert [r["unit"] for r in stage.finish()["records"]] == ["bbb", "aaa"]
 
 
-def test_twenty_thousand_units_take_seconds_and_little_memory(tmp_path):
+def test_twenty_thousand_units_take_seconds_and_tens_of_megabytes(tmp_path):
     stage, units = Stage(str(tmp_path)), [f"{n:05d}" for n in range(20_000)]
     stage.plan({"seed": 1}, units)
     (tmp_path / "_done").mkdir()
@@ -205,19 +203,19 @@ def test_twenty_thousand_units_take_seconds_and_little_memory(tmp_path):
             unit, f"data/part-{unit}-0.parquet", 9, "0" * 64, {"rows": 500, "tokens": 9}, 1.0
         )
         (tmp_path / "_done" / f"{unit}.json").write_bytes(storage.json_bytes(record.__dict__))
-    tracemalloc.start()
-    started = time.monotonic()
-    assert stage.plan({"seed": 1}, units) == []
-    planned = time.monotonic()
-    assert len(stage.done_units()) == 20_000
-    stage.finish()
-    finished = time.monotonic()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    print(
-        f"plan {planned - started:.1f} s, done units and finish {finished - planned:.1f} s, {peak >> 20} MiB"
-    )
-    assert finished - started < 60 and peak < 150 << 20
+    code = """
+import resource, sys, time
+from calibprune.run import Stage
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+stage = Stage(sys.argv[1])
+assert stage.plan({"seed": 1}, stage.read_plan()["units"]) == [] and len(stage.done_units()) == 20_000
+stage.finish()
+print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    seconds, megabytes = map(float, out.split())
+    assert seconds < 15 and megabytes < 80
     assert len(stage.records()) == 20_000
 
 
