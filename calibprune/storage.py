@@ -62,7 +62,7 @@ def exists(url: str) -> bool:
 
     try:
         return _patiently(filesystem, url, "read", look)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
