@@ -42,7 +42,7 @@ def collect(run: Run) -> dict[str, Any]:
             for name, stage in finished.items()
         },
         "generate": generate_facts(run) if "generate" in finished else None,
-        "curate": stages["curate"].record("pool").facts if "curate" in finished else None,
+        "curate": stages["curate"].record("selection").facts if "curate" in finished else None,
         "samples": sample_texts(run) if {"generate", "curate"} <= finished.keys() else [],
         "prune": None,
         "sparsity": None,
