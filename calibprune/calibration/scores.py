@@ -27,12 +27,13 @@ def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.nd
     lengths = np.diff(offsets)
     continuation = lengths - scored_from(table["prefix_length"].to_numpy())
     logprobs = table["cumulative_logprob"].to_numpy()
+    values = np.where(np.isnan(logprobs), np.nan, perplexity(logprobs, continuation))
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
     columns = {
         "row": table["row"].to_numpy(),
         "tokens": lengths.astype(np.int32),
-        "perplexity": np.where(
-            np.isnan(logprobs), np.nan, perplexity(logprobs, continuation)
-        ).astype(np.float32),
+        "perplexity": values,
     }
     for index, one in enumerate(filters):
         match one:
@@ -63,7 +64,7 @@ def write_scores(
         if table is not None:
             scored = score_samples(table, filters)
             tokens += int(scored["tokens"].sum(dtype=np.int64))
-            parts.append(pa.table({name: _column(values) for name, values in scored.items()}))
+            parts.append(pa.table({name: as_column(values) for name, values in scored.items()}))
     facts = {"rows": rows, "tokens": tokens}
     if not parts:
         return stage.commit(unit, None, facts)
@@ -71,7 +72,8 @@ def write_scores(
     return stage.commit(unit, stage.put(unit, data, "parquet", "scores", "part"), facts)
 
 
-def _column(values: np.ndarray) -> pa.Array:
+def as_column(values: np.ndarray) -> pa.Array:
+    """A column of numbers; of [samples, bytes] one of as many bytes."""
     if values.ndim == 1:
         return pa.array(values)
     kind = pa.binary(values.shape[1])
