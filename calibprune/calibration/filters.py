@@ -4,12 +4,12 @@ A dropped sample is marked with a number that says which filter dropped it and w
 beside its text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from calibprune.calibration.duplicates import bands, first_equal, first_near
 from calibprune.config import (
@@ -42,9 +42,9 @@ def mark(index: int, clause: int) -> int:
     return 1 + CLAUSES * index + clause
 
 
-def filter_and_clause(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The reverse, for dropped samples."""
-    return (marks - 1) // CLAUSES, (marks - 1) % CLAUSES
+def dropped_by(marks: np.ndarray, index: int) -> np.ndarray:
+    """Whether filter `index` dropped a sample."""
+    return (marks >= mark(index, 0)) & (marks < mark(index + 1, 0))
 
 
 @dataclass
@@ -58,8 +58,10 @@ class Outcome:
     """The perplexity from which on samples were dropped, the lowest of any source."""
 
 
-Load = Callable[[str], np.ndarray]
-"""A column of the samples' scores by name: `perplexity`, or the filter's number and the measure, as in `1.share`."""
+class Load(Protocol):
+    def __call__(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
+        """A column of scores, of some samples or all: `perplexity`, or a filter's number and measure, as `1.share`."""
+        ...
 
 
 def apply_filters(
@@ -110,7 +112,7 @@ def _by_perplexity(
         marks[(marks == KEPT) & (values < one.least)] = mark(index, UNDER)
     if one.most is not None:
         marks[(marks == KEPT) & (values > one.most)] = mark(index, OVER)
-    kept = np.flatnonzero(marks == KEPT)
+    kept = np.flatnonzero(marks == KEPT).astype(np.int32)
     order = kept[np.argsort(values[kept], kind="stable")]
     best, worst = int(len(kept) * one.drop_best), int(len(kept) * one.drop_worst)
     marks[order[:best]] = mark(index, BEST)
@@ -121,23 +123,21 @@ def _by_perplexity(
 
 
 def _duplicates(outcome: Outcome, index: int, one: DuplicateFilter, load: Load) -> None:
-    kept = np.flatnonzero(outcome.marks == KEPT)
-    first = kept[first_equal(load("hash")[kept])]
+    kept = np.flatnonzero(outcome.marks == KEPT).astype(np.int32)
+    first = kept[first_equal(load("hash", kept))]
     equal = first != kept
     outcome.marks[kept[equal]] = mark(index, EQUAL)
-    same_as: Int64[np.ndarray, " kept"] = first
     if one.near:
-        distinct = kept[~equal]
-        layout = bands(one.similarity, one.permutations)
-        near = distinct[
-            first_near(
-                lambda number: load(band_column(index, number))[distinct],
-                len(distinct), layout, one.similarity,
-            )
-        ]  # fmt: skip
+        distinct, layout = kept[~equal], bands(one.similarity, one.permutations)
+
+        def band(number: int, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
+            wanted = distinct if samples is None else distinct[samples]
+            return load(band_column(index, number), wanted)
+
+        near = distinct[first_near(band, len(distinct), layout, one.similarity)]
         outcome.marks[distinct[near != distinct]] = mark(index, NEAR)
-        same_as[~equal] = near
-    outcome.same_as[index] = same_as[same_as != kept].astype(np.int32)
+        first[~equal] = near
+    outcome.same_as[index] = first[first != kept]
 
 
 def band_column(index: int, number: int) -> str:

@@ -3,7 +3,7 @@
 Every sequence is made of one source. What is drawn depends on seed, source and kept samples alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -59,40 +59,39 @@ def source_of_sequence(settings: CurateSettings) -> Int32[np.ndarray, " sequence
 
 
 def place_samples(
-    kept: Int64[np.ndarray, " kept"],
     tokens: Int32[np.ndarray, " kept"],
-    shards: Int32[np.ndarray, " kept"],
+    shard_of: Callable[[Int32[np.ndarray, " some"]], Int64[np.ndarray, " some"]],
     sequences: int,
     source: int,
     settings: CurateSettings,
-) -> tuple[Int64[np.ndarray, " used"], Int64[np.ndarray, " used"]]:
-    """(samples that fill the sequences of a source, where each begins in the source's row of tokens).
+) -> tuple[Int32[np.ndarray, " used"], Int64[np.ndarray, " used"]]:
+    """(which of the kept samples fill the sequences of a source, where each begins in the source's row of tokens).
 
     They are drawn in random order until there are enough. The row of tokens is what `sequences` times
     `sequence_tokens` are cut from; with pack=document a sample begins where a sequence does. A pool of many files is
-    shuffled by shards first, so that a file needs a part of the shards only.
+    shuffled by shards first (`shard_of` kept samples), so that a file needs a part of the shards only.
     Too few samples give fewer tokens: `shortage` says so.
     """
     random = np.random.default_rng([settings.seed, 0, source])
-    if settings.pack == "document":
-        long_enough = tokens >= settings.sequence_tokens
-        kept, tokens, shards = kept[long_enough], tokens[long_enough], shards[long_enough]
-        taken = np.full(len(kept), settings.sequence_tokens, np.int64)
-    else:
-        some = tokens > 0
-        kept, tokens, shards = kept[some], tokens[some], shards[some]
-        taken = tokens.astype(np.int64)
-    order = random.permutation(len(kept))
+    document = settings.pack == "document"
+    least = settings.sequence_tokens if document else 1
+    order = random.permutation(np.flatnonzero(tokens >= least).astype(np.int32))
     needed = sequences * settings.sequence_tokens
-    ends = np.cumsum(taken[order])
-    order = order[: int(np.searchsorted(ends, needed)) + 1] if needed else order[:0]
+
+    def ends(order: Int32[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        if document:
+            return settings.sequence_tokens * np.arange(1, len(order) + 1)
+        return np.cumsum(tokens[order], dtype=np.int64)
+
+    order = order[: int(np.searchsorted(ends(order), needed)) + 1] if needed else order[:0]
     blocks = len(pool_files(settings))
     if blocks > 1 and len(order):
+        shards = shard_of(order)
         block = random.integers(blocks, size=int(shards.max()) + 1)
-        order = order[np.argsort(block[shards[order]], kind="stable")]
-    starts = np.cumsum(taken[order]) - taken[order]
+        order = order[np.argsort(block[shards], kind="stable")]
+    starts = ends(order) - (settings.sequence_tokens if document else tokens[order])
     inside = starts < needed
-    return kept[order[inside]], starts[inside]
+    return order[inside], starts[inside]
 
 
 def shortage(

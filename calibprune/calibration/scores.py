@@ -8,6 +8,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int32
 
 from calibprune.calibration.duplicates import bands, sample_hashes, signatures
 from calibprune.calibration.filters import band_column, perplexity
@@ -117,12 +118,17 @@ class ScratchColumns:
             self._kinds[name] = values.dtype, width
         self._files[name].write(np.ascontiguousarray(values).data)
 
-    def load(self, name: str) -> np.ndarray:
-        """[samples], or [samples, bytes] for a column of bytes."""
+    def load(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
+        """[samples], or [samples, bytes] for a column of bytes; of some samples only where they are given."""
         dtype, width = self._kinds[name]
         file = self._files[name]
         file.flush()
-        values = np.empty(file.seek(0, io.SEEK_END) // dtype.itemsize, dtype)
+        count = file.seek(0, io.SEEK_END) // (dtype.itemsize * (width or 1))
+        shape = (count,) if width is None else (count, width)
+        if samples is not None:
+            mapped = np.memmap(file, dtype, "r", shape=shape)
+            return np.asarray(mapped[samples])
+        values = np.empty(shape, dtype)
         file.seek(0)
-        file.readinto(memoryview(values).cast("B"))  # type: ignore[attr-defined]
-        return values if width is None else values.reshape(-1, width)
+        file.readinto(memoryview(values.reshape(-1)).cast("B"))  # type: ignore[attr-defined]
+        return values

@@ -3,24 +3,28 @@
 It is made by one task from the samples' scores; no token is read.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Int16, Int32, Int64, UInt8
 
 from calibprune.calibration.filters import (
+    EQUAL,
     KEPT,
     NEAR,
     Outcome,
     apply_filters,
-    filter_and_clause,
+    dropped_by,
+    mark,
 )
 from calibprune.calibration.mixing import mixture, place_samples, shortage
-from calibprune.calibration.pool import parquet_bytes, read_parquet
+from calibprune.calibration.pool import read_parquet
 from calibprune.calibration.scores import ScratchColumns
 from calibprune.config import CurateSettings, DuplicateFilter, RepetitionFilter
 from calibprune.errors import UserError
@@ -29,27 +33,53 @@ from calibprune.run import Record, Stage
 UNIT = "selection"
 BINS = 40
 NOWHERE = -1
+ROWS_AT_ONCE = 1 << 20
+SCHEMA = pa.schema(
+    {
+        "marks": pa.uint8(),
+        "start": pa.int64(),
+        "same_source": pa.int16(),
+        "same_row": pa.int64(),
+    }
+)
+
+
+class Same(NamedTuple):
+    """Duplicates, and what they are equal to."""
+
+    samples: Int64[np.ndarray, " duplicates"]
+    source: Int16[np.ndarray, " duplicates"]
+    row: Int64[np.ndarray, " duplicates"]
 
 
 @dataclass(frozen=True)
-class Selection:
+class Decision:
     """What is decided about every sample, in order of sources, shards and rows."""
 
     marks: UInt8[np.ndarray, " samples"]
     """0 for a kept sample, else `filters.mark`."""
-    same_source: Int16[np.ndarray, " samples"]
-    same_row: Int64[np.ndarray, " samples"]
-    """Of a duplicate: what it is equal to."""
     start: Int64[np.ndarray, " samples"]
     """Where a used sample begins in its source's row of tokens; -1 for all others."""
+    same: Same
     shard_rows: list[int]
     """Samples in every shard."""
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The same as it is read again: of each sample its mark, its start, and of a duplicate what it is equal to."""
+
+    marks: UInt8[np.ndarray, " samples"]
+    start: Int64[np.ndarray, " samples"]
+    same_source: Int16[np.ndarray, " samples"]
+    same_row: Int64[np.ndarray, " samples"]
+    shard_rows: list[int]
+
+
 def select(
     stage: Stage, settings: CurateSettings, units: Sequence[tuple[str, int]]
-) -> tuple[Selection, dict[str, Any]]:
-    """Filters, mixes and places; returns the selection and its facts.
+) -> tuple[Decision, dict[str, Any]]:
+    """Filters, mixes and places; returns what is decided and its facts.
 
     `units`: the units with the scores, each with the number of its source, in order of sources.
     Raises UserError, saying which source has how much and needs how much, where the pool cannot be filled.
@@ -70,18 +100,16 @@ def select(
         stops = np.cumsum(sizes).tolist()
         sources = [range(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
 
-        values, steps = columns.load("perplexity"), []
-        edges = _edges(values)
+        edges, steps = _edges(columns.load("perplexity")), []
         outcome = Outcome(np.zeros(0, np.uint8))
         for outcome in apply_filters(settings.filters, columns.load, sources):
-            steps.append(_step(settings, len(steps), outcome, values, edges))
-        del values
+            steps.append(_step(settings, len(steps), outcome, columns, edges))
         tokens = columns.load("tokens")
         start = _place(settings, outcome, tokens, shard_rows, sources)
-        same_source, same_row = _same(outcome, columns, sources)
+        same = _same(outcome, columns, sources)
         facts = _facts(settings, outcome, tokens, start, sources, steps)
         facts["repetition"] = _repetition(settings, outcome, columns)
-    return Selection(outcome.marks, same_source, same_row, start, shard_rows), facts
+    return Decision(outcome.marks, start, same, shard_rows), facts
 
 
 def _place(
@@ -91,13 +119,18 @@ def _place(
     shard_rows: Sequence[int],
     sources: Sequence[range],
 ) -> Int64[np.ndarray, " samples"]:
-    shards = np.repeat(np.arange(len(shard_rows), dtype=np.int32), shard_rows)
+    stops = np.cumsum(shard_rows)
     start = np.full(len(tokens), NOWHERE, np.int64)
     counts, kept_samples, available = mixture(settings), [], []
     for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
-        kept = source.start + np.flatnonzero(outcome.marks[source.start : source.stop] == KEPT)
-        used, starts = place_samples(kept, tokens[kept], shards[kept], count, number, settings)
-        start[used] = starts
+        kept = np.flatnonzero(outcome.marks[source.start : source.stop] == KEPT).astype(np.int32)
+        kept += source.start
+
+        def shard_of(some: np.ndarray, kept: np.ndarray = kept) -> np.ndarray:
+            return np.searchsorted(stops, kept[some], side="right")
+
+        used, starts = place_samples(tokens[kept], shard_of, count, number, settings)
+        start[kept[used]] = starts
         kept_samples.append(len(kept))
         if settings.pack == "document":
             available.append(int((tokens[kept] >= settings.sequence_tokens).sum()))
@@ -109,20 +142,17 @@ def _place(
     return start
 
 
-def _same(
-    outcome: Outcome, columns: ScratchColumns, sources: Sequence[range]
-) -> tuple[Int16[np.ndarray, " samples"], Int64[np.ndarray, " samples"]]:
-    same_source = np.full(len(outcome.marks), NOWHERE, np.int16)
-    same_row = np.full(len(outcome.marks), NOWHERE, np.int64)
-    if outcome.same_as:
-        stops = np.array([source.stop for source in sources])
-        rows = columns.load("row")
-        for index, same_as in outcome.same_as.items():
-            filters, _ = filter_and_clause(outcome.marks.astype(np.int16))
-            dropped = np.flatnonzero((outcome.marks != KEPT) & (filters == index))
-            same_row[dropped] = rows[same_as]
-            same_source[dropped] = np.searchsorted(stops, same_as, side="right")
-    return same_source, same_row
+def _same(outcome: Outcome, columns: ScratchColumns, sources: Sequence[range]) -> Same:
+    stops = np.array([source.stop for source in sources])
+    samples, others = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    for index, same_as in outcome.same_as.items():
+        samples.append(np.flatnonzero(dropped_by(outcome.marks, index)))
+        others.append(same_as)
+    order = np.argsort(np.concatenate(samples))
+    other = np.concatenate(others)[order]
+    source = np.searchsorted(stops, other, side="right").astype(np.int16)
+    row = columns.load("row", other) if len(other) else np.zeros(0, np.int64)
+    return Same(np.concatenate(samples)[order], source, row)
 
 
 def write_selection(
@@ -130,10 +160,22 @@ def write_selection(
 ) -> Record:
     """Commits the selection, with the facts in its record."""
     made, facts = select(stage, settings, units)
-    columns = ("marks", "same_source", "same_row", "start")
-    table = pa.table({name: getattr(made, name) for name in columns})
-    table = table.replace_schema_metadata({"shard_rows": json.dumps(made.shard_rows)})
-    published = stage.put(UNIT, parquet_bytes(table), "parquet", "selection", "part")
+    buffer, metadata = io.BytesIO(), {"shard_rows": json.dumps(made.shard_rows)}
+    schema = SCHEMA.with_metadata(metadata)
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for first in range(0, len(made.marks), ROWS_AT_ONCE):
+            here = slice(first, first + ROWS_AT_ONCE)
+            rows = len(made.marks[here])
+            low, high = np.searchsorted(made.same.samples, (first, first + rows))
+            same_source, same_row = np.full(rows, NOWHERE, np.int16), np.full(rows, NOWHERE)
+            places = made.same.samples[low:high] - first
+            same_source[places], same_row[places] = (
+                made.same.source[low:high],
+                made.same.row[low:high],
+            )
+            columns = [made.marks[here], made.start[here], same_source, same_row]
+            writer.write_table(pa.table([pa.array(column) for column in columns], schema=schema))
+    published = stage.put(UNIT, buffer.getvalue(), "parquet", "selection", "part")
     return stage.commit(UNIT, published, facts)
 
 
@@ -186,16 +228,20 @@ def _facts(
 
 
 def _step(
-    settings: CurateSettings, number: int, outcome: Outcome, values: np.ndarray, edges: np.ndarray
+    settings: CurateSettings,
+    number: int,
+    outcome: Outcome,
+    columns: ScratchColumns,
+    edges: np.ndarray,
 ) -> dict[str, Any]:
     """What is left after so many filters."""
-    kept = outcome.marks == KEPT
-    filters, _ = filter_and_clause(outcome.marks[~kept].astype(np.int16))
+    kept, values = outcome.marks == KEPT, columns.load("perplexity")
     left = values[kept & np.isfinite(values)]
+    del values
     return {
         "filter": settings.filters[number - 1].type if number else None,
         "kept": int(kept.sum()),
-        "dropped": int((filters == number - 1).sum()) if number else 0,
+        "dropped": int(dropped_by(outcome.marks, number - 1).sum()) if number else 0,
         "perplexity": {
             "edges": edges.tolist(),
             "counts": np.histogram(left, edges)[0].tolist() if len(edges) else [],
@@ -237,7 +283,8 @@ def _duplicates(settings: CurateSettings, outcome: Outcome) -> dict[str, int] | 
     found = [i for i, one in enumerate(settings.filters) if isinstance(one, DuplicateFilter)]
     if not found:
         return None
-    filters, clauses = filter_and_clause(outcome.marks[outcome.marks != KEPT].astype(np.int16))
-    here = np.isin(filters, found)
-    near = int((clauses[here] == NEAR).sum())
-    return {"exact": int(here.sum()) - near, "near": near}
+    exact, near = (
+        sum(int((outcome.marks == mark(index, clause)).sum()) for index in found)
+        for clause in (EQUAL, NEAR)
+    )
+    return {"exact": exact, "near": near}

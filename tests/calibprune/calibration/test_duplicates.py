@@ -39,8 +39,9 @@ def near(samples, similarity):
     signed = signatures(*end_to_end(samples), NGRAM, PERMUTATIONS)
     layout = bands(similarity, PERMUTATIONS)
 
-    def band(number):
-        return np.ascontiguousarray(signed[:, number * layout.rows : (number + 1) * layout.rows])
+    def band(number, samples=None):
+        values = signed[:, number * layout.rows : (number + 1) * layout.rows]
+        return values if samples is None else values[samples]
 
     return first_near(band, len(samples), layout, similarity)
 

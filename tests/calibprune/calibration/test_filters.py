@@ -13,7 +13,7 @@ from calibprune.calibration.filters import (
     UNDER,
     WORST,
     apply_filters,
-    filter_and_clause,
+    dropped_by,
     mark,
     perplexity,
     reason,
@@ -28,15 +28,19 @@ def marks(filters, sources=None, **columns):
     wanted = settings(filters=filters).filters
     columns = {name: np.asarray(values) for name, values in columns.items()}
     samples = len(next(iter(columns.values())))
-    load = {name.replace("_", "."): values for name, values in columns.items()}.__getitem__
-    outcomes = list(apply_filters(wanted, load, sources or [range(samples)]))
+    columns = {name.replace("_", "."): values for name, values in columns.items()}
+    outcomes = list(apply_filters(wanted, loading(columns), sources or [range(samples)]))
     assert len(outcomes) == len(filters) + 1
     return outcomes[-1]
 
 
+def loading(columns):
+    return lambda name, some=None: columns[name] if some is None else columns[name][some]
+
+
 def dropped(outcome, index=None):
-    filters, _ = filter_and_clause(outcome.marks.astype(int))
-    return np.flatnonzero((outcome.marks != KEPT) & ((filters == index) | (index is None))).tolist()
+    here = outcome.marks != KEPT if index is None else dropped_by(outcome.marks, index)
+    return np.flatnonzero(here).tolist()
 
 
 def test_perplexity_is_the_exponential_of_the_mean():
@@ -106,12 +110,12 @@ def test_duplicates_keep_the_first_that_the_filters_before_kept():
     columns = scored(samples, filters)
     sources = [range(3), range(3, 7)]
     wanted = settings(filters=filters).filters
-    outcome = list(apply_filters(wanted, columns.__getitem__, sources))[-1]
+    outcome = list(apply_filters(wanted, loading(columns), sources))[-1]
     assert dropped(outcome, 0) == [0] and dropped(outcome, 1) == [3, 4, 5]
-    assert filter_and_clause(outcome.marks[[3, 4, 5]])[1].tolist() == [0, 1, 0]
+    assert outcome.marks[[3, 4, 5]].tolist() == [mark(1, 0), mark(1, 1), mark(1, 0)]
     assert outcome.same_as[1].tolist() == [1, 1, 2]
     filters[1]["near"] = False
-    outcome = list(apply_filters(settings(filters=filters).filters, columns.__getitem__, sources))
+    outcome = list(apply_filters(settings(filters=filters).filters, loading(columns), sources))
     assert dropped(outcome[-1], 1) == [3, 5]
 
 
