@@ -5,8 +5,9 @@ units there are.
 """
 
 import importlib.metadata
+import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -55,7 +56,7 @@ def run(run: Run, score_units: ScoreUnits | None = None) -> None:
     started = time.monotonic()
     with Steps("curate", "units", len(units), len(units) - len(missing)) as steps:
         for record in _make(run, curation, missing, score_units):
-            steps.add(record.unit.rstrip("-0123456789"))
+            steps.add(record.unit)
     stage.finish({"seconds": time.monotonic() - started})
     facts = stage.record(SELECTION).facts
     say(
@@ -100,19 +101,19 @@ def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
 
 
 def _make(
-    run: Run, curation: Curation, missing: Collection[str], score_units: ScoreUnits | None
+    run: Run, curation: Curation, missing: Sequence[str], score_units: ScoreUnits | None
 ) -> Iterator[Record]:
     """Has the missing units made, in the order in which they need each other; yields their records."""
-    handle = ray.put(curation)
+    handle, left = ray.put(curation), set(missing)
     texts = [
         (handle, source, run.skeleton.checkpoint.url, run.config.model.trust_remote_code, units)
         for source in curation.natural_sources()
-        if (units := [unit for unit in curation.text_units(source) if unit in missing])
+        if (units := [unit for unit in curation.text_units(source) if unit in left])
     ]
     yield from _tasks(_read_documents, texts)
     yield from _score_documents(curation, _of_kind(missing, "scored"), score_units)
     yield from _in_batches(_score, handle, _of_kind(missing, "scores"))
-    if SELECTION in missing:
+    if SELECTION in left:
         yield from _tasks(_select, [(handle,)])
     yield from _in_batches(_write_files, handle, _of_kind(missing, "dropped", "pool"))
 
@@ -175,6 +176,7 @@ def _read_documents(
 
 
 def _score(curation: Curation, units: list[str]) -> list[Record]:
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # MinHash would take all cores of the node
     return list(make_scores(curation, units))
 
 
