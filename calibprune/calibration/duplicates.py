@@ -89,7 +89,7 @@ def first_near(
 
     Candidates agree on a whole band: 99 % of the pairs at the wanted similarity, more of those above it. In a band
     with many equal samples each is compared with the first and with the one before it. A pair counts if its estimated
-    similarity, of standard error sqrt(J (1 - J) / permutations), reaches the wanted one. Takes about 24 bytes a sample.
+    similarity, of standard error sqrt(J (1 - J) / permutations), reaches the wanted one. Takes some 30 bytes a sample.
     """
     parents = np.arange(samples, dtype=np.int32)
     for number in range(layout.count):
