@@ -1,13 +1,16 @@
 """Bad input gets a clear error before work starts; and what a run will need, told in advance."""
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from calibprune import storage
 from calibprune.calibration.engine import vllm_version
+from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
-from calibprune.config import Config, LengthFilter, PerplexityFilter
+from calibprune.calibration.sources import document_tokens
+from calibprune.config import Config, NaturalSource, PerplexityFilter
 from calibprune.errors import UserError
 from jobs.run_folder import Run
 
@@ -68,22 +71,29 @@ def _check_lengths(config: Config, stages: Sequence[str], context: int | None) -
             f"generate.min_tokens {generate.min_tokens} is more than generate.max_tokens {generate.max_tokens}"
         )
     if config.prune.pool is None and {"generate", "curate"} & set(stages):
-        most = generate.max_tokens + prefix
-        samples = kept_at_most(config)
-        needed = curate.sequences * curate.sequence_tokens
-        if curate.pack == "concat" and samples * most < needed:
-            raise UserError(
-                f"curate asks for {curate.sequences} sequences of {curate.sequence_tokens} tokens = {needed} tokens; "
-                f"of {generate.samples} samples of at most {most} tokens the filters keep {samples}, at most "
-                f"{samples * most} tokens: raise generate.samples or generate.max_tokens"
-            )
-        if curate.pack == "document" and (
-            most < curate.sequence_tokens or samples < curate.sequences
-        ):
-            raise UserError(
-                f"curate.pack=document asks for {curate.sequences} samples of {curate.sequence_tokens} tokens; "
-                f"generate makes at most {samples} that are kept, of at most {most} tokens"
-            )
+        _check_sources(config, generate.max_tokens + prefix)
+
+
+def _check_sources(config: Config, most_tokens: int) -> None:
+    """Whether every source can fill its sequences, were all its samples as long as they may get."""
+    settings = config.curate
+    counts, kept, available = mixture(settings), [], []
+    for source in settings.sources:
+        if isinstance(source, NaturalSource):
+            most = document_tokens(source, settings.sequence_tokens) + source.bos
+            samples = kept_at_most(config, source.documents)
+        elif source.path is None:
+            most, samples = most_tokens, kept_at_most(config, config.generate.samples)
+        else:  # of another run: there is no telling without reading it
+            most = samples = sys.maxsize
+        kept.append(samples)
+        if settings.pack == "document":
+            available.append(samples if most >= settings.sequence_tokens else 0)
+        else:
+            available.append(samples * most)
+    short = shortage(settings, counts, kept, available)
+    if short:
+        raise UserError(f"as long as samples may get, {short}")
 
 
 def _check_pattern(run: Run) -> None:
@@ -108,15 +118,13 @@ def _check_generate(run: Run) -> None:
     check_prefixes(run.config.generate, run.tokenizer)
 
 
-def kept_at_most(config: Config) -> int:
-    """Samples left when every filter drops no more than it must."""
-    samples = config.generate.samples
+def kept_at_most(config: Config, samples: int) -> int:
+    """Of a source's samples, those left when every filter drops no more than it must."""
     for one in config.curate.filters:
-        match one:
-            case PerplexityFilter():
-                samples -= int(samples * one.drop_worst)
-            case LengthFilter():
-                pass
+        if isinstance(one, PerplexityFilter):
+            dropped = int(samples * one.drop_worst) + int(samples * one.drop_best)
+            both = one.drop_worst > 0 and one.drop_best > 0
+            samples -= max(0, dropped - both)  # of one sample less, two less may be dropped
     return samples
 
 
@@ -132,10 +140,15 @@ def requirements(run: Run) -> dict[str, Any]:
         linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
     ]
     settings = config.curate
-    tokens = settings.sequences * settings.sequence_tokens
+    tokens = settings.pool_sequences * settings.sequence_tokens
     workers = config.cluster.workers
     memory = worker_memory(
-        skeleton, config.prune, settings.sequences, settings.sequence_tokens, workers, host_memory()
+        skeleton,
+        config.prune,
+        settings.pool_sequences,
+        settings.sequence_tokens,
+        workers,
+        host_memory(),
     )
     picked = chosen_linears(skeleton, config.prune)
     pruned = sum(

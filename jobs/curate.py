@@ -1,37 +1,188 @@
-"""curate: one task on the cluster scores, filters and packs the samples; the driver sees records only."""
+"""curate: tasks all over the cluster score, filter and pack the samples; the driver sees records only.
 
+Every unit commits on its own, so a rerun takes up what is there. calibprune/calibration/curation.py says which
+units there are.
+"""
+
+import importlib.metadata
+import os
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import ray
 
-from calibprune.calibration.pool import curate
-from calibprune.config import CurateSettings
-from calibprune.run import Stage
-from jobs.progress import say
+from calibprune.calibration.curation import (
+    SELECTION,
+    Curation,
+    make_files,
+    make_scores,
+    make_selection,
+    needs_scoring,
+    plan_curation,
+)
+from calibprune.calibration.mixing import mixture
+from calibprune.calibration.sources import write_documents
+from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
+from calibprune.errors import UserError
+from calibprune.run import Record, Stage
+from jobs.progress import Steps, say
 from jobs.run_folder import Run
 
+NOT_IN_THE_RESULT = {"references", "analysis"}
+BATCHES_PER_CPU = 4
+"""Of units given to one task: few enough that a task's start costs little, many enough that none ends late."""
+MOST_IN_BATCH = 16
+IN_FLIGHT_PER_CPU = 2
+ATTEMPTS = 3
 
-def run(run: Run) -> None:
+ScoreUnits = Callable[[list[str]], None]
+"""Has `scored-*` units of the curate stage committed by engines (calibration.sources.score_shard for each)."""
+
+
+def run(run: Run, score_units: ScoreUnits | None = None) -> None:
     if run.config.prune.pool is not None:
         say("curate: not needed, prune.pool is given")
         return
-    settings, stage, generate = run.config.curate, run.stage("curate"), run.stage("generate")
-    identity = {"generate": generate.content_id(), "curate": settings.model_dump(mode="json")}
-    missing = stage.plan(identity, ["dropped", "pool"])
+    settings, stage = run.config.curate, run.stage("curate")
+    mixture(settings)
+    generated = generated_stages(run)
+    curation = plan_curation(stage.url, settings, generated)
+    units = curation.units()
+    missing = stage.plan(_identity(run, generated), units)
     if not missing and stage.finished:
         say("curate: done already")
         return
     started = time.monotonic()
-    task = ray.remote(_curate).options(num_cpus=1, max_retries=2)
-    ray.get(task.remote(generate.url, stage.url, settings))
+    with Steps("curate", "units", len(units), len(units) - len(missing)) as steps:
+        for record in _make(run, curation, missing, score_units):
+            steps.add(record.unit)
     stage.finish({"seconds": time.monotonic() - started})
-    facts = stage.record("pool").facts
+    facts = stage.record(SELECTION).facts
     say(
         f"curate: kept {facts['kept']} of {facts['samples']} samples, packed "
         f"{facts['sequences']} sequences of {facts['sequence_tokens']} tokens"
     )
+    for name, source in facts["sources"].items() if len(facts["sources"]) > 1 else ():
+        say(
+            f"curate: {source['sequences']} sequences of {name}, from {source['used']} of {source['kept']} kept samples"
+        )
 
 
-def _curate(generate_url: str, stage_url: str, settings: CurateSettings) -> None:
-    for _ in curate(Stage(generate_url), Stage(stage_url), settings):
-        pass
+def generated_stages(run: Run) -> dict[str, Stage]:
+    """The generate stage of every generated source by its name. Raises UserError for another model's samples."""
+    stages = {}
+    for source in run.config.curate.sources:
+        if isinstance(source, GeneratedSource):
+            stage = run.stage("generate") if source.path is None else Stage(source.path)
+            stages[source.name] = stage
+            stage.manifest()  # says so where it is not finished
+            writer = stage.read_plan()["identity"].get("model")
+            if source.path is not None and writer != run.model_identity:
+                raise UserError(
+                    f"the samples of curate source {source.name} in {source.path} were written by another model"
+                )
+    return stages
+
+
+def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
+    settings = run.config.curate
+    identity: dict[str, Any] = {
+        "curate": settings.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "generated": {name: stage.content_id() for name, stage in generated.items()},
+        "versions": {},
+    }
+    if any(isinstance(one, NaturalSource) for one in settings.sources):
+        identity |= {"model": run.model_identity, "model.dtype": run.dtype}
+        identity["versions"]["transformers"] = importlib.metadata.version("transformers")
+    if any(isinstance(one, DuplicateFilter) for one in settings.filters):
+        identity["versions"]["rensa"] = importlib.metadata.version("rensa")
+    return identity
+
+
+def _make(
+    run: Run, curation: Curation, missing: Sequence[str], score_units: ScoreUnits | None
+) -> Iterator[Record]:
+    """Has the missing units made, in the order in which they need each other; yields their records."""
+    handle, left = ray.put(curation), set(missing)
+    texts = [
+        (handle, source, run.skeleton.checkpoint.url, run.config.model.trust_remote_code, units)
+        for source in curation.natural_sources()
+        if (units := [unit for unit in curation.text_units(source) if unit in left])
+    ]
+    yield from _tasks(_read_documents, texts)
+    yield from _score_documents(curation, _of_kind(missing, "scored"), score_units)
+    yield from _in_batches(_score, handle, _of_kind(missing, "scores"))
+    if SELECTION in left:
+        yield from _tasks(_select, [(handle,)])
+    yield from _in_batches(_write_files, handle, _of_kind(missing, "dropped", "pool"))
+
+
+def _score_documents(
+    curation: Curation, units: list[str], score_units: ScoreUnits | None
+) -> list[Record]:
+    """Has engines take the log-probabilities of documents, where a filter asks for them."""
+    if not units:
+        return []
+    if score_units is None:
+        assert needs_scoring(curation.settings)
+        raise UserError("a perplexity filter of documents needs an engine, there is none here")
+    score_units(units)
+    return [curation.stage.record(unit) for unit in units]
+
+
+def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
+    return [unit for unit in units if unit.partition("-")[0] in kinds]
+
+
+def _in_batches(function: Any, handle: Any, units: Sequence[str]) -> Iterator[Record]:
+    """Consecutive units together: they are of neighbouring shards."""
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cpus)))
+    batches = [units[first : first + size] for first in range(0, len(units), size)]
+    yield from _tasks(function, [(handle, batch) for batch in batches])
+
+
+def _tasks(function: Any, arguments: Sequence[tuple]) -> Iterator[Record]:
+    """Runs the function as a task of one core for each of the arguments, a bounded number at a time.
+
+    Tasks that went down with their node are run again; what a task raises ends the stage, others' commits stay.
+    """
+    task = ray.remote(function).options(num_cpus=1, max_retries=ATTEMPTS - 1)
+    limit = max(2, IN_FLIGHT_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
+    waiting, running = list(reversed(arguments)), []
+    try:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                running.append(task.remote(*waiting.pop()))
+            ready, running = ray.wait(running, num_returns=1, timeout=1.0)
+            for reference in ready:
+                yield from ray.get(reference)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _read_documents(
+    curation: Curation, source: NaturalSource, model: str, trust: bool, units: list[str]
+) -> list[Record]:
+    from calibprune.calibration.prefixes import _start_token
+    from calibprune.model import load_tokenizer
+
+    tokenizer = load_tokenizer(model, trust)
+    start = _start_token(tokenizer) if source.bos else None
+    tokens = curation.settings.sequence_tokens
+    return list(write_documents(curation.stage, source, tokens, tokenizer, start, set(units)))
+
+
+def _score(curation: Curation, units: list[str]) -> list[Record]:
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # MinHash would take all cores of the node
+    return list(make_scores(curation, units))
+
+
+def _select(curation: Curation) -> list[Record]:
+    return [make_selection(curation)]
+
+
+def _write_files(curation: Curation, units: list[str]) -> list[Record]:
+    return list(make_files(curation, units))

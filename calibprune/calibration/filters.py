@@ -1,62 +1,169 @@
-"""Which samples are good enough to calibrate on: each filter keeps a sample or says why not."""
+"""Which samples are good enough to calibrate on: each filter drops what it must of those the filters before it kept.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A dropped sample is marked with a number that says which filter dropped it and why; the words for it are made later,
+beside its text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Float32, Int32, UInt8
 
-from calibprune.config import Filter, LengthFilter, PerplexityFilter
+from calibprune.calibration.duplicates import bands, first_equal, first_near
+from calibprune.config import (
+    DuplicateFilter,
+    Filter,
+    LengthFilter,
+    PerplexityFilter,
+    RepetitionFilter,
+)
 
-
-@dataclass(frozen=True)
-class Scores:
-    """What is known of every sample, one array entry each, in row order."""
-
-    row: np.ndarray
-    tokens: np.ndarray
-    """Prefix and continuation."""
-    perplexity: np.ndarray
-    """exp(-mean log-probability) of the continuation, given the prefix, under the model itself."""
+CLAUSES = 4
+"""At most, of one filter: what it may drop a sample for."""
+KEPT = 0
+WORST, BEST, UNDER, OVER = range(CLAUSES)
+"""Clauses of the perplexity filter; those of length are UNDER and OVER."""
+SHARE, LONGEST = 0, 1
+EQUAL, NEAR = 0, 1
 
 
 def perplexity(cumulative_logprob: np.ndarray, continuation_tokens: np.ndarray) -> np.ndarray:
     """exp(-cumulative_logprob / tokens) for every sample; infinite for an empty continuation."""
     tokens = np.maximum(continuation_tokens, 1)
-    values = np.exp(-np.asarray(cumulative_logprob, np.float64) / tokens)
+    with np.errstate(over="ignore"):
+        values = np.exp(-np.asarray(cumulative_logprob, np.float64) / tokens)
     return np.where(continuation_tokens > 0, values, np.inf)
 
 
-def filter_samples(
-    scores: Scores, filters: Sequence[Filter]
-) -> tuple[list[str | None], float | None]:
-    """(reason for dropping or None, for every sample; the perplexity above which samples were dropped).
+def mark(index: int, clause: int) -> int:
+    """The number of a sample that filter `index` drops for this clause."""
+    return 1 + CLAUSES * index + clause
 
-    Filters apply in turn, each to what the ones before it kept. A reason starts with the filter's name.
+
+def dropped_by(marks: np.ndarray, index: int) -> np.ndarray:
+    """Whether filter `index` dropped a sample."""
+    return (marks >= mark(index, 0)) & (marks < mark(index + 1, 0))
+
+
+@dataclass
+class Outcome:
+    """What became of every sample, in order of sources and rows."""
+
+    marks: UInt8[np.ndarray, " samples"]
+    same_as: dict[int, Int32[np.ndarray, " dropped"]] = field(default_factory=dict)
+    """By filter: the samples that the dropped ones are equal to, in the dropped ones' order."""
+    cut: float | None = None
+    """The perplexity from which on samples were dropped, the lowest of any source."""
+
+
+class Load(Protocol):
+    def __call__(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
+        """A column of scores, of some samples or all: `perplexity`, or a filter's number and measure, as `1.share`."""
+        ...
+
+
+def apply_filters(
+    filters: Sequence[Filter], load: Load, sources: Sequence[range]
+) -> Iterator[Outcome]:
+    """Yields the outcome before any filter and after each of them, always the same object.
+
+    `sources`: the samples of each source. Of equals the later ones are dropped.
     """
-    reasons: list[str | None] = [None] * len(scores.row)
-    cut = None
-    for one in filters:
-        kept = np.array([reason is None for reason in reasons])
+    outcome = Outcome(np.zeros(sources[-1].stop if sources else 0, np.uint8))
+    yield outcome
+    for index, one in enumerate(filters):
         match one:
-            case LengthFilter():
-                for index in np.flatnonzero(kept & (scores.tokens < one.min_tokens)):
-                    reasons[index] = (
-                        f"length: {scores.tokens[index]} tokens, under {one.min_tokens}"
-                    )
             case PerplexityFilter():
-                dropped = _worst(scores, np.flatnonzero(kept), one.drop_worst)
-                if len(dropped):
-                    cut = float(scores.perplexity[dropped].min())
-                for index in dropped:
-                    value = scores.perplexity[index]
-                    reasons[index] = (
-                        f"perplexity: {value:.4g} is among the worst {one.drop_worst:.0%}"
-                    )
-    return reasons, cut
+                values = load("perplexity")
+                for source in sources:
+                    _by_perplexity(outcome, index, one, values, source)
+            case LengthFilter():
+                tokens = load("tokens")
+                _drop(outcome, mark(index, UNDER), tokens < one.min_tokens)
+                if one.max_tokens is not None:
+                    _drop(outcome, mark(index, OVER), tokens > one.max_tokens)
+            case RepetitionFilter():
+                _drop(outcome, mark(index, SHARE), load(f"{index}.share") > one.max_share)
+                if one.max_repeat_tokens is not None:
+                    repeats = load(f"{index}.longest") > one.max_repeat_tokens
+                    _drop(outcome, mark(index, LONGEST), repeats)
+            case DuplicateFilter():
+                _duplicates(outcome, index, one, load)
+        yield outcome
 
 
-def _worst(scores: Scores, candidates: np.ndarray, fraction: float) -> np.ndarray:
-    """The given fraction of the candidates with the highest perplexity; of equals, later rows first."""
-    count = int(len(candidates) * fraction)
-    order = np.lexsort((scores.row[candidates], scores.perplexity[candidates]))
-    return candidates[order[len(candidates) - count :]]
+def _drop(outcome: Outcome, number: int, condition: np.ndarray) -> None:
+    outcome.marks[(outcome.marks == KEPT) & condition] = number
+
+
+def _by_perplexity(
+    outcome: Outcome,
+    index: int,
+    one: PerplexityFilter,
+    values: Float32[np.ndarray, " samples"],
+    source: range,
+) -> None:
+    """Bounds first, then the shares of what is within them; of equals, later rows are the worse ones."""
+    here = slice(source.start, source.stop)
+    marks, values = outcome.marks[here], values[here]  # views
+    if one.least is not None:
+        marks[(marks == KEPT) & (values < one.least)] = mark(index, UNDER)
+    if one.most is not None:
+        marks[(marks == KEPT) & (values > one.most)] = mark(index, OVER)
+    kept = np.flatnonzero(marks == KEPT).astype(np.int32)
+    order = kept[np.argsort(values[kept], kind="stable")]
+    best, worst = int(len(kept) * one.drop_best), int(len(kept) * one.drop_worst)
+    marks[order[:best]] = mark(index, BEST)
+    marks[order[len(kept) - worst :]] = mark(index, WORST)
+    if worst:
+        cut = float(values[order[len(kept) - worst]])
+        outcome.cut = cut if outcome.cut is None else min(cut, outcome.cut)
+
+
+def _duplicates(outcome: Outcome, index: int, one: DuplicateFilter, load: Load) -> None:
+    kept = np.flatnonzero(outcome.marks == KEPT).astype(np.int32)
+    first = kept[first_equal(load("hash", kept))]
+    equal = first != kept
+    outcome.marks[kept[equal]] = mark(index, EQUAL)
+    if one.near:
+        distinct, layout = kept[~equal], bands(one.similarity, one.permutations)
+
+        def band(number: int, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
+            wanted = distinct if samples is None else distinct[samples]
+            return load(band_column(index, number), wanted)
+
+        near = distinct[first_near(band, len(distinct), layout, one.similarity)]
+        outcome.marks[distinct[near != distinct]] = mark(index, NEAR)
+        first[~equal] = near
+    outcome.same_as[index] = first[first != kept]
+
+
+def band_column(index: int, number: int) -> str:
+    return f"{index}.band.{number:03d}"
+
+
+def reason(one: Filter, index: int, clause: int, scores: dict[str, Any]) -> str:
+    """Why a sample was dropped: the filter's name, then the value. `scores`: the sample's own, by column."""
+    match one:
+        case PerplexityFilter():
+            why = {
+                WORST: f"is among the worst {one.drop_worst:.0%}",
+                BEST: f"is among the best {one.drop_best:.0%}",
+                UNDER: f"is under {one.least}",
+                OVER: f"is above {one.most}",
+            }[clause]
+            return f"perplexity: {scores['perplexity']:.4g} {why}"
+        case LengthFilter():
+            limit = f"under {one.min_tokens}" if clause == UNDER else f"over {one.max_tokens}"
+            return f"length: {scores['tokens']} tokens, {limit}"
+        case RepetitionFilter() if clause == SHARE:
+            share = scores[f"{index}.share"]
+            return f"repetition: {share:.0%} of its {one.ngram}-grams stood there before, over {one.max_share:.0%}"
+        case RepetitionFilter():
+            longest = scores[f"{index}.longest"]
+            return f"repetition: {longest} tokens stand there twice, over {one.max_repeat_tokens}"
+        case DuplicateFilter():
+            how = "equal" if clause == EQUAL else "nearly equal"
+            return f"duplicates: {how} to row {scores['same_row']} of {scores['same_source']}"

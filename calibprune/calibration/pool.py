@@ -1,9 +1,8 @@
-"""The calibration pool: generated samples scored, filtered and packed to sequences of one length."""
+"""The files of samples and of the calibration pool: their schemas, and how a pool is read, ours or the user's own."""
 
 import io
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +12,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from calibprune import storage
-from calibprune.calibration.filters import Scores, filter_samples, perplexity
-from calibprune.config import CurateSettings
 from calibprune.errors import UserError
 from calibprune.run import Record, Stage
 
@@ -32,7 +29,8 @@ SAMPLE_SCHEMA = pa.schema(
 POOL_SCHEMA = pa.schema(
     {"sequence": pa.int64(), "token_ids": pa.list_(pa.int32()), "source": pa.string()}
 )
-HISTOGRAM_BINS = 40
+GENERATED = pa.field("generated", pa.list_(pa.bool_()))
+"""A further column of the pool with positions=generated: False where prefixes and prompts stand."""
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -42,135 +40,21 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns))
+
+
 def read_samples(stage: Stage, record: Record) -> pa.Table:
-    """One verified shard of generated samples."""
-    return pq.read_table(io.BytesIO(stage.read(record)))
+    """One verified shard of samples."""
+    return read_parquet(stage.read(record))
 
 
-def curate(generate: Stage, stage: Stage, settings: CurateSettings) -> Iterator[Record]:
-    """Scores, filters and packs the generated samples; yields the records of `dropped` and `pool`.
-
-    Reads a shard at a time, twice, and holds the tokens of the pool only.
-    Raises UserError when the samples kept are too little text.
-    """
-    records = generate.records()
-    scores = _score(generate, records)
-    reasons, cut = filter_samples(scores, settings.filters)
-    kept = np.array([reason is None for reason in reasons], dtype=bool)
-    order = np.random.default_rng(settings.seed).permutation(np.flatnonzero(kept))
-    chosen = choose_samples(scores.tokens[order], settings)
-    chosen_rows = scores.row[order[chosen]]
-
-    tokens_of: dict[int, np.ndarray] = {}
-    dropped = []
-    reason_of = {
-        int(row): reason for row, reason in zip(scores.row, reasons, strict=True) if reason
-    }
-    for record in records:
-        table = read_samples(generate, record)
-        rows = table["row"].to_numpy()
-        for index in np.flatnonzero(np.isin(rows, chosen_rows)):
-            tokens_of[int(rows[index])] = table["token_ids"][int(index)].values.to_numpy()
-        out = np.flatnonzero([int(row) in reason_of for row in rows])
-        if len(out):
-            why = pa.array([reason_of[int(row)] for row in rows[out]], pa.string())
-            dropped.append(table.take(pa.array(out)).append_column("reason", why))
-    if dropped:
-        data = parquet_bytes(pa.concat_tables(dropped))
-        published = stage.put("dropped", data, "parquet", "dropped", "part")
-        yield stage.commit("dropped", published, {"samples": len(reason_of)})
-    else:
-        yield stage.commit("dropped", None, {"samples": 0})
-
-    sequences = pack([tokens_of[int(row)] for row in chosen_rows], settings)
-    table = pa.table(
-        [np.arange(len(sequences)), list(sequences), ["self-generated"] * len(sequences)],
-        schema=POOL_SCHEMA,
-    )
-    facts = {
-        "samples": len(reasons),
-        "kept": int(kept.sum()),
-        "dropped": dict(Counter(reason.split(":")[0] for reason in reasons if reason)),
-        "used": len(chosen_rows),
-        "sequences": len(sequences),
-        "sequence_tokens": settings.sequence_tokens,
-        "tokens": int(sequences.size),
-        "perplexity": _histogram(scores.perplexity) | {"cut": cut},
-    }
-    yield stage.commit(
-        "pool", stage.put("pool", parquet_bytes(table), "parquet", "data", "part"), facts
-    )
+def pool_unit(number: int) -> str:
+    return f"pool-{number:05d}"
 
 
-def choose_samples(tokens: np.ndarray, settings: CurateSettings) -> np.ndarray:
-    """Positions of the samples to pack, given the token counts of the kept ones in random order.
-
-    Raises UserError, saying what is there and what is needed, when they are too few.
-    """
-    if settings.pack == "document":
-        long_enough = np.flatnonzero(tokens >= settings.sequence_tokens)
-        if len(long_enough) < settings.sequences:
-            raise UserError(
-                f"curate.pack=document needs {settings.sequences} samples of at least "
-                f"{settings.sequence_tokens} tokens, {len(long_enough)} were kept: raise generate.samples, "
-                f"or lower curate.sequences or curate.sequence_tokens"
-            )
-        return long_enough[: settings.sequences]
-    needed = settings.sequences * settings.sequence_tokens
-    total = np.cumsum(tokens)
-    if not len(total) or total[-1] < needed:
-        raise UserError(
-            f"{settings.sequences} sequences of {settings.sequence_tokens} tokens need {needed} tokens, the "
-            f"{len(tokens)} samples kept hold {int(total[-1]) if len(total) else 0}: raise generate.samples "
-            f"or lower curate.sequences"
-        )
-    return np.arange(int(np.searchsorted(total, needed)) + 1)
-
-
-def pack(
-    samples: Sequence[np.ndarray], settings: CurateSettings
-) -> Int[np.ndarray, "sequences tokens"]:
-    """Fixed-length sequences without padding.
-
-    `concat`: samples joined end to end and cut, as the paper does, but without overlap and without
-    detokenising. `document`: the first tokens of each sample.
-    """
-    shape = settings.sequences, settings.sequence_tokens
-    if settings.pack == "document":
-        return np.stack([sample[: settings.sequence_tokens] for sample in samples])
-    return np.concatenate(samples)[: shape[0] * shape[1]].reshape(shape)
-
-
-def _pool_tables(url: str) -> list[pa.Table]:
-    stage = Stage(url)
-    if stage.finished:
-        files = [stage.read(record) for record in stage.records() if record.unit == "pool"]
-    else:
-        names = [name for name in storage.names(url) if name.endswith(".parquet")]
-        files = [storage.read_bytes(storage.join(url, name)) for name in names]
-    if not files:
-        raise UserError(f"{url} holds no calibration pool: a folder of parquet files is expected")
-    return [pq.read_table(io.BytesIO(data)) for data in files]
-
-
-def read_positions(url: str) -> Bool[Tensor, "sequences tokens"] | None:
-    """Which positions of a pool count, from its column `generated`; None where there is no such column: all do.
-
-    Raises UserError where the column does not have one value for every token.
-    """
-    tables = _pool_tables(url)
-    if not any("generated" in table.column_names for table in tables):
-        return None
-    lengths = [
-        [len(row) for table in tables if name in table.column_names for row in table[name]]
-        for name in ("token_ids", "generated")
-    ]
-    if lengths[0] != lengths[1]:
-        raise UserError(f"{url}: column generated needs one value for every one of the token_ids")
-    rows = [
-        row.values.to_numpy(zero_copy_only=False) for table in tables for row in table["generated"]
-    ]
-    return torch.from_numpy(np.stack(rows).astype(bool))
+def _pool_records(stage: Stage) -> list[Record]:
+    return [record for record in stage.records() if record.unit.startswith("pool-")]
 
 
 def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
@@ -178,48 +62,61 @@ def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
 
     Raises CorruptionError for a damaged file, UserError for a folder without sequences of one length.
     """
-    tables = _pool_tables(url)
-    if any("token_ids" not in table.column_names for table in tables):
-        raise UserError(f"{url}: a pool needs a column token_ids, it has {tables[0].column_names}")
-    rows = [np.asarray(row.values) for table in tables for row in table["token_ids"]]
-    lengths = {len(row) for row in rows}
-    if len(lengths) != 1 or not rows[0].size:
-        raise UserError(
-            f"{url}: every sequence of a pool has the same length, here: {sorted(lengths)[:5]}"
-        )
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+    parts = []
+    for data in _pool_data(url):
+        table = read_parquet(data)
+        if "token_ids" not in table.column_names:
+            raise UserError(f"{url}: a pool needs a column token_ids, it has {table.column_names}")
+        parts.append(_rows_of_one_length(table["token_ids"], url))
+    if not parts:
+        raise UserError(f"{url} holds no calibration pool: a folder of parquet files is expected")
+    lengths = {part.shape[1] for part in parts}
+    if len(lengths) > 1:
+        raise _lengths_differ(url, lengths)
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def read_positions(url: str) -> Bool[Tensor, "sequences tokens"] | None:
+    """Which positions of a pool statistics are taken from; None where the pool has no column `generated`: from all.
+
+    Raises as `read_pool` does.
+    """
+    parts = []
+    for data in _pool_data(url):
+        if GENERATED.name not in pq.read_schema(io.BytesIO(data)).names:
+            return None
+        table = read_parquet(data, [GENERATED.name])
+        parts.append(_rows_of_one_length(table[GENERATED.name], url))
+    return torch.from_numpy(np.concatenate(parts)) if parts else None
 
 
 def pool_identity(url: str) -> str:
-    """A hash of a pool's content."""
+    """A hash of a pool's content; of one that `curate` finished, of the recorded hashes of its files."""
+    stage = Stage(url)
+    if stage.finished:
+        hashes = [record.sha256 for record in _pool_records(stage)]
+        return storage.sha256(json.dumps(hashes).encode())
     return storage.sha256(read_pool(url).numpy().tobytes())
 
 
-def _score(generate: Stage, records: Sequence[Record]) -> Scores:
-    columns: Mapping[str, list] = {"row": [], "tokens": [], "perplexity": []}
-    for record in records:
-        table = read_samples(generate, record)
-        tokens = table["token_ids"].combine_chunks().value_lengths().to_numpy()
-        continuation = tokens - table["prefix_length"].to_numpy()
-        columns["row"].append(table["row"].to_numpy())
-        columns["tokens"].append(tokens)
-        columns["perplexity"].append(
-            perplexity(table["cumulative_logprob"].to_numpy(), continuation)
-        )
-    return Scores(**{name: np.concatenate(parts) for name, parts in columns.items()})
+def _pool_data(url: str) -> Iterator[bytes]:
+    stage = Stage(url)
+    if stage.finished:
+        yield from map(stage.read, _pool_records(stage))
+        return
+    for name in storage.names(url):
+        if name.endswith(".parquet"):
+            yield storage.read_bytes(storage.join(url, name))
 
 
-def _histogram(values: np.ndarray) -> dict[str, Any]:
-    """Bins of equal width in the logarithm: perplexities spread over orders of magnitude."""
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return {"edges": [], "counts": [], "median": None}
-    low, high = float(finite.min()), float(finite.max())
-    edges = np.geomspace(low, max(high, low * 1.01), HISTOGRAM_BINS + 1)
-    edges[0], edges[-1] = low, max(high, edges[-1])
-    counts, _ = np.histogram(finite, edges)
-    return {
-        "edges": edges.tolist(),
-        "counts": counts.tolist(),
-        "median": float(np.median(finite)),
-    }
+def _rows_of_one_length(column: pa.ChunkedArray, url: str) -> np.ndarray:
+    rows = column.combine_chunks()
+    lengths = set(rows.value_lengths().to_pylist())
+    if len(lengths) != 1 or not all(lengths):
+        raise _lengths_differ(url, lengths)
+    return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+
+
+def _lengths_differ(url: str, lengths: set[int]) -> UserError:
+    shown = sorted(length or 0 for length in lengths)[:5]
+    return UserError(f"{url}: every sequence of a pool has the same length, here: {shown}")

@@ -1,0 +1,282 @@
+"""The curate stage as units of work, each made from committed files alone, anywhere and any number of times.
+
+text-*, scored-*   documents as samples, and what the model makes of them (calibration/sources.py)
+scores-*           a few numbers of every sample (scores.py)
+selection          the decision about every sample (selection.py)
+dropped-*          the dropped samples with their reasons
+pool-*             the calibration pool
+"""
+
+import io
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from calibprune.calibration.filters import CLAUSES, KEPT, reason
+from calibprune.calibration.mixing import mixture, pool_files, source_of_sequence
+from calibprune.calibration.pool import (
+    GENERATED,
+    POOL_SCHEMA,
+    SAMPLE_SCHEMA,
+    parquet_bytes,
+    pool_unit,
+    read_parquet,
+)
+from calibprune.calibration.scores import write_scores
+from calibprune.calibration.selection import (
+    UNIT as SELECTION,
+)
+from calibprune.calibration.selection import (
+    Selection,
+    read_selection,
+    write_selection,
+)
+from calibprune.calibration.sources import (
+    Shard,
+    flat_tokens,
+    read_shard,
+    scored_unit,
+    text_units,
+)
+from calibprune.config import CurateSettings, NaturalSource, PerplexityFilter
+from calibprune.run import Record, Stage
+
+PORTION_BYTES = 32 << 20
+"""Of the files that are scored together."""
+PORTION_TEXT_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Consecutive shards of one source, scored in one unit."""
+
+    source: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Curation:
+    """What the stage is made from, cut into portions; a function of settings and generated shards."""
+
+    stage_url: str
+    settings: CurateSettings
+    portions: tuple[Portion, ...]
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(self.stage_url)
+
+    def units(self) -> list[str]:
+        """Every unit, in the order in which they can be made."""
+        texts = [unit for source in self.natural_sources() for unit in self.text_units(source)]
+        scored = [scored_unit(unit) for unit in texts] if needs_scoring(self.settings) else []
+        scores = [f"scores-{number:05d}" for number in range(len(self.portions))]
+        dropped = [f"dropped-{number:05d}" for number in range(len(self.portions))]
+        pool = [pool_unit(number) for number in range(len(pool_files(self.settings)))]
+        return [*texts, *scored, *scores, SELECTION, *dropped, *pool]
+
+    def natural_sources(self) -> list[NaturalSource]:
+        return [one for one in self.settings.sources if isinstance(one, NaturalSource)]
+
+    def text_units(self, source: NaturalSource) -> list[str]:
+        return text_units(source, self.settings.sequence_tokens)
+
+
+def needs_scoring(settings: CurateSettings) -> bool:
+    """Whether documents need log-probabilities from the model."""
+    return any(isinstance(one, PerplexityFilter) for one in settings.filters)
+
+
+def plan_curation(
+    stage_url: str, settings: CurateSettings, generated: Mapping[str, Stage]
+) -> Curation:
+    """`generated`: the finished generate stage of every generated source, by the source's name."""
+    portions: list[Portion] = []
+    for number, source in enumerate(settings.sources):
+        if isinstance(source, NaturalSource):
+            scored = needs_scoring(settings)
+            shards = [
+                Shard(stage_url, unit, scored=scored_unit(unit) if scored else None)
+                for unit in text_units(source, settings.sequence_tokens)
+            ]
+            parts = [
+                shards[first : first + PORTION_TEXT_SHARDS]
+                for first in range(0, len(shards), PORTION_TEXT_SHARDS)
+            ]
+        else:
+            stage = generated[source.name]
+            parts = _portions(stage.url, stage.records())
+        portions += [Portion(number, tuple(shards)) for shards in parts]
+    return Curation(stage_url, settings, tuple(portions))
+
+
+def _portions(stage_url: str, records: Iterable[Record]) -> Iterator[list[Shard]]:
+    shards: list[Shard] = []
+    size = 0
+    for record in records:
+        if record.file is None:
+            continue
+        if shards and size + record.bytes > PORTION_BYTES:
+            yield shards
+            shards, size = [], 0
+        shards.append(Shard(stage_url, record.unit, record))
+        size += record.bytes
+    if shards:
+        yield shards
+
+
+def make_scores(curation: Curation, units: Iterable[str]) -> Iterator[Record]:
+    """Commits `scores-*` units, a shard in memory at a time. Raises CorruptionError naming a damaged shard."""
+    for unit in units:
+        shards = curation.portions[int(unit.removeprefix("scores-"))].shards
+        yield write_scores(curation.stage, unit, shards, curation.settings.filters)
+
+
+def make_selection(curation: Curation) -> Record:
+    """Commits `selection`; holds a few numbers a sample. Raises UserError where the pool cannot be filled."""
+    units = [(f"scores-{i:05d}", one.source) for i, one in enumerate(curation.portions)]
+    return write_selection(curation.stage, curation.settings, units)
+
+
+def make_files(curation: Curation, units: Collection[str]) -> Iterator[Record]:
+    """Commits `dropped-*` and `pool-*` units; the selection is read once for all of them."""
+    selection = read_selection(curation.stage) if units else None
+    for unit in units:
+        assert selection is not None
+        kind, _, number = unit.partition("-")
+        write = _write_dropped if kind == "dropped" else _write_pool
+        yield write(curation, unit, int(number), selection)
+
+
+def _write_dropped(curation: Curation, unit: str, number: int, selection: Selection) -> Record:
+    stage, portions = curation.stage, curation.portions
+    before = sum(len(portion.shards) for portion in portions[:number])
+    first = offset = sum(selection.shard_rows[:before])
+    shards = portions[number].shards
+    rows = selection.shard_rows[before : before + len(shards)]
+    scores = stage.record(f"scores-{number:05d}")
+    if scores.file is None or not selection.marks[first : first + sum(rows)].any():
+        return stage.commit(unit, None, {"samples": 0})
+    data, schema = stage.read(scores), SAMPLE_SCHEMA.append(pa.field("reason", pa.string()))
+    names = [name for name in pq.read_schema(io.BytesIO(data)).names if ".band." not in name]
+    known, dropped, buffer = read_parquet(data, names), 0, io.BytesIO()
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for shard, count in zip(shards, rows, strict=True):
+            out = np.flatnonzero(selection.marks[offset : offset + count] != KEPT)
+            if len(out):
+                table = read_shard(shard)
+                assert table is not None
+                scored = known.take(pa.array(offset - first + out)).to_pylist()
+                why = _reasons(curation.settings, selection, offset + out, scored)
+                named = _from_source(table.take(pa.array(out)), curation, number)
+                writer.write_table(
+                    named.append_column("reason", pa.array(why, pa.string())).cast(schema)
+                )
+                dropped += len(out)
+            offset += count
+    published = stage.put(unit, buffer.getvalue(), "parquet", "dropped", "part")
+    return stage.commit(unit, published, {"samples": dropped})
+
+
+def _from_source(table: pa.Table, curation: Curation, number: int) -> pa.Table:
+    """The samples with the name that their source has in the settings."""
+    name = curation.settings.sources[curation.portions[number].source].name
+    index = table.schema.get_field_index("source")
+    return table.set_column(index, "source", pa.array([name] * len(table), pa.string()))
+
+
+def _reasons(
+    settings: CurateSettings, selection: Selection, samples: np.ndarray, scored: Sequence[dict]
+) -> list[str]:
+    reasons = []
+    for sample, scores in zip(samples, scored, strict=True):
+        index, clause = divmod(int(selection.marks[sample]) - 1, CLAUSES)
+        source = settings.sources[selection.same_source[sample]].name
+        same = {"same_source": source, "same_row": selection.same_row[sample]}
+        reasons.append(reason(settings.filters[index], index, clause, scores | same))
+    return reasons
+
+
+def _write_pool(curation: Curation, unit: str, number: int, selection: Selection) -> Record:
+    settings, stage = curation.settings, curation.stage
+    sequences = pool_files(settings)[number]
+    every = source_of_sequence(settings)
+    here = every[sequences.start : sequences.stop]
+    shape = len(sequences), settings.sequence_tokens
+    token_ids, generated = np.empty(shape, np.int32), np.empty(shape, bool)
+    for source in np.unique(here):
+        before = int((every[: sequences.start] == source).sum())
+        mine = here == source
+        token_ids[mine], generated[mine] = _sequences(
+            curation, selection, int(source), range(before, before + int(mine.sum()))
+        )
+    names = [settings.sources[source].name for source in here]
+    columns = [np.arange(sequences.start, sequences.stop), _lists(token_ids), names]
+    schema = POOL_SCHEMA
+    if settings.positions == "generated":
+        columns.append(_lists(generated))
+        schema = schema.append(GENERATED)
+    data = parquet_bytes(pa.table(columns, schema=schema))
+    facts = {"sequences": len(sequences), "tokens": token_ids.size}
+    return stage.commit(unit, stage.put(unit, data, "parquet", "data", "part"), facts)
+
+
+def _lists(values: np.ndarray) -> pa.Array:
+    offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
+
+
+def _sequences(
+    curation: Curation, selection: Selection, source: int, wanted: range
+) -> tuple[np.ndarray, np.ndarray]:
+    """(token ids, what the model wrote) of some sequences of a source, from no more shards than they need."""
+    settings = curation.settings
+    shards = [(one.source, shard) for one in curation.portions for shard in one.shards]
+    stops = np.cumsum(selection.shard_rows)
+    owners = np.array([owner for owner, _ in shards])
+    rows = np.array(selection.shard_rows)
+    begin, end = int(rows[owners < source].sum()), int(rows[owners <= source].sum())
+    used = begin + np.flatnonzero(selection.start[begin:end] >= 0)
+    used = used[np.argsort(selection.start[used])]
+    starts = selection.start[used]
+    low, high = (bound * settings.sequence_tokens for bound in (wanted.start, wanted.stop))
+    first = int(np.searchsorted(starts, low, side="right")) - 1
+    last = int(np.searchsorted(starts, high, side="left"))
+    used = np.sort(used[first:last])
+    token_ids, generated = np.empty(high - low, np.int32), np.empty(high - low, bool)
+    filled = 0
+    shard_of = np.searchsorted(stops, used, side="right")
+    for shard in np.unique(shard_of):
+        table = read_shard(shards[shard][1])
+        assert table is not None
+        tokens, offsets = flat_tokens(table)
+        prefixes = table["prefix_length"].to_numpy()
+        for sample in used[shard_of == shard]:
+            row = sample - (stops[shard] - rows[shard])
+            start, stop = offsets[row], offsets[row + 1]
+            if settings.pack == "document":
+                stop = start + settings.sequence_tokens
+            at = selection.start[sample] - low - start  # from places in the shard to places here
+            left, right = max(start, -at), min(stop, high - low - at)
+            token_ids[left + at : right + at] = tokens[left:right]
+            generated[left + at : right + at] = np.arange(left, right) >= start + prefixes[row]
+            filled += right - left
+    if filled != high - low:
+        raise RuntimeError(f"{filled} of {high - low} tokens were found: the shards have changed")
+    shape = len(wanted), settings.sequence_tokens
+    return token_ids.reshape(shape), generated.reshape(shape)
+
+
+def curate(curation: Curation) -> Iterator[Record]:
+    """All units but those of documents, in this process: yields the records of those that were missing."""
+    mixture(curation.settings)
+    done = curation.stage.done_units()
+    missing = [unit for unit in curation.units() if unit not in done]
+    yield from make_scores(curation, [unit for unit in missing if unit.startswith("scores-")])
+    if SELECTION in missing:
+        yield make_selection(curation)
+    files = [unit for unit in missing if unit.startswith(("dropped-", "pool-"))]
+    yield from make_files(curation, files)

@@ -1,0 +1,129 @@
+"""How many sequences of the pool each source fills, with which samples, and in what order.
+
+Every sequence is made of one source. What is drawn depends on seed, source and kept samples alone.
+"""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from calibprune.config import CurateSettings, GeneratedSource
+from calibprune.errors import UserError
+
+POOL_FILE_TOKENS = 1 << 24
+"""Of a file of the pool. Up to that many tokens are shuffled sample by sample."""
+
+
+def mixture(settings: CurateSettings) -> list[int]:
+    """Sequences of every source: budgets in whole sequences, rounded up; the rest by weight, by largest remainder.
+
+    Of equal remainders the source named first gets the sequence. Raises UserError where budgets and pool do not fit.
+    """
+    total, tokens = settings.pool_sequences, settings.sequence_tokens
+    counts = [-(-(source.budget_tokens or 0) // tokens) for source in settings.sources]
+    left = total - sum(counts)
+    weights = [
+        Fraction(source.weight) if source.budget_tokens is None else Fraction(0)
+        for source in settings.sources
+    ]
+    if left < 0 or (left and not any(weights)):
+        raise UserError(
+            f"the budget_tokens of curate.sources come to {sum(counts)} sequences of {tokens} tokens, the pool has "
+            f"{total}: " + ("lower them, or raise curate.sequences or curate.tokens" if left < 0 else
+            "leave one source without, or lower curate.sequences or curate.tokens")
+        )  # fmt: skip
+    if not left:
+        return counts
+    exact = [left * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    order = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
+    for index in order[: left - sum(shares)]:
+        shares[index] += 1
+    return [count + share for count, share in zip(counts, shares, strict=True)]
+
+
+def pool_files(settings: CurateSettings) -> list[range]:
+    """The sequences in each file of the pool."""
+    each = max(1, POOL_FILE_TOKENS // settings.sequence_tokens)
+    total = settings.pool_sequences
+    return [range(first, min(first + each, total)) for first in range(0, total, each)]
+
+
+def source_of_sequence(settings: CurateSettings) -> Int32[np.ndarray, " sequences"]:
+    """Which source each sequence of the pool is made of: all parts of the pool are mixed alike."""
+    counts = mixture(settings)
+    sources = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return np.random.default_rng([settings.seed, len(counts)]).permutation(sources)
+
+
+def place_samples(
+    tokens: Int32[np.ndarray, " kept"],
+    shard_of: Callable[[Int32[np.ndarray, " some"]], Int64[np.ndarray, " some"]],
+    sequences: int,
+    source: int,
+    settings: CurateSettings,
+) -> tuple[Int32[np.ndarray, " used"], Int64[np.ndarray, " used"]]:
+    """(which of the kept samples fill the sequences of a source, where each begins in the source's row of tokens).
+
+    They are drawn in random order until there are enough. The row of tokens is what `sequences` times
+    `sequence_tokens` are cut from; with pack=document a sample begins where a sequence does. A pool of many files is
+    shuffled by shards first (`shard_of` kept samples), so that a file needs a part of the shards only.
+    Too few samples give fewer tokens: `shortage` says so.
+    """
+    random = np.random.default_rng([settings.seed, 0, source])
+    document = settings.pack == "document"
+    least = settings.sequence_tokens if document else 1
+    order = random.permutation(np.flatnonzero(tokens >= least).astype(np.int32))
+    needed = sequences * settings.sequence_tokens
+
+    def ends(order: Int32[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        if document:
+            return settings.sequence_tokens * np.arange(1, len(order) + 1)
+        return np.cumsum(tokens[order], dtype=np.int64)
+
+    order = order[: int(np.searchsorted(ends(order), needed)) + 1] if needed else order[:0]
+    blocks = len(pool_files(settings))
+    if blocks > 1 and len(order):
+        shards = shard_of(order)
+        block = random.integers(blocks, size=int(shards.max()) + 1)
+        order = order[np.argsort(block[shards], kind="stable")]
+    starts = ends(order) - (settings.sequence_tokens if document else tokens[order])
+    inside = starts < needed
+    return order[inside], starts[inside]
+
+
+def shortage(
+    settings: CurateSettings,
+    counts: Sequence[int],
+    kept: Sequence[int],
+    available: Sequence[int],
+) -> str | None:
+    """What is missing where sources cannot fill their sequences, in words; None where nothing is.
+
+    `kept`: samples; `available`: their tokens, or with pack=document the samples that are long enough.
+    """
+    missing, generated = [], False
+    tokens = settings.sequence_tokens
+    for source, count, samples, there in zip(
+        settings.sources, counts, kept, available, strict=True
+    ):
+        document = settings.pack == "document"
+        if there >= count * (1 if document else tokens):
+            continue
+        generated |= isinstance(source, GeneratedSource)
+        if document:
+            missing.append(
+                f"{source.name} is to give {count} samples of at least {tokens} tokens, "
+                f"{there} of the {samples} kept are that long"
+            )
+        else:
+            missing.append(
+                f"{source.name} is to fill {count} sequences of {tokens} tokens = {count * tokens} tokens, "
+                f"the {samples} samples kept hold {there}"
+            )
+    if not missing:
+        return None
+    how = "raise generate.samples" if generated else "raise the source's documents"
+    return f"{'; '.join(missing)}: {how}, or lower curate.sequences, sequence_tokens or the source's share"

@@ -1,0 +1,134 @@
+"""The few numbers of every sample that filters and packing go by; its tokens are read here a shard at a time."""
+
+import io
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import BinaryIO, Self
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int32
+
+from calibprune.calibration.duplicates import bands, sample_hashes, signatures
+from calibprune.calibration.filters import band_column, perplexity
+from calibprune.calibration.pool import parquet_bytes
+from calibprune.calibration.repetition import longest_repeat, repetition_share
+from calibprune.calibration.sources import Shard, flat_tokens, read_shard, scored_from
+from calibprune.config import DuplicateFilter, Filter, RepetitionFilter
+from calibprune.run import Record, Stage
+
+
+def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.ndarray]:
+    """The scores of one shard by column: row, tokens, perplexity, and what the filters ask for.
+
+    Bands of a duplicate filter are [samples, bytes]. Perplexity is NaN where there are no log-probabilities.
+    """
+    tokens, offsets = flat_tokens(table)
+    lengths = np.diff(offsets)
+    continuation = lengths - scored_from(table["prefix_length"].to_numpy())
+    logprobs = table["cumulative_logprob"].to_numpy()
+    values = np.where(np.isnan(logprobs), np.nan, perplexity(logprobs, continuation))
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    columns = {
+        "row": table["row"].to_numpy(),
+        "tokens": lengths.astype(np.int32),
+        "perplexity": values,
+    }
+    for index, one in enumerate(filters):
+        match one:
+            case RepetitionFilter():
+                columns[f"{index}.share"] = repetition_share(tokens, offsets, one.ngram)
+                if one.max_repeat_tokens is not None:
+                    columns[f"{index}.longest"] = longest_repeat(tokens, offsets)
+            case DuplicateFilter():
+                if "hash" not in columns:
+                    columns["hash"] = sample_hashes(tokens, offsets)
+                if one.near:
+                    count, rows = bands(one.similarity, one.permutations)
+                    signed = signatures(tokens, offsets, one.ngram, one.permutations)
+                    for number in range(count):
+                        part = signed[:, number * rows : (number + 1) * rows]
+                        columns[band_column(index, number)] = np.ascontiguousarray(part)
+    return columns
+
+
+def write_scores(
+    stage: Stage, unit: str, shards: Iterable[Shard], filters: Sequence[Filter]
+) -> Record:
+    """Commits the scores of some shards in one file; the facts say how many samples are in each shard."""
+    parts, rows, tokens = [], [], 0
+    for shard in shards:
+        table = read_shard(shard)
+        rows.append(0 if table is None else len(table))
+        if table is not None:
+            scored = score_samples(table, filters)
+            tokens += int(scored["tokens"].sum(dtype=np.int64))
+            parts.append(pa.table({name: as_column(values) for name, values in scored.items()}))
+    facts = {"rows": rows, "tokens": tokens}
+    if not parts:
+        return stage.commit(unit, None, facts)
+    data = parquet_bytes(pa.concat_tables(parts))
+    return stage.commit(unit, stage.put(unit, data, "parquet", "scores", "part"), facts)
+
+
+def as_column(values: np.ndarray) -> pa.Array:
+    """A column of numbers; of [samples, bytes] one of as many bytes."""
+    if values.ndim == 1:
+        return pa.array(values)
+    kind = pa.binary(values.shape[1])
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+class ScratchColumns:
+    """Columns that grow by appending and are loaded one at a time: temporary files of this machine.
+
+    They take as much of its disk as the scores have bytes, up to 180 a sample; in memory is what `load` returns.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, BinaryIO] = {}
+        self._kinds: dict[str, tuple[np.dtype, int | None]] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def append(self, table: pa.Table) -> None:
+        for name in table.column_names:
+            for chunk in table[name].chunks:
+                self._append(name, chunk)
+
+    def _append(self, name: str, chunk: pa.Array) -> None:
+        width = None
+        if pa.types.is_fixed_size_binary(chunk.type):
+            width = chunk.type.byte_width
+            buffer = chunk.buffers()[1]
+            values = np.frombuffer(buffer, np.uint8)[
+                chunk.offset * width : (chunk.offset + len(chunk)) * width
+            ]
+        else:
+            values = chunk.to_numpy(zero_copy_only=False)
+        if name not in self._files:
+            self._files[name] = self._open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+            self._kinds[name] = values.dtype, width
+        self._files[name].write(np.ascontiguousarray(values).data)
+
+    def load(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
+        """[samples], or [samples, bytes] for a column of bytes; of some samples only where they are given."""
+        dtype, width = self._kinds[name]
+        file = self._files[name]
+        file.flush()
+        count = file.seek(0, io.SEEK_END) // (dtype.itemsize * (width or 1))
+        shape = (count,) if width is None else (count, width)
+        if samples is not None:
+            mapped = np.memmap(file, dtype, "r", shape=shape)
+            return np.asarray(mapped[samples])
+        values = np.empty(shape, dtype)
+        file.seek(0)
+        file.readinto(memoryview(values.reshape(-1)).cast("B"))  # type: ignore[attr-defined]
+        return values

@@ -1,0 +1,290 @@
+"""The decision about every sample: what the filters drop, what fills the pool, and the facts of it for the report.
+
+It is made by one task from the samples' scores; no token is read.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int16, Int32, Int64, UInt8
+
+from calibprune.calibration.filters import (
+    EQUAL,
+    KEPT,
+    NEAR,
+    Outcome,
+    apply_filters,
+    dropped_by,
+    mark,
+)
+from calibprune.calibration.mixing import mixture, place_samples, shortage
+from calibprune.calibration.pool import read_parquet
+from calibprune.calibration.scores import ScratchColumns
+from calibprune.config import CurateSettings, DuplicateFilter, RepetitionFilter
+from calibprune.errors import UserError
+from calibprune.run import Record, Stage
+
+UNIT = "selection"
+BINS = 40
+NOWHERE = -1
+ROWS_AT_ONCE = 1 << 20
+SCHEMA = pa.schema(
+    {
+        "marks": pa.uint8(),
+        "start": pa.int64(),
+        "same_source": pa.int16(),
+        "same_row": pa.int64(),
+    }
+)
+
+
+class Same(NamedTuple):
+    """Duplicates, and what they are equal to."""
+
+    samples: Int64[np.ndarray, " duplicates"]
+    source: Int16[np.ndarray, " duplicates"]
+    row: Int64[np.ndarray, " duplicates"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided about every sample, in order of sources, shards and rows."""
+
+    marks: UInt8[np.ndarray, " samples"]
+    """0 for a kept sample, else `filters.mark`."""
+    start: Int64[np.ndarray, " samples"]
+    """Where a used sample begins in its source's row of tokens; -1 for all others."""
+    same: Same
+    shard_rows: list[int]
+    """Samples in every shard."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The same as it is read again: of each sample its mark, its start, and of a duplicate what it is equal to."""
+
+    marks: UInt8[np.ndarray, " samples"]
+    start: Int64[np.ndarray, " samples"]
+    same_source: Int16[np.ndarray, " samples"]
+    same_row: Int64[np.ndarray, " samples"]
+    shard_rows: list[int]
+
+
+def select(
+    stage: Stage, settings: CurateSettings, units: Sequence[tuple[str, int]]
+) -> tuple[Decision, dict[str, Any]]:
+    """Filters, mixes and places; returns what is decided and its facts.
+
+    `units`: the units with the scores, each with the number of its source, in order of sources.
+    Raises UserError, saying which source has how much and needs how much, where the pool cannot be filled.
+    """
+    with ScratchColumns() as columns:
+        shard_rows: list[int] = []
+        sizes, shard_sources = [0] * len(settings.sources), []
+        for unit, source in units:
+            record = stage.record(unit)
+            rows = record.facts["rows"]
+            shard_rows += rows
+            shard_sources += [source] * len(rows)
+            sizes[source] += sum(rows)
+            if record.file is not None:
+                columns.append(read_parquet(stage.read(record)))
+        if not sum(sizes):
+            raise UserError("curate.sources hold no samples at all")
+        stops = np.cumsum(sizes).tolist()
+        sources = [range(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
+
+        edges, steps = _edges(columns.load("perplexity")), []
+        outcome = Outcome(np.zeros(0, np.uint8))
+        for outcome in apply_filters(settings.filters, columns.load, sources):
+            steps.append(_step(settings, len(steps), outcome, columns, edges))
+        tokens = columns.load("tokens")
+        start = _place(settings, outcome, tokens, shard_rows, sources)
+        same = _same(outcome, columns, sources)
+        facts = _facts(settings, outcome, tokens, start, sources, steps)
+        facts["repetition"] = _repetition(settings, outcome, columns)
+    return Decision(outcome.marks, start, same, shard_rows), facts
+
+
+def _place(
+    settings: CurateSettings,
+    outcome: Outcome,
+    tokens: Int32[np.ndarray, " samples"],
+    shard_rows: Sequence[int],
+    sources: Sequence[range],
+) -> Int64[np.ndarray, " samples"]:
+    stops = np.cumsum(shard_rows)
+    start = np.full(len(tokens), NOWHERE, np.int64)
+    counts, kept_samples, available = mixture(settings), [], []
+    for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+        kept = np.flatnonzero(outcome.marks[source.start : source.stop] == KEPT).astype(np.int32)
+        kept += source.start
+
+        def shard_of(some: np.ndarray, kept: np.ndarray = kept) -> np.ndarray:
+            return np.searchsorted(stops, kept[some], side="right")
+
+        used, starts = place_samples(tokens[kept], shard_of, count, number, settings)
+        start[kept[used]] = starts
+        kept_samples.append(len(kept))
+        if settings.pack == "document":
+            available.append(int((tokens[kept] >= settings.sequence_tokens).sum()))
+        else:
+            available.append(int(tokens[kept].sum(dtype=np.int64)))
+    short = shortage(settings, counts, kept_samples, available)
+    if short:
+        raise UserError(short)
+    return start
+
+
+def _same(outcome: Outcome, columns: ScratchColumns, sources: Sequence[range]) -> Same:
+    stops = np.array([source.stop for source in sources])
+    samples, others = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    for index, same_as in outcome.same_as.items():
+        samples.append(np.flatnonzero(dropped_by(outcome.marks, index)))
+        others.append(same_as)
+    order = np.argsort(np.concatenate(samples))
+    other = np.concatenate(others)[order]
+    source = np.searchsorted(stops, other, side="right").astype(np.int16)
+    row = columns.load("row", other) if len(other) else np.zeros(0, np.int64)
+    return Same(np.concatenate(samples)[order], source, row)
+
+
+def write_selection(
+    stage: Stage, settings: CurateSettings, units: Sequence[tuple[str, int]]
+) -> Record:
+    """Commits the selection, with the facts in its record."""
+    made, facts = select(stage, settings, units)
+    buffer, metadata = io.BytesIO(), {"shard_rows": json.dumps(made.shard_rows)}
+    schema = SCHEMA.with_metadata(metadata)
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for first in range(0, len(made.marks), ROWS_AT_ONCE):
+            here = slice(first, first + ROWS_AT_ONCE)
+            rows = len(made.marks[here])
+            low, high = np.searchsorted(made.same.samples, (first, first + rows))
+            same_source, same_row = np.full(rows, NOWHERE, np.int16), np.full(rows, NOWHERE)
+            places = made.same.samples[low:high] - first
+            same_source[places], same_row[places] = (
+                made.same.source[low:high],
+                made.same.row[low:high],
+            )
+            columns = [made.marks[here], made.start[here], same_source, same_row]
+            writer.write_table(pa.table([pa.array(column) for column in columns], schema=schema))
+    published = stage.put(UNIT, buffer.getvalue(), "parquet", "selection", "part")
+    return stage.commit(UNIT, published, facts)
+
+
+def read_selection(stage: Stage) -> Selection:
+    table = read_parquet(stage.read(stage.record(UNIT)))
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    metadata = table.schema.metadata or {}
+    return Selection(**columns, shard_rows=json.loads(metadata[b"shard_rows"]))
+
+
+def _facts(
+    settings: CurateSettings,
+    outcome: Outcome,
+    tokens: Int32[np.ndarray, " samples"],
+    start: Int64[np.ndarray, " samples"],
+    sources: Sequence[range],
+    steps: list[dict[str, Any]],
+) -> dict[str, Any]:
+    kept, used = outcome.marks == KEPT, start >= 0
+    named = {}
+    for source, range_, sequences in zip(settings.sources, sources, mixture(settings), strict=True):
+        here = slice(range_.start, range_.stop)
+        named[source.name] = {
+            "samples": len(range_),
+            "tokens": int(tokens[here].sum(dtype=np.int64)),
+            "kept": int(kept[here].sum()),
+            "used": int(used[here].sum()),
+            "used_tokens": sequences * settings.sequence_tokens,
+            "sequences": sequences,
+        }
+    dropped: dict[str, int] = {}
+    for step in steps[1:]:
+        if step["dropped"]:
+            dropped[step["filter"]] = dropped.get(step["filter"], 0) + step["dropped"]
+    edges = np.linspace(0, max(1, int(tokens.max())), BINS + 1)
+    return {
+        "samples": len(tokens),
+        "kept": int(kept.sum()),
+        "used": int(used.sum()),
+        "sequences": settings.pool_sequences,
+        "sequence_tokens": settings.sequence_tokens,
+        "tokens": settings.pool_sequences * settings.sequence_tokens,
+        "dropped": dropped,
+        "sources": named,
+        "steps": steps,
+        "perplexity": steps[0]["perplexity"] | {"cut": outcome.cut},
+        "lengths": _before_and_after(tokens, kept, edges),
+        "duplicates": _duplicates(settings, outcome),
+    }
+
+
+def _step(
+    settings: CurateSettings,
+    number: int,
+    outcome: Outcome,
+    columns: ScratchColumns,
+    edges: np.ndarray,
+) -> dict[str, Any]:
+    """What is left after so many filters."""
+    kept, values = outcome.marks == KEPT, columns.load("perplexity")
+    left = values[kept & np.isfinite(values)]
+    del values
+    return {
+        "filter": settings.filters[number - 1].type if number else None,
+        "kept": int(kept.sum()),
+        "dropped": int(dropped_by(outcome.marks, number - 1).sum()) if number else 0,
+        "perplexity": {
+            "edges": edges.tolist(),
+            "counts": np.histogram(left, edges)[0].tolist() if len(edges) else [],
+            "median": float(np.median(left)) if len(left) else None,
+        },
+    }
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """Bins of equal width in the logarithm: perplexities spread over orders of magnitude."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return np.zeros(0)
+    low, high = float(finite.min()), float(finite.max())
+    edges = np.geomspace(low, max(high, low * 1.01), BINS + 1)
+    edges[0], edges[-1] = low, max(high, edges[-1])
+    return edges
+
+
+def _before_and_after(values: np.ndarray, kept: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
+    return {
+        "edges": edges.tolist(),
+        "before": np.histogram(values, edges)[0].tolist(),
+        "after": np.histogram(values[kept], edges)[0].tolist(),
+    }
+
+
+def _repetition(
+    settings: CurateSettings, outcome: Outcome, columns: ScratchColumns
+) -> dict[str, Any] | None:
+    for index, one in enumerate(settings.filters):
+        if isinstance(one, RepetitionFilter):
+            shares, edges = columns.load(f"{index}.share"), np.linspace(0, 1, BINS + 1)
+            return _before_and_after(shares, outcome.marks == KEPT, edges)
+    return None
+
+
+def _duplicates(settings: CurateSettings, outcome: Outcome) -> dict[str, int] | None:
+    found = [i for i, one in enumerate(settings.filters) if isinstance(one, DuplicateFilter)]
+    if not found:
+        return None
+    exact, near = (
+        sum(int((outcome.marks == mark(index, clause)).sum()) for index in found)
+        for clause in (EQUAL, NEAR)
+    )
+    return {"exact": exact, "near": near}

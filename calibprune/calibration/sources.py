@@ -1,0 +1,176 @@
+"""Where samples lie, as shards; and documents that people wrote made into shards of the same schema.
+
+A shard of documents is a unit of the curate stage, `text-<source>-<number>`; what the model makes of it, where a filter
+asks, is another, `scored-<source>-<number>`.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes, read_parquet, read_samples
+from calibprune.calibration.texts import documents
+from calibprune.config import NaturalSource
+from calibprune.run import Record, Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARD_TOKENS = 1 << 20
+"""Of documents in a unit: what a crash can cost, and what is in memory at a time."""
+FINISH_REASON = "text"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some samples of one source, in one file."""
+
+    stage_url: str
+    unit: str
+    record: Record | None = None
+    """None: to be read from the stage, which makes it."""
+    scored: str | None = None
+    """The unit of the same stage that holds the log-probabilities."""
+
+    def committed(self) -> Record:
+        return self.record or Stage(self.stage_url).record(self.unit)
+
+
+def read_shard(shard: Shard) -> pa.Table | None:
+    """The verified samples, with their log-probabilities where they have been taken; None for an empty shard."""
+    stage, record = Stage(shard.stage_url), shard.committed()
+    if record.file is None:
+        return None
+    table = read_samples(stage, record)
+    if shard.scored is not None:
+        name = "cumulative_logprob"
+        scored = read_parquet(stage.read(stage.record(shard.scored)))
+        table = table.set_column(SAMPLE_SCHEMA.get_field_index(name), name, scored[name])
+    return table
+
+
+def flat_tokens(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """(the samples' tokens end to end, int32; where each begins and ends, int64)."""
+    column = table["token_ids"].combine_chunks()
+    lengths = column.value_lengths().to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return column.flatten().to_numpy(), offsets
+
+
+def document_tokens(source: NaturalSource, sequence_tokens: int) -> int:
+    """Most tokens of a document, the start-of-text token not counted."""
+    return source.document_tokens or sequence_tokens - source.bos
+
+
+def shard_documents(source: NaturalSource, sequence_tokens: int) -> int:
+    """Documents in one shard."""
+    return max(1, SHARD_TOKENS // document_tokens(source, sequence_tokens))
+
+
+def text_units(source: NaturalSource, sequence_tokens: int) -> list[str]:
+    """The shards of a source that has as many documents as are asked for."""
+    count = -(-source.documents // shard_documents(source, sequence_tokens))
+    return [f"text-{source.name}-{number:05d}" for number in range(count)]
+
+
+def scored_unit(text_unit: str) -> str:
+    return "scored-" + text_unit.removeprefix("text-")
+
+
+def write_documents(
+    stage: Stage,
+    source: NaturalSource,
+    sequence_tokens: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    start_token: int | None,
+    missing: Collection[str],
+) -> Iterator[Record]:
+    """Commits the missing shards of a source, reading its documents once, a shard at a time.
+
+    A document's row is its number. `start_token` goes in front of each, if there is one. Shards beyond the last
+    document are committed without a file.
+    """
+    most, rows = document_tokens(source, sequence_tokens), shard_documents(source, sequence_tokens)
+    texts = documents(
+        source.path, name=source.dataset_name, split=source.split, column=source.column
+    )
+    numbered = zip(range(source.documents), texts, strict=False)  # asks for no document too many
+    for unit in text_units(source, sequence_tokens):
+        shard = list(islice(numbered, rows))
+        if unit not in missing:
+            continue
+        if not shard:
+            yield stage.commit(unit, None, {"rows": 0, "tokens": 0})
+            continue
+        front = [] if start_token is None else [start_token]
+        cut = first_tokens(tokenizer, [text for _, text in shard], most)
+        token_ids = [front + ids for ids in cut]
+        columns = {
+            "row": [number for number, _ in shard],
+            "token_ids": token_ids,
+            "prefix_length": [len(front)] * len(shard),
+            "cumulative_logprob": [None] * len(shard),
+            "finish_reason": [FINISH_REASON] * len(shard),
+            "seed": [None] * len(shard),
+            "source": [source.name] * len(shard),
+        }
+        data = parquet_bytes(pa.table(columns, schema=SAMPLE_SCHEMA))
+        published = stage.put(unit, data, "parquet", "text", "part")
+        facts = {"rows": len(shard), "tokens": sum(map(len, token_ids))}
+        yield stage.commit(unit, published, facts)
+
+
+def first_tokens(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], most: int
+) -> list[list[int]]:
+    """The first tokens of every text; where a text is long only its start is tokenised."""
+    characters = 8 * most + 64
+    cut: list[list[int]] = tokenize(tokenizer, [text[:characters] for text in texts])
+    # Where the text was cut, its last few tokens may not be those of the whole.
+    short = [i for i, text in enumerate(texts) if len(text) > characters and len(cut[i]) < most + 8]
+    for index, ids in zip(short, tokenize(tokenizer, [texts[i] for i in short]), strict=True):
+        cut[index] = ids
+    return [ids[:most] for ids in cut]
+
+
+def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    answer: Any = tokenizer(texts, add_special_tokens=False, verbose=False)
+    return answer.input_ids
+
+
+class Scorer(Protocol):
+    """What an engine gives here."""
+
+    async def score(self, token_ids: list[list[int]], first: list[int]) -> list[float]:
+        """The sum of the log-probabilities of each sample's tokens from position `first` on."""
+        ...
+
+
+async def score_shard(engine: Scorer, stage: Stage, unit: str) -> Record:
+    """Commits `scored-...`: the model's own log-probability of every document, its first token given."""
+    record = stage.record("text-" + unit.removeprefix("scored-"))
+    if record.file is None:
+        return stage.commit(unit, None, {"rows": 0, "tokens": 0})
+    table = read_samples(stage, record)
+    token_ids = table["token_ids"].to_pylist()
+    first = scored_from(table["prefix_length"].to_numpy()).tolist()
+    asked = [i for i, ids in enumerate(token_ids) if len(ids) > first[i]]
+    sums = await engine.score([token_ids[i] for i in asked], [first[i] for i in asked])
+    logprobs = [0.0] * len(token_ids)
+    for index, value in zip(asked, sums, strict=True):
+        logprobs[index] = value
+    data = parquet_bytes(pa.table({"row": table["row"], "cumulative_logprob": logprobs}))
+    tokens = sum(len(token_ids[i]) - first[i] for i in asked)
+    published = stage.put(unit, data, "parquet", "scored", "part")
+    return stage.commit(unit, published, {"rows": len(token_ids), "tokens": tokens})
+
+
+def scored_from(prefix_length: np.ndarray) -> np.ndarray:
+    """The first position with a log-probability: nothing says how likely a first token is."""
+    return np.maximum(prefix_length, 1)

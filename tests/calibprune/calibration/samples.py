@@ -1,0 +1,61 @@
+"""Shards of samples made up for tests."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from calibprune.calibration.curation import Curation, curate, plan_curation
+from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
+from calibprune.config import CurateSettings
+from calibprune.run import Stage
+
+
+def sample_table(token_ids, logprobs=None, first_row=0, prefix_length=1) -> pa.Table:
+    count = len(token_ids)
+    columns = {
+        "row": range(first_row, first_row + count),
+        "token_ids": [np.asarray(ids, np.int32) for ids in token_ids],
+        "prefix_length": [prefix_length] * count,
+        "cumulative_logprob": [-1.0] * count if logprobs is None else logprobs,
+        "finish_reason": ["length"] * count,
+        "seed": range(count),
+        "source": ["bos"] * count,
+    }
+    columns = {name: list(values) for name, values in columns.items()}
+    return pa.table(columns, schema=SAMPLE_SCHEMA)
+
+
+def generated(folder: Path, token_ids, logprobs=None, shard_rows=4, **changes) -> Stage:
+    """A finished generate stage of these samples."""
+    stage = Stage(str(folder))
+    logprobs = [-1.0] * len(token_ids) if logprobs is None else logprobs
+    starts = range(0, len(token_ids), shard_rows)
+    stage.plan({"model": "the tiny one"}, [f"{i:05d}" for i in range(len(starts))])
+    for number, start in enumerate(starts):
+        here = slice(start, start + shard_rows)
+        table = sample_table(token_ids[here], logprobs[here], start, **changes)
+        unit = f"{number:05d}"
+        published = stage.put(unit, parquet_bytes(table), "parquet", "data", "part")
+        stage.commit(unit, published, {"rows": len(table)})
+    stage.finish({"seconds": 1.0})
+    return stage
+
+
+def repeated(lengths, first=1000) -> list[list[int]]:
+    """Sample i is [first + i] * lengths[i]."""
+    return [[first + row] * length for row, length in enumerate(lengths)]
+
+
+def settings(**changes) -> CurateSettings:
+    return CurateSettings.model_validate({"sequences": 3, "sequence_tokens": 8} | changes)
+
+
+def curated(folder: Path, wanted: CurateSettings, **stages: Stage) -> Curation:
+    """A finished curate stage; `stages`: the generate stage of each source, `own` for the one that has no name."""
+    named = {"self-generated" if name == "own" else name: stage for name, stage in stages.items()}
+    curation = plan_curation(str(folder), wanted, named)
+    curation.stage.plan({}, curation.units())
+    list(curate(curation))
+    curation.stage.finish({"seconds": 1.0})
+    return curation

@@ -1,0 +1,134 @@
+"""curate over real Ray tasks: the same bytes as in one process, whatever died on the way."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibprune.calibration import curation as units_of_work
+from calibprune.calibration.curation import plan_curation
+from calibprune.config import ClusterSettings, Config
+from calibprune.errors import DriftError, UserError
+from calibprune.run import Stage
+from cluster.session import connect
+from jobs import curate
+from jobs.run_folder import Run
+from tests.calibprune.calibration.samples import curated, generated
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def failpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failpoints")
+    os.environ["CALIBPRUNE_FAILPOINTS"] = str(folder)
+    yield folder
+    del os.environ["CALIBPRUNE_FAILPOINTS"]
+
+
+@pytest.fixture(scope="module")
+def cluster(failpoints):
+    with connect(ClusterSettings()):
+        yield
+
+
+@pytest.fixture
+def run(tmp_path, tiny_llama, monkeypatch):
+    """A run whose samples are written already, in several portions."""
+    monkeypatch.setattr(units_of_work, "PORTION_BYTES", 6000)
+    samples = [RNG.integers(0, 200, RNG.integers(40, 90)).tolist() for _ in range(60)]
+    (tmp_path / "lines.txt").write_text("\n".join(f"line {i} of {i * 7919}" for i in range(30)))
+    config = {
+        "model": {"path": str(tiny_llama)},
+        "output": str(tmp_path / "run"),
+        "curate": {"sequences": 20, "sequence_tokens": 32, "filters": [{"type": "duplicates"}]},
+    }
+    made = Run(Config.model_validate(config))
+    samples[7] = samples[2]
+    generated(Path(made.url("generate")), samples, shard_rows=5)
+    return made
+
+
+def with_curate(run, **changes):
+    tree = run.config.model_dump(mode="json")
+    tree["curate"] |= changes
+    return Run(Config.model_validate(tree))
+
+
+def hashes(stage):
+    return {unit: record.sha256 for unit, record in stage.done().items()}
+
+
+def test_tasks_make_what_one_process_makes_though_one_dies(run, cluster, failpoints, tmp_path):
+    wanted = curated(tmp_path / "here", run.config.curate, own=run.stage("generate"))
+    assert len(wanted.portions) > 2
+    for unit in ("scores-00001", "selection", "pool-00000"):
+        (failpoints / f"between-data-and-done-{unit}").touch()
+    curate.run(run)
+    assert not list(failpoints.iterdir())  # all three were killed
+    stage = run.stage("curate")
+    assert stage.finished and hashes(stage) == hashes(wanted.stage)
+    (Path(stage.url) / "_SUCCESS").unlink()
+    for unit in ("scores-00000", "dropped-00000", "pool-00000"):
+        (Path(stage.url) / "_done" / f"{unit}.json").unlink()
+    curate.run(run)
+    assert hashes(stage) == hashes(wanted.stage)
+    with pytest.raises(DriftError, match=r"curate.seed was 0, now 1"):
+        curate.run(with_curate(run, seed=1))
+    curate.run(with_curate(run, analysis={"documents": 3}))  # says nothing about the pool
+
+
+def test_documents_beside_samples_are_scored_where_a_filter_asks(run, cluster, tmp_path):
+    lines = {"type": "text", "name": "lines", "path": str(tmp_path / "lines.txt"), "weight": 0.25,
+             "documents": 40}  # fmt: skip
+    mixed = with_curate(
+        run,
+        sources=[{"type": "generated"}, lines],
+        filters=[{"type": "perplexity", "drop_worst": 0.1}],
+    )
+    with pytest.raises(UserError, match="needs an engine"):
+        curate.run(mixed)
+    asked = []
+
+    class Known:
+        async def score(self, token_ids, first):
+            return [-float(len(ids)) for ids in token_ids]
+
+    def score_units(units):
+        import asyncio
+
+        from calibprune.calibration.sources import score_shard
+
+        asked.extend(units)
+        for unit in units:
+            asyncio.run(score_shard(Known(), mixed.stage("curate"), unit))
+
+    curate.run(mixed, score_units)
+    assert asked == ["scored-lines-00000"]
+    facts = mixed.stage("curate").record("selection").facts
+    assert facts["sources"]["lines"] == {
+        "samples": 30, "tokens": facts["sources"]["lines"]["tokens"], "kept": 27,
+        "used": facts["sources"]["lines"]["used"], "used_tokens": 128, "sequences": 4,
+    }  # fmt: skip
+
+
+def test_what_a_task_finds_wrong_reaches_the_user(run, cluster):
+    short = with_curate(run, sequences=2000)
+    with pytest.raises(Exception, match="self-generated is to fill 2000 sequences") as raised:
+        curate.run(short)
+    assert isinstance(getattr(raised.value, "cause", raised.value), UserError)
+
+
+def test_samples_of_another_model_are_refused(run, tmp_path):
+    other = {"type": "generated", "path": run.url("generate")}
+    with pytest.raises(UserError, match="were written by another model"):
+        curate.generated_stages(with_curate(run, sources=[other]))
+    plan = Path(run.url("generate", "_plan.json"))
+    plan.write_text(
+        json.dumps(json.loads(plan.read_text()) | {"identity": {"model": run.model_identity}})
+    )
+    stages = curate.generated_stages(with_curate(run, sources=[other]))
+    assert isinstance(stages["self-generated"], Stage)
+    assert plan_curation("nowhere", run.config.curate, stages).portions
