@@ -4,7 +4,6 @@ Only safetensors: a pickle can run code when it is opened. Nothing here knows a 
 """
 
 import json
-import posixpath
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -100,18 +99,16 @@ class Checkpoint:
         files = {self.locations[name].file for name in tensors}
         for file in files & self._unverified.keys():
             self._verify(file)
-        filesystem, folder = storage.resolve(self.url)
         for wave in _waves({name: self.locations[name] for name in tensors}):
-            chunks = filesystem.cat_ranges(
-                [posixpath.join(folder, self.locations[name].file) for name, _, _ in wave],
-                [start for _, start, _ in wave],
-                [stop for _, _, stop in wave],
-                on_error="raise",
-            )
-            for (name, start, stop), chunk in zip(wave, chunks, strict=True):
-                if len(chunk) != stop - start:
-                    file = self.locations[name].file
-                    raise CorruptionError(f"{self.url}/{file} is cut short at tensor {name}")
+            ranges = [
+                (storage.join(self.url, self.locations[name].file), start, stop)
+                for name, start, stop in wave
+            ]
+            try:
+                chunks = storage.read_ranges(ranges)
+            except EOFError as error:
+                raise CorruptionError(f"a shard of the model is cut short: {error}") from None
+            for (name, start, _), chunk in zip(wave, chunks, strict=True):
                 begun = start - self.locations[name].start
                 flat = tensors[name].view(-1).view(torch.uint8).numpy()
                 flat[begun : begun + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)

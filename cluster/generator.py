@@ -7,6 +7,7 @@ from calibprune.calibration.engine import Engine
 from calibprune.calibration.pool import parquet_bytes
 from calibprune.calibration.prefixes import PrefixReader
 from calibprune.calibration.samples import sample_facts, write_rows
+from calibprune.calibration.sources import score_shard
 from calibprune.config import GenerateSettings, ModelSettings
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
@@ -47,3 +48,7 @@ class Generator:
         record = self._stage.commit(unit, published, sample_facts(table))
         self._metrics.record(record)
         return record
+
+    async def score(self, unit: str) -> Record:
+        """Commits the model's own log-probabilities of one shard of documents. Raises EngineDied."""
+        return await score_shard(self._engine, self._stage, unit)

@@ -7,7 +7,7 @@ units there are.
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -18,14 +18,17 @@ from calibprune.calibration.curation import (
     make_files,
     make_scores,
     make_selection,
-    needs_scoring,
     plan_curation,
 )
 from calibprune.calibration.mixing import mixture
-from calibprune.calibration.sources import write_documents
+from calibprune.calibration.prefixes import start_token
+from calibprune.calibration.sources import document_tokens, write_documents
 from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
 from calibprune.errors import UserError
+from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
+from jobs import analysis, progress
+from jobs.generate import dispatched, engines
 from jobs.progress import Steps, say
 from jobs.run_folder import Run
 
@@ -36,11 +39,8 @@ MOST_IN_BATCH = 16
 IN_FLIGHT_PER_CPU = 2
 ATTEMPTS = 3
 
-ScoreUnits = Callable[[list[str]], None]
-"""Has `scored-*` units of the curate stage committed by engines (calibration.sources.score_shard for each)."""
 
-
-def run(run: Run, score_units: ScoreUnits | None = None) -> None:
+def run(run: Run) -> None:
     if run.config.prune.pool is not None:
         say("curate: not needed, prune.pool is given")
         return
@@ -52,10 +52,11 @@ def run(run: Run, score_units: ScoreUnits | None = None) -> None:
     missing = stage.plan(_identity(run, generated), units)
     if not missing and stage.finished:
         say("curate: done already")
+        analysis.run(run, curation)
         return
     started = time.monotonic()
     with Steps("curate", "units", len(units), len(units) - len(missing)) as steps:
-        for record in _make(run, curation, missing, score_units):
+        for record in _make(run, curation, missing):
             steps.add(record.unit)
     stage.finish({"seconds": time.monotonic() - started})
     facts = stage.record(SELECTION).facts
@@ -67,6 +68,7 @@ def run(run: Run, score_units: ScoreUnits | None = None) -> None:
         say(
             f"curate: {source['sequences']} sequences of {name}, from {source['used']} of {source['kept']} kept samples"
         )
+    analysis.run(run, curation)
 
 
 def generated_stages(run: Run) -> dict[str, Stage]:
@@ -100,9 +102,7 @@ def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
     return identity
 
 
-def _make(
-    run: Run, curation: Curation, missing: Sequence[str], score_units: ScoreUnits | None
-) -> Iterator[Record]:
+def _make(run: Run, curation: Curation, missing: Sequence[str]) -> Iterator[Record]:
     """Has the missing units made, in the order in which they need each other; yields their records."""
     handle, left = ray.put(curation), set(missing)
     texts = [
@@ -111,24 +111,28 @@ def _make(
         if (units := [unit for unit in curation.text_units(source) if unit in left])
     ]
     yield from _tasks(_read_documents, texts)
-    yield from _score_documents(curation, _of_kind(missing, "scored"), score_units)
+    yield from _score_documents(run, curation, _of_kind(missing, "scored"))
     yield from _in_batches(_score, handle, _of_kind(missing, "scores"))
     if SELECTION in left:
         yield from _tasks(_select, [(handle,)])
     yield from _in_batches(_write_files, handle, _of_kind(missing, "dropped", "pool"))
 
 
-def _score_documents(
-    curation: Curation, units: list[str], score_units: ScoreUnits | None
-) -> list[Record]:
+def _score_documents(run: Run, curation: Curation, units: list[str]) -> Iterator[Record]:
     """Has engines take the log-probabilities of documents, where a filter asks for them."""
     if not units:
-        return []
-    if score_units is None:
-        assert needs_scoring(curation.settings)
-        raise UserError("a perplexity filter of documents needs an engine, there is none here")
-    score_units(units)
-    return [curation.stage.record(unit) for unit in units]
+        return
+
+    def give_up(unit: str, reason: str) -> None:
+        raise RuntimeError(f"{unit} failed {run.config.generate.attempts} times: {reason}")
+
+    tokens = curation.settings.sequence_tokens
+    most = max(document_tokens(one, tokens) + one.bos for one in curation.natural_sources())
+    with engines(run, curation.stage, len(units), most + 1) as crew:
+        for record in dispatched(run, crew, "score", units, give_up):
+            progress.still_ours()
+            if record is not None:
+                yield record
 
 
 def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
@@ -166,11 +170,8 @@ def _tasks(function: Any, arguments: Sequence[tuple]) -> Iterator[Record]:
 def _read_documents(
     curation: Curation, source: NaturalSource, model: str, trust: bool, units: list[str]
 ) -> list[Record]:
-    from calibprune.calibration.prefixes import _start_token
-    from calibprune.model import load_tokenizer
-
     tokenizer = load_tokenizer(model, trust)
-    start = _start_token(tokenizer) if source.bos else None
+    start = start_token(tokenizer) if source.bos else None
     tokens = curation.settings.sequence_tokens
     return list(write_documents(curation.stage, source, tokens, tokenizer, start, set(units)))
 

@@ -6,6 +6,7 @@ Every stage reads files and writes files in its own folder of the run; the same 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from calibprune import storage
 from calibprune.config import Config
 from calibprune.lease import Lease
 from cluster.session import connect
@@ -13,6 +14,9 @@ from jobs import curate, evaluate, generate, progress, prune, report
 from jobs.check import check_before_work
 from jobs.progress import say
 from jobs.run_folder import Run
+
+LEASE_SECONDS, REMOTE_LEASE_SECONDS = 30.0, 120.0
+"""After which a driver that shows no life is replaced by another; as long as storage is tried again."""
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "generate": generate.run,
@@ -47,7 +51,8 @@ def only_driver(run: Run, stages: Sequence[str]) -> Iterator[None]:
     if set(stages) == {"report"}:
         yield
         return
-    with Lease(run.config.output, tell=say) as lease:
+    expire = LEASE_SECONDS if storage.is_local(run.config.output) else REMOTE_LEASE_SECONDS
+    with Lease(run.config.output, expire_seconds=expire, tell=say) as lease:
         progress.still_ours = lease.check
         try:
             yield

@@ -8,10 +8,12 @@ import numpy as np
 
 from calibprune import __version__, storage
 from calibprune.calibration.filters import perplexity
-from calibprune.calibration.pool import read_samples
+from calibprune.calibration.pool import read_samples, sample_records
+from calibprune.calibration.selection import UNIT as SELECTION
 from calibprune.pruning.export import ALLOCATION, REST, overall_sparsity
 from calibprune.reporting.page import render_page
 from calibprune.run import Record, Stage
+from jobs.analysis import FOLDER as ANALYSIS
 from jobs.progress import say
 from jobs.run_folder import Run, versions
 
@@ -75,7 +77,7 @@ def model_facts(run: Run) -> dict[str, Any]:
 
 def generate_facts(run: Run) -> dict[str, Any]:
     stage = run.stage("generate")
-    records, facts = sample_shards(stage), stage.manifest()["facts"]
+    records, facts = sample_records(stage), stage.manifest()["facts"]
     reasons: dict[str, int] = {}
     for record in records:
         for reason, count in record.facts["finish_reasons"].items():
@@ -83,7 +85,7 @@ def generate_facts(run: Run) -> dict[str, Any]:
     return {
         "samples": sum(record.facts["rows"] for record in records),
         "tokens": sum(record.facts["tokens"] for record in records),
-        "tokens_per_second": facts["tokens"] / facts["seconds"] if facts["tokens"] else None,
+        "tokens_per_second": _rate(facts["tokens"], facts.get("working_seconds")),
         "finish_reasons": reasons,
         "set_aside": [
             {"reason": record.facts["set_aside"], "rows": record.facts["rows_missing"]}
@@ -93,21 +95,16 @@ def generate_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def sample_shards(stage: Stage) -> list[Record]:
-    """The records of generated samples: neither prefixes nor shards that were set aside."""
-    return [
-        record
-        for record in stage.records()
-        if not record.unit.startswith("prefixes-") and "set_aside" not in record.facts
-    ]
+def _rate(tokens: int, seconds: float | None) -> float | None:
+    """Tokens a second while engines were ready; None where nothing was generated."""
+    return tokens / seconds if tokens and seconds else None
 
 
 def curate_facts(stage: Stage) -> dict[str, Any]:
-    """What was selected, and the analysis of the sources if there was one."""
-    done = stage.done()
-    analysis = {"analysis": done["analysis"].facts} if "analysis" in done else {}
-    selection = done.get("selection") or done["pool"]
-    return selection.facts | analysis
+    """What was selected, and how the sources compare with the references if there were any."""
+    compared = Stage(storage.join(stage.url, ANALYSIS))
+    analysis = {"analysis": compared.record(ANALYSIS).facts} if compared.finished else {}
+    return stage.record(SELECTION).facts | analysis
 
 
 def prune_facts(run: Run) -> dict[str, Any]:
@@ -162,7 +159,7 @@ def perplexity_facts(run: Run) -> dict[str, Any]:
 def sample_texts(run: Run) -> list[dict[str, Any]]:
     """A few samples of the first shard: the likeliest, the median and the least likely, by perplexity."""
     stage = run.stage("generate")
-    shards = sample_shards(stage)
+    shards = sample_records(stage)
     if not shards:
         return []
     table = read_samples(stage, shards[0])

@@ -42,6 +42,7 @@ class Run:
 
     def check_folder(self) -> None:
         """Raises UserError when the output cannot be written or holds something that is no run."""
+        storage.check_writable(self.config.output)
         if not storage.exists(self.url("run.json")):
             filesystem, path = storage.resolve(self.config.output)
             if filesystem.isfile(path):
@@ -52,7 +53,6 @@ class Run:
                     f"output {self.config.output} is not empty and holds no run of calibprune: "
                     f"choose another folder"
                 )
-        storage.check_writable(self.config.output)
 
     @cached_property
     def skeleton(self) -> "Skeleton":

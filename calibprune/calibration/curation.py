@@ -24,6 +24,7 @@ from calibprune.calibration.pool import (
     parquet_bytes,
     pool_unit,
     read_parquet,
+    sample_records,
 )
 from calibprune.calibration.scores import write_scores
 from calibprune.calibration.selection import (
@@ -108,7 +109,7 @@ def plan_curation(
             ]
         else:
             stage = generated[source.name]
-            parts = _portions(stage.url, stage.records())
+            parts = _portions(stage.url, sample_records(stage))
         portions += [Portion(number, tuple(shards)) for shards in parts]
     return Curation(stage_url, settings, tuple(portions))
 
@@ -117,8 +118,6 @@ def _portions(stage_url: str, records: Iterable[Record]) -> Iterator[list[Shard]
     shards: list[Shard] = []
     size = 0
     for record in records:
-        if record.file is None:
-            continue
         if shards and size + record.bytes > PORTION_BYTES:
             yield shards
             shards, size = [], 0

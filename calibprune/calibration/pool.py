@@ -44,6 +44,15 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns))
 
 
+def sample_records(generate: Stage) -> list[Record]:
+    """The shards of a finished generate stage: neither files of prefixes nor shards that were set aside."""
+    return [
+        record
+        for record in generate.records()
+        if record.file is not None and not record.unit.startswith("prefixes-")
+    ]
+
+
 def read_samples(stage: Stage, record: Record) -> pa.Table:
     """One verified shard of samples."""
     return read_parquet(stage.read(record))

@@ -93,7 +93,7 @@ def check_prefixes(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBa
     """
     prefixes = settings.prefixes
     if _starts_with_bos(prefixes):
-        _start_token(tokenizer)
+        start_token(tokenizer)
     match prefixes:
         case VocabularyPrefixes(draw="uniform"):
             _OrdinaryTokens(tokenizer).draw(1, settings.seed, 0)
@@ -117,7 +117,7 @@ class PrefixReader:
         self._held: tuple[str, list[np.ndarray]] = ("", [])
         prefixes = settings.prefixes
         if isinstance(prefixes, BosPrefixes | VocabularyPrefixes):
-            self._front = [_start_token(tokenizer)] if _starts_with_bos(prefixes) else []
+            self._front = [start_token(tokenizer)] if _starts_with_bos(prefixes) else []
             self._ordinary = _OrdinaryTokens(tokenizer)
 
     def of(self, rows: range) -> list[list[int]]:
@@ -188,7 +188,7 @@ def _starts_with_bos(settings: Prefixes) -> bool:
             return settings.bos
 
 
-def _start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+def start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The start-of-text token; without one the end-of-text token, which parts documents in training."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
@@ -237,7 +237,7 @@ def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> It
     """Every prefix from number 0 on, without end."""
     prefixes = settings.prefixes
     assert isinstance(prefixes, DatasetPrefixes | PromptPrefixes)
-    bos = [_start_token(tokenizer)] if _starts_with_bos(prefixes) else []
+    bos = [start_token(tokenizer)] if _starts_with_bos(prefixes) else []
     front = np.array(bos, np.int32)
     index = passed_over = 0
     source_prefixes = None

@@ -3,10 +3,10 @@
 import numpy as np
 import pyarrow as pa
 
-from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
+from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes, sample_records
 from calibprune.config import Config
 from calibprune.run import Stage
-from jobs.report import curate_facts, generate_facts, sample_shards, sample_texts
+from jobs.report import curate_facts, generate_facts, sample_texts
 from jobs.run_folder import Run
 
 
@@ -35,9 +35,9 @@ def test_prefixes_are_no_samples_and_what_was_set_aside_is_told(tiny_llama, tmp_
     stage.commit("00000", None, {"set_aside": "engine died", "rows_missing": [0, 4]})
     for unit, first in (("00001", 4), ("00002", 8)):
         commit_samples(stage, unit, first)
-    stage.finish({"tokens": 16, "seconds": 2.0})
+    stage.finish({"tokens": 16, "seconds": 3.0, "working_seconds": 2.0})
 
-    assert [record.unit for record in sample_shards(stage)] == ["00001", "00002"]
+    assert [record.unit for record in sample_records(stage)] == ["00001", "00002"]
     assert generate_facts(run) == {
         "samples": 8,
         "tokens": 16,
@@ -55,7 +55,7 @@ def test_a_run_of_which_every_shard_was_set_aside_has_no_texts(tiny_llama, tmp_p
     stage = run.stage("generate")
     stage.plan({}, ["00000"])
     stage.commit("00000", None, {"set_aside": "engine died", "rows_missing": [0, 4]})
-    stage.finish({"tokens": 0, "seconds": 1.0})
+    stage.finish({"tokens": 0, "seconds": 1.0, "working_seconds": 0.5})
     assert sample_texts(run) == []
     facts = generate_facts(run)
     assert (facts["samples"], facts["tokens_per_second"]) == (0, None)
@@ -65,9 +65,9 @@ def test_the_analysis_stands_with_the_selection(tmp_path):
     stage = Stage(str(tmp_path / "curate"))
     stage.commit("selection", None, {"samples": 5})
     assert curate_facts(stage) == {"samples": 5}
-    stage.commit("analysis", None, {"ngram": 3})
+    compared = Stage(str(tmp_path / "curate" / "analysis"))
+    compared.plan({}, ["analysis"])
+    compared.commit("analysis", None, {"ngram": 3})
+    assert curate_facts(stage) == {"samples": 5}
+    compared.finish()
     assert curate_facts(stage) == {"samples": 5, "analysis": {"ngram": 3}}
-
-    older = Stage(str(tmp_path / "older"))
-    older.commit("pool", None, {"samples": 7})
-    assert curate_facts(older) == {"samples": 7}

@@ -1,0 +1,82 @@
+"""The sources of curate beside the reference corpora: how alike they are, and how familiar to the model.
+
+A small stage of its own inside curate's folder, so that other references can be asked for at any time.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from calibprune import storage
+from calibprune.calibration.analysis import analyse, min_k_scores, read_reference
+from calibprune.calibration.curation import Curation
+from calibprune.calibration.sources import flat_tokens, read_shard
+from calibprune.config import ModelSettings
+from calibprune.errors import DriftError
+from calibprune.model import build_skeleton, load_tokenizer
+from calibprune.run import Stage
+from cluster.session import worker_bundle
+from jobs.progress import say
+from jobs.run_folder import Run
+
+FOLDER = "analysis"
+
+
+def run(run: Run, curation: Curation) -> None:
+    """Compares sources and references, if there are any of these and it has not been done yet."""
+    settings = curation.settings
+    if not settings.references:
+        return
+    stage = Stage(storage.join(curation.stage_url, FOLDER))
+    identity = {
+        "samples": run.stage("curate").content_id(),
+        "references": [one.model_dump(mode="json") for one in settings.references],
+        "analysis": settings.analysis.model_dump(mode="json"),
+    }
+    try:
+        missing = stage.plan(identity, [FOLDER])
+    except DriftError:  # others were asked for
+        storage.remove_folder(stage.url)
+        missing = stage.plan(identity, [FOLDER])
+    if not missing and stage.finished:
+        return
+    say(f"curate: comparing {len(settings.sources)} sources with {len(settings.references)} texts")
+    started = time.monotonic()
+    bundle = worker_bundle(run.config.cluster)
+    needs_model = settings.analysis.min_k is not None
+    task = ray.remote(_analyse).options(
+        num_cpus=bundle.cpus if needs_model else 1, num_gpus=bundle.gpus if needs_model else 0, max_retries=2
+    )  # fmt: skip
+    facts = ray.get(task.remote(curation, run.config.model))
+    stage.commit(FOLDER, None, facts)
+    stage.finish({"seconds": time.monotonic() - started})
+
+
+def _analyse(curation: Curation, model: ModelSettings) -> Mapping[str, Any]:
+    settings = curation.settings
+    skeleton = build_skeleton(model, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(skeleton.checkpoint.url, model.trust_remote_code)
+    most = settings.analysis.documents, settings.sequence_tokens
+    references = {one.name: read_reference(one, tokenizer, *most) for one in settings.references}
+    sources = {one.name: _documents(curation, n) for n, one in enumerate(settings.sources)}
+    scores = None
+    if settings.analysis.min_k is not None:
+        scores = min_k_scores(skeleton, settings.analysis, sources, references)
+    return analyse(settings, sources, references, scores)
+
+
+def _documents(curation: Curation, source: int) -> list[np.ndarray]:
+    """The first documents of a source, whether kept or dropped."""
+    found: list[np.ndarray] = []
+    for shard in (s for one in curation.portions if one.source == source for s in one.shards):
+        table = read_shard(shard)
+        if table is not None:
+            tokens, offsets = flat_tokens(table)
+            found += np.split(tokens, offsets[1:-1])
+        if len(found) >= curation.settings.analysis.documents:
+            break
+    return found[: curation.settings.analysis.documents]
