@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from calibprune import storage
+from calibprune.calibration.curation import needs_scoring
 from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
 from calibprune.calibration.sources import document_tokens
-from calibprune.config import Config, NaturalSource, PerplexityFilter
+from calibprune.calibration.texts import documents
+from calibprune.config import Config, GeneratedSource, NaturalSource, PerplexityFilter
 from calibprune.errors import UserError
+from calibprune.run import Stage
 from jobs.run_folder import Run
 
 
@@ -25,14 +28,17 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
             raise UserError(f"there is no run at {run.config.output} to report on")
         return
     context = context_tokens(run.skeleton.model.config)
-    _check_lengths(run.config, stages, context)
+    _check_lengths(run, stages, context)
     _check_pattern(run)
     if (
         "generate" in stages
-        and run.config.prune.pool is None
+        and run.no_samples_because is None
         and not run.stage("generate").finished
     ):
-        _check_generate(run)
+        check_vllm("generate")
+        check_prefixes(run.config.generate, run.tokenizer)
+    if "curate" in stages and run.config.prune.pool is None and not run.stage("curate").finished:
+        _check_texts(run)
     if "prune" in stages:
         from calibprune.pruning.allocation import check_allocation, shapes_of
         from calibprune.pruning.selection import chosen_linears
@@ -51,7 +57,8 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         _ = run.windows
 
 
-def _check_lengths(config: Config, stages: Sequence[str], context: int | None) -> None:
+def _check_lengths(run: Run, stages: Sequence[str], context: int | None) -> None:
+    config = run.config
     generate, curate = config.generate, config.curate
     prefix = longest_prefix(generate.prefixes)
     wanted = (
@@ -61,7 +68,7 @@ def _check_lengths(config: Config, stages: Sequence[str], context: int | None) -
     )
     if config.prune.pool is None:
         wanted["curate.sequence_tokens"] = curate.sequence_tokens
-        if "generate" in stages:
+        if "generate" in stages and run.no_samples_because is None:
             wanted["generate.max_tokens with its prefix"] = generate.max_tokens + prefix
     for name, tokens in wanted.items():
         if context and tokens > context:
@@ -109,13 +116,25 @@ def _check_pattern(run: Run) -> None:
                 )
 
 
-def _check_generate(run: Run) -> None:
+def check_vllm(stage: str) -> None:
     if vllm_version() is None:
         raise UserError(
-            'vLLM is not installed, generate needs it: pip install "calibprune[cuda]" on a machine with '
-            'NVIDIA GPUs, "calibprune[cpu]" on one without'
+            f'vLLM is not installed, {stage} needs it: pip install "calibprune[cuda]" on a machine with '
+            f'NVIDIA GPUs, "calibprune[cpu]" on one without'
         )
-    check_prefixes(run.config.generate, run.tokenizer)
+
+
+def _check_texts(run: Run) -> None:
+    """Whether the texts that curate will read are there, by reading the first document of each."""
+    settings = run.config.curate
+    natural = [one for one in settings.sources if isinstance(one, NaturalSource)]
+    for text in (*natural, *settings.references):
+        next(documents(text.path, name=text.dataset_name, split=text.split, column=text.column))
+    for source in settings.sources:
+        if isinstance(source, GeneratedSource) and source.path is not None:
+            Stage(source.path).manifest()
+    if natural and needs_scoring(settings):
+        check_vllm("a perplexity filter of curate")
 
 
 def kept_at_most(config: Config, samples: int) -> int:

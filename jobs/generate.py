@@ -30,8 +30,8 @@ class ShardsFailed(RuntimeError):
 
 def run(run: Run) -> None:
     settings, stage = run.config.generate, run.stage("generate")
-    if run.config.prune.pool is not None:
-        say("generate: not needed, prune.pool is given")
+    if run.no_samples_because is not None:
+        say(f"generate: not needed, {run.no_samples_because}")
         return
     shards = [f"{shard:05d}" for shard in range(-(-settings.samples // settings.shard_rows))]
     units = [*prefix_units(settings), *shards]

@@ -129,6 +129,9 @@ def prune_facts(run: Run) -> dict[str, Any]:
         "pattern": planned["prune.pattern"],
         "allocation": planned["prune.allocation.type"],
         "refine": planned.get("prune.refine.type"),
+        "parameters": sum(
+            one["parameters"] for layer in layers for one in layer["linears"].values()
+        ),
         "workers": facts.get("workers"),
         "losses": facts.get("losses", []),
         "bytes_read": facts.get("bytes_read"),
@@ -203,7 +206,7 @@ def say_result(report: dict[str, Any]) -> None:
     if report["sparsity"] is not None:
         method = report["prune"]["method"]
         say(
-            f"{method}: {report['sparsity']:.2%} of {report['model']['prunable_parameters']:,} weights are zero"
+            f"{method}: {report['sparsity']:.2%} of {report['prune']['parameters']:,} weights are zero"
         )
     seconds = {
         name: report["stages"][name]["seconds"] for name in ORDER if name in report["stages"]

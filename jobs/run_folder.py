@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from calibprune import __version__, storage
-from calibprune.config import Config
+from calibprune.config import Config, GeneratedSource
 from calibprune.errors import UserError
 from calibprune.lease import FILE as LEASE
 from calibprune.run import Stage
@@ -74,6 +74,16 @@ class Run:
     @property
     def dtype(self) -> str:
         return str(self.skeleton.dtype).removeprefix("torch.")
+
+    @property
+    def no_samples_because(self) -> str | None:
+        """Why this run needs no samples of its own; None where it does."""
+        if self.config.prune.pool is not None:
+            return "prune.pool is given"
+        sources = self.config.curate.sources
+        if not any(isinstance(one, GeneratedSource) and one.path is None for one in sources):
+            return "curate.sources does not name this run's samples"
+        return None
 
     @property
     def pool_url(self) -> str:

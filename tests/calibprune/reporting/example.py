@@ -61,6 +61,7 @@ def example_report(layers: int = 3) -> dict[str, Any]:
         ],
         "prune": {
             "method": "wanda",
+            "parameters": 106168320,
             "pattern": "unstructured",
             "layers": [_layer(layer) for layer in range(layers)],
         },

@@ -98,7 +98,7 @@ def test_the_headline_has_the_reports_numbers():
     numbers = [text_of(p) for p in parse(page).iter("p") if p.get("class") == "numbers"]
     assert numbers == ["12.35 → 15.10", "17.81 → 40.07"]
     shown = facts(page)
-    assert shown["Sparsity, measured"] == "50.0% 53.07 M of 106.2 M prunable weights are zero"
+    assert shown["Sparsity, measured"] == "50.0% 53.07 M of 106.2 M weights are zero"
     assert shown["Method"] == "wanda unstructured"
     assert shown["Model"] == "134.5 M parameters LlamaForCausalLM, 3 layers, bfloat16"
     assert shown["Total time"].startswith("9 min 52 s")
