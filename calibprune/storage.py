@@ -66,7 +66,7 @@ def exists(url: str) -> bool:
         return False
 
 
-def names(url: str) -> list[str]:
+def names(url: str, patience_seconds: float | None = None) -> list[str]:
     """Sorted names of the files directly in a folder; empty where there is no such folder."""
     filesystem, path = resolve(url)
 
@@ -75,7 +75,7 @@ def names(url: str) -> list[str]:
         return filesystem.ls(path, detail=True)
 
     try:
-        entries = _patiently(filesystem, url, "list", look)
+        entries = _patiently(filesystem, url, "list", look, patience_seconds)
     except FileNotFoundError:
         return []
     found = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]

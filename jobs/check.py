@@ -5,17 +5,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from httpx2 import HTTPError
+
 from calibprune import storage
 from calibprune.calibration.curation import needs_scoring
 from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.mixing import mixture, shortage
+from calibprune.calibration.pool import pool_shape
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
 from calibprune.calibration.sources import document_tokens
 from calibprune.calibration.texts import documents
+from calibprune.checkpoint import model_url
 from calibprune.config import Config, GeneratedSource, NaturalSource, PerplexityFilter
 from calibprune.errors import UserError
 from calibprune.run import Stage
 from jobs.run_folder import Run
+
+CONTACT_SECONDS = 10.0
 
 
 def check_before_work(run: Run, stages: Sequence[str]) -> None:
@@ -27,6 +33,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         if not storage.exists(run.url("run.json")):
             raise UserError(f"there is no run at {run.config.output} to report on")
         return
+    _check_reachable(run.config.model.path)
     context = context_tokens(run.skeleton.model.config)
     _check_lengths(run, stages, context)
     _check_pattern(run)
@@ -46,15 +53,22 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         chosen = chosen_linears(run.skeleton, run.config.prune)
         check_allocation(run.config.prune, shapes_of(run.skeleton, chosen))
     if "prune" in stages and run.config.prune.pool is not None:
-        from calibprune.calibration.pool import read_pool
-
-        tokens = read_pool(run.config.prune.pool).shape[1]
+        _, tokens = pool_shape(run.config.prune.pool)
         if context and tokens > context:
             raise UserError(
                 f"prune.pool holds sequences of {tokens} tokens, the model's context is {context}"
             )
     if "evaluate" in stages:
         _ = run.windows
+
+
+def _check_reachable(model: str) -> None:
+    """A first contact with the model's store. Later failures are sat out for longer: it was there once."""
+    try:
+        storage.names(model_url(model), CONTACT_SECONDS)
+    except (OSError, HTTPError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read the model at {model}: {text}") from None
 
 
 def _check_lengths(run: Run, stages: Sequence[str], context: int | None) -> None:

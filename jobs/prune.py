@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from calibprune import storage
-from calibprune.calibration.pool import pool_identity, read_pool
+from calibprune.calibration.pool import pool_identity, pool_shape
 from calibprune.pruning.allocation import foreseen, in_words, is_measured, shapes_of
 from calibprune.pruning.export import ALLOCATION, REST, finish_checkpoint
 from calibprune.pruning.layer import layer_unit
@@ -94,7 +94,7 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
 def usable_workers(run: Run) -> int:
     """The workers asked for, but no more than there are micro-batches to sweep."""
     wanted = run.config.cluster.workers
-    sequences = len(read_pool(run.pool_url))
+    sequences, _ = pool_shape(run.pool_url)
     batches = -(-sequences // run.config.prune.batch_sequences)
     if batches < wanted:
         say(

@@ -1,6 +1,9 @@
 """Fixtures that several test files share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve what runs beside them
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if "RAY_TMPDIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+    # A Ray that is started here writes down its address there, and whoever comes next would join it.
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+    atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 from tests.tiny import write_tiny_llama
 

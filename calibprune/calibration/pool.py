@@ -105,7 +105,19 @@ def pool_identity(url: str) -> str:
     if stage.finished:
         hashes = [record.sha256 for record in _pool_records(stage)]
         return storage.sha256(json.dumps(hashes).encode())
-    return storage.sha256(read_pool(url).numpy().tobytes())
+    content, positions = read_pool(url).numpy().tobytes(), read_positions(url)
+    return storage.sha256(content + (b"" if positions is None else positions.numpy().tobytes()))
+
+
+def pool_shape(url: str) -> tuple[int, int]:
+    """(sequences, tokens of each), without reading a pool that `curate` finished. Raises as `read_pool` does."""
+    stage = Stage(url)
+    if stage.finished:
+        facts = [record.facts for record in _pool_records(stage)]
+        sequences = sum(one["sequences"] for one in facts)
+        return sequences, sum(one["tokens"] for one in facts) // max(1, sequences)
+    sequences, tokens = read_pool(url).shape
+    return sequences, tokens
 
 
 def _pool_data(url: str) -> Iterator[bytes]:

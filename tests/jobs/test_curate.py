@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from calibprune.calibration import curation as units_of_work
 from calibprune.calibration.curation import plan_curation
+from calibprune.calibration.pool import read_samples
 from calibprune.config import ClusterSettings, Config
 from calibprune.errors import DriftError, UserError
 from calibprune.run import Stage
@@ -16,6 +19,7 @@ from cluster.session import connect
 from jobs import curate
 from jobs.run_folder import Run
 from tests.calibprune.calibration.samples import curated, generated
+from tests.tiny import write_tiny_llama
 
 RNG = np.random.default_rng(0)
 
@@ -81,37 +85,31 @@ def test_tasks_make_what_one_process_makes_though_one_dies(run, cluster, failpoi
 
 
 def test_documents_beside_samples_are_scored_where_a_filter_asks(run, cluster, tmp_path):
+    model = write_tiny_llama(tmp_path / "model", hidden=128)  # which the engine's CPU kernels know
     lines = {"type": "text", "name": "lines", "path": str(tmp_path / "lines.txt"), "weight": 0.25,
              "documents": 40}  # fmt: skip
+    tree = run.config.model_dump(mode="json") | {"model": {"path": str(model)}}
+    tree["generate"] |= {"cpu_kvcache_gib": 1}
     mixed = with_curate(
-        run,
+        Run(Config.model_validate(tree)),
         sources=[{"type": "generated"}, lines],
         filters=[{"type": "perplexity", "drop_worst": 0.1}],
     )
-    with pytest.raises(UserError, match="needs an engine"):
-        curate.run(mixed)
-    asked = []
-
-    class Known:
-        async def score(self, token_ids, first):
-            return [-float(len(ids)) for ids in token_ids]
-
-    def score_units(units):
-        import asyncio
-
-        from calibprune.calibration.sources import score_shard
-
-        asked.extend(units)
-        for unit in units:
-            asyncio.run(score_shard(Known(), mixed.stage("curate"), unit))
-
-    curate.run(mixed, score_units)
-    assert asked == ["scored-lines-00000"]
-    facts = mixed.stage("curate").record("selection").facts
+    curate.run(mixed)
+    stage = mixed.stage("curate")
+    facts = stage.record("selection").facts
     assert facts["sources"]["lines"] == {
         "samples": 30, "tokens": facts["sources"]["lines"]["tokens"], "kept": 27,
         "used": facts["sources"]["lines"]["used"], "used_tokens": 128, "sequences": 4,
     }  # fmt: skip
+    texts = read_samples(stage, stage.record("text-lines-00000"))["token_ids"].to_pylist()
+    scored = read_samples(stage, stage.record("scored-lines-00000"))["cumulative_logprob"]
+    forward = AutoModelForCausalLM.from_pretrained(model)
+    for ids, value in zip(texts, scored.to_pylist(), strict=True):
+        with torch.no_grad():
+            logits = forward(torch.tensor([ids])).logits[0, :-1]
+        known = logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]].sum()
+        assert value == pytest.approx(float(known), abs=1e-2)
 
 
 def test_what_a_task_finds_wrong_reaches_the_user(run, cluster):
