@@ -50,6 +50,7 @@ class Lease:
             "expire_seconds": expire_seconds,
         }
         self._superseded: str | None = None
+        self._trouble = ""
         self._alive_at = 0.0
         self._lost, self._leaving = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -81,7 +82,7 @@ class Lease:
         if self.lost:
             raise LeaseLost(
                 f"another driver took over {self._run_url}, or may have, since this one could not renew {self.url} "
-                f"for {self._expire:.0f} s; this one stops, nothing committed is lost"
+                f"for {self._expire:.0f} s{self._trouble}; this one stops, nothing committed is lost"
             )
 
     def _acquire(self) -> None:
@@ -127,8 +128,7 @@ class Lease:
     def _keep(self) -> None:
         """The heartbeat: reads before it writes, so that a holder that slept does not overwrite its successor."""
         while not self._leaving.wait(self._heartbeat) and not self.lost:
-            # what fails here is tried again at the next beat, until the lease has expired
-            with contextlib.suppress(OSError, UserError):
+            try:
                 found = self._read()
                 owner = _owner(found)
                 if owner == self._mine["owner"]:
@@ -139,6 +139,11 @@ class Lease:
                     self._write()
                 else:
                     self._lost.set()
+            except (
+                OSError,
+                UserError,
+            ) as error:  # tried again at the next beat, until the lease has expired
+                self._trouble = f": {error.strerror if isinstance(error, OSError) else error}"
 
     def _write(self) -> None:
         started = time.monotonic()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
 from cluster.session import Bundle, NoRoom, actor_options, capacity, death, shown
@@ -96,9 +96,9 @@ class Crew:
         """Takes a member whose phase is over into the next. Raises UserError where its start did, and StartFailed."""
         try:
             ray.get(member.pending)
-        except (RayActorError, RayTaskError) as error:
-            cause = death(error) if isinstance(error, RayActorError) else error.cause or error
-            self.start_failed(member, cause)
+        except RayError as error:
+            task = isinstance(error, RayTaskError)
+            self.start_failed(member, error.cause or error if task else death(error))
             return
         member.since = time.monotonic()
         if member.phase == "placing":
@@ -106,21 +106,18 @@ class Crew:
         else:
             member.phase, member.pending = "ready", None
             self.ready_at = self.ready_at or member.since
+            self._failures = 0
 
     def start_failed(self, member: Member, cause: Exception) -> None:
         if isinstance(cause, UserError):
             raise cause from None
         self.dismiss(member)
         self._failures += 1
-        if self._failures >= START_FAILURES and not self.ready:
+        if self._failures >= START_FAILURES and all(m.phase == "placing" for m in self.members):
             reason = " ".join(str(cause).split())[:300]
             raise StartFailed(f"{self._failures} starts in a row failed, the last one: {reason}")
         rest = min(RESTART_SECONDS * self._failures, MOST_RESTART_SECONDS)
         self._rest_until = time.monotonic() + rest
-
-    def worked(self) -> None:
-        """Something was done: what went wrong before was not everywhere."""
-        self._failures = 0
 
     def late(self) -> Iterator[Member]:
         """Members that take too long to start. Raises NoRoom when none has had a place for too long."""

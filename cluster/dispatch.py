@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
 from calibprune.run import Record
 from cluster.crew import Crew, Member
-from cluster.session import death
+from cluster.session import death, node_died
 
-HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 60.0
+HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
+"""The floor leaves room for a store to be sat out, while a unit is read and while it is committed."""
+FIRST_SECONDS = 3600.0
+"""For a unit while nobody knows how long one takes."""
 POLL_SECONDS = 1.0
 
 
@@ -39,13 +42,12 @@ def dispatch(
     attempts: int,
     set_aside: Callable[[str, str], None],
     timeout_seconds: float | None = None,
-    first_timeout_seconds: float = 600.0,
     fatal: tuple[type[Exception], ...] = (),
 ) -> Iterator[Record | None]:
     """Calls `method(unit)` for every unit; yields records as they come, and None about once a second in between.
 
     An actor that dies, or whose unit takes longer than the time limit (the one given, or ten times the longest
-    measured unit; `first_timeout_seconds` before there is one), or whose unit raises a `fatal` error, is replaced, and
+    measured unit; an hour before there is one), or whose unit raises a `fatal` error, is replaced, and
     its units are queued again. Any other error that a unit raises counts as a failure too; after `attempts` of them
     `set_aside` is called with the unit and the last cause. A UserError ends the stage at once.
     """
@@ -53,10 +55,10 @@ def dispatch(
     running: dict[Any, Call] = {}
     longest = 0.0
 
-    def lose(member: Member, cause: Exception) -> None:
+    def lose(member: Member, cause: Exception, counted: bool = True) -> None:
         lost = [reference for reference, call in running.items() if call.member is member]
         crew.dismiss(member)
-        queue.failed([running.pop(reference).unit for reference in lost], cause)
+        queue.failed([running.pop(reference).unit for reference in lost], cause, counted)
 
     while queue or running:
         crew.fill(len(queue) + len(running))
@@ -71,9 +73,6 @@ def dispatch(
                 continue
             try:
                 record: Any = ray.get(reference)
-            except RayActorError as error:
-                running[reference] = call
-                lose(call.member, death(error))
             except RayTaskError as error:
                 cause = error.cause or error
                 if isinstance(cause, fatal):
@@ -81,17 +80,19 @@ def dispatch(
                     lose(call.member, cause)
                 else:
                     queue.failed([call.unit], cause)
-            except RayError as error:  # the answer was lost on its way
-                queue.failed([call.unit], error)
+            except RayError as error:  # dead, or nothing will be heard of it any more
+                running[reference] = call
+                lose(call.member, death(error), counted=not node_died(error))
             else:
                 longest = max(longest, time.monotonic() - call.since)
-                crew.worked()
                 yield record
         measured = max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)
-        limit = timeout_seconds or (measured if longest else first_timeout_seconds)
+        limit = timeout_seconds or (measured if longest else FIRST_SECONDS)
         now = time.monotonic()
         for member in {c.member for c in running.values() if now - c.since > limit}:
-            lose(member, TimeoutError(f"no result within {limit:.0f} s"))
+            lose(
+                member, TimeoutError(f"no result within {limit:.0f} s (see shard_timeout_seconds)")
+            )
         for member in crew.late():
             crew.start_failed(member, TimeoutError("it took too long"))
         yield None
@@ -139,14 +140,22 @@ class Queue:
         """The next unit for an actor that is busy with these, or None if it has to wait."""
         if not self._waiting or self._suspects.intersection(beside):
             return None
-        if beside and self._waiting[0] in self._suspects:
-            return None
-        return self._waiting.popleft()
+        for place, unit in enumerate(self._waiting):
+            if not beside or unit not in self._suspects:
+                del self._waiting[place]
+                return unit
+        return None
 
-    def failed(self, units: Sequence[str], cause: Exception) -> None:
-        """Queues units again, or sets one aside that failed too often. Raises the cause if the user can mend it."""
+    def failed(self, units: Sequence[str], cause: Exception, counted: bool = True) -> None:
+        """Queues units again, or sets one aside that failed too often. Raises the cause if the user can mend it.
+
+        Not `counted` is what no unit can be blamed for, such as the loss of a node.
+        """
         if isinstance(cause, UserError):
             raise cause from None
+        if not counted:
+            self._waiting.extendleft(reversed(units))
+            return
         if len(units) > 1:
             self._suspects.update(units)
             self._waiting.extendleft(reversed(units))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.util.placement_group import (
     placement_group,
     placement_group_table,
@@ -78,15 +78,18 @@ def _check_reachable(address: str | None) -> None:
         raise UserError(f"cannot reach Ray at {address}: {error}") from None
 
 
-def worker_bundle(settings: ClusterSettings, *, gpus_needed: int = 1) -> Bundle:
+def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) -> Bundle:
     """The resources of one worker; where settings leave it open, decided by what the cluster has.
 
-    `gpus_needed` is taken where the cluster has GPUs and the settings do not say otherwise.
+    `engine_gpus`: of an engine, which has as many GPUs as it is cut into, whatever a pruning worker has; none where
+    those have none.
     """
     total = ray.cluster_resources()
     gpus = settings.gpus_per_worker
     if gpus is None:
-        gpus = gpus_needed if total.get("GPU", 0) else 0
+        gpus = 1 if total.get("GPU", 0) else 0
+    if gpus and engine_gpus is not None:
+        gpus = engine_gpus
     cpus = settings.cpus_per_worker
     if cpus is None:
         largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
@@ -204,7 +207,12 @@ def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:
     return environment | {"GOMP_SPINCOUNT": "100000"} | memory
 
 
-def death(error: RayActorError) -> Exception:
+def node_died(error: RayError) -> bool:
+    """Whether an actor went down with its node, or had to make room."""
+    return bool(getattr(error, "preempted", False)) or "its node has died" in str(error)
+
+
+def death(error: RayError) -> Exception:
     """Why an actor died, in one line; a UserError where its constructor raised one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.pool import pool_shape
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
-from calibprune.calibration.sources import document_tokens
+from calibprune.calibration.sources import document_tokens, scored_tokens
 from calibprune.calibration.texts import documents
 from calibprune.checkpoint import model_url
 from calibprune.config import Config, GeneratedSource, NaturalSource, PerplexityFilter
@@ -84,6 +84,13 @@ def _check_lengths(run: Run, stages: Sequence[str], context: int | None) -> None
         wanted["curate.sequence_tokens"] = curate.sequence_tokens
         if "generate" in stages and run.no_samples_because is None:
             wanted["generate.max_tokens with its prefix"] = generate.max_tokens + prefix
+        if needs_scoring(curate):  # for which the engine has to be asked for one token more
+            wanted |= {
+                f"the documents of source {one.name} with one token more "
+                f"(curate.sources' document_tokens)": scored_tokens(one, curate.sequence_tokens)
+                for one in curate.sources
+                if isinstance(one, NaturalSource)
+            }
     for name, tokens in wanted.items():
         if context and tokens > context:
             raise UserError(f"{name} is {tokens}, the model's context is {context} tokens")

@@ -22,7 +22,7 @@ from calibprune.calibration.curation import (
 )
 from calibprune.calibration.mixing import mixture
 from calibprune.calibration.prefixes import start_token
-from calibprune.calibration.sources import document_tokens, write_documents
+from calibprune.calibration.sources import scored_tokens, write_documents
 from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
 from calibprune.errors import UserError
 from calibprune.model import load_tokenizer
@@ -127,8 +127,8 @@ def _score_documents(run: Run, curation: Curation, units: list[str]) -> Iterator
         raise RuntimeError(f"{unit} failed {run.config.generate.attempts} times: {reason}")
 
     tokens = curation.settings.sequence_tokens
-    most = max(document_tokens(one, tokens) + one.bos for one in curation.natural_sources())
-    with engines(run, curation.stage, len(units), most + 1) as crew:
+    most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
+    with engines(run, curation.stage, len(units), most) as crew:
         for record in dispatched(run, crew, "score", units, give_up):
             progress.still_ours()
             if record is not None:

@@ -1,7 +1,7 @@
 """generate: vLLM engines continue prefixes in shards; every shard commits on its own."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -22,6 +22,8 @@ NOT_IN_THE_RESULT = {
     "engines", "max_concurrent", "shards_in_flight", "attempts", "max_bad_shards",
     "shard_timeout_seconds", "gpu_memory_utilization", "cpu_kvcache_gib", "enforce_eager",
 }  # fmt: skip
+MOST_IN_A_ROW = 20
+"""Shards that may be set aside one after another: more have a cause that is not their own."""
 
 
 class ShardsFailed(RuntimeError):
@@ -60,9 +62,16 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str]) -> None:
     folder = run.skeleton.checkpoint.url.removeprefix("hf://")
     with Steps("prefixes", "files", len(missing)) as steps:
         arguments = (run.config.model, folder, run.config.generate, stage.url, missing)
-        references: Iterable[Any] = task.remote(*arguments)  # type: ignore[assignment]
-        for reference in references:
-            record: Any = ray.get(reference)
+        stream: Any = task.remote(*arguments)
+        while True:
+            ready, _ = ray.wait([stream], timeout=1.0)
+            steps.tick()
+            if not ready:
+                continue
+            try:
+                record: Any = ray.get(next(stream))
+            except StopIteration:
+                return
             steps.add(f"{record.facts['prefixes']} prefixes")
 
 
@@ -79,13 +88,14 @@ def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[s
         return {"tokens": 0, "working_seconds": 0.0}
     settings = run.config.generate
     bad: dict[str, str] = {}
-    tokens = 0
+    tokens = in_a_row = 0
 
     def set_aside(unit: str, reason: str) -> None:
-        bad[unit] = reason
+        nonlocal in_a_row
+        bad[unit], in_a_row = reason, in_a_row + 1
         say(f"generate: set aside {_named(run, unit)}: {reason}")
-        if len(bad) > settings.max_bad_shards + 1 and not tokens and len(missing) == shards:
-            raise ShardsFailed(f"not one shard succeeds, {len(bad)} failed: {reason}")
+        if in_a_row > settings.max_bad_shards + (MOST_IN_A_ROW if tokens else 2):
+            raise ShardsFailed(f"{in_a_row} shards in a row failed, the last time: {reason}")
 
     with (
         engines(run, stage, len(missing)) as crew,
@@ -94,7 +104,7 @@ def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[s
         for record in dispatched(run, crew, "complete", missing, set_aside):
             steps.tick()
             if isinstance(record, Record) and crew.ready_at is not None:
-                tokens += record.facts["tokens"]
+                tokens, in_a_row = tokens + record.facts["tokens"], 0
                 steps.add(f"{tokens / (time.monotonic() - crew.ready_at):.0f} tokens/s")
         working = time.monotonic() - (crew.ready_at or time.monotonic())
     if len(bad) > settings.max_bad_shards:
@@ -114,7 +124,7 @@ def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[s
 def engines(run: Run, stage: Stage, units: int, most_tokens: int | None = None) -> Crew:
     """vLLM engines that commit to the stage, no more of them than there are units of work."""
     settings, cluster = run.config.generate, run.config.cluster
-    bundle = worker_bundle(cluster, gpus_needed=settings.tensor_parallel)
+    bundle = worker_bundle(cluster, engine_gpus=settings.tensor_parallel)
     count = min(settings.engines or _engines(run, bundle), units)
     room = capacity(bundle)
     say(f"{stage.name}: starting {min(count, room) or count} vLLM engine{'s' * (count > 1)}")
@@ -139,7 +149,6 @@ def dispatched(run: Run, crew: Crew, method: str, units: list[str], set_aside: A
         attempts=settings.attempts,
         set_aside=set_aside,
         timeout_seconds=settings.shard_timeout_seconds,
-        first_timeout_seconds=run.config.cluster.start_timeout_seconds,
         fatal=(EngineDied,),
     )  # fmt: skip
 

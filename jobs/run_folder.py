@@ -48,7 +48,7 @@ class Run:
             if filesystem.isfile(path):
                 raise UserError(f"output {self.config.output} is a file, not a folder")
             inside = filesystem.ls(path, detail=False) if filesystem.isdir(path) else []
-            if any(not entry.endswith(LEASE) for entry in inside):
+            if any(not entry.endswith((LEASE, ".tmp")) for entry in inside):
                 raise UserError(
                     f"output {self.config.output} is not empty and holds no run of calibprune: "
                     f"choose another folder"

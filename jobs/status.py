@@ -16,11 +16,11 @@ def stage_status(stage: Stage) -> dict[str, Any]:
     if not stage.planned:
         return {"state": "not started"}
     units = stage.read_plan()["units"]
-    done = [record for unit, record in stage.done().items() if unit in units]
+    if stage.finished:
+        return {"done": len(units), "units": len(units), "state": "done"}
+    done = stage.done(units).values()
     status: dict[str, Any] = {"done": len(done), "units": len(units)}
     times = sorted(record.finished_at for record in done)
-    if len(done) == len(units) and stage.finished:
-        return status | {"state": "done"}
     if times:
         status["since_last_seconds"] = time.time() - times[-1]
     if len(times) > 1:

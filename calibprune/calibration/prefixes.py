@@ -37,6 +37,8 @@ _CHECKED = 4096
 """Documents that are looked at before work starts."""
 _REMEMBERED = 20_000
 """A source of no more documents than this is not read again when it is gone through again."""
+_MOST_ROUNDS = 1000
+"""Through a large source whose documents can hardly be used."""
 _MOST_DRAWS = 10_000
 
 
@@ -158,13 +160,13 @@ def longest_prefix(settings: Prefixes) -> int:
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed, of 31 bits, that the row's continuation is sampled with."""
-    return _digest("sampling", seed, row) >> 33
+    """The seed, of 63 bits, that the row's continuation is sampled with."""
+    return _digest("sampling", seed, row) >> 1
 
 
 def draw_seed(seed: int, prefix: int) -> int:
-    """The seed, of 31 bits, that the model draws this prefix with."""
-    return _digest("prefix drawn by the model", seed, prefix) >> 33
+    """The seed, of 63 bits, that the model draws this prefix with."""
+    return _digest("prefix drawn by the model", seed, prefix) >> 1
 
 
 def _digest(purpose: str, seed: int, number: int) -> int:
@@ -253,6 +255,12 @@ def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> It
         if index == before:
             raise _nothing_usable(prefixes, _length(prefixes, settings.seed, index))
         source_prefixes = index if source_prefixes is None else source_prefixes
+        if passed_over > _REMEMBERED and index * _MOST_ROUNDS < _prefix_count(settings):
+            raise UserError(
+                f"only {index} of {index + passed_over} documents in {prefixes.path} can be used, and "
+                f"{_prefix_count(settings)} prefixes are asked for: lower generate.samples, ask for fewer tokens, or "
+                f"raise generate.samples_per_prefix"
+            )
 
 
 def _again_and_again(read: Callable[[], Iterator[np.ndarray]]) -> Iterator[Iterator[np.ndarray]]:

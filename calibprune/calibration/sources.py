@@ -66,6 +66,11 @@ def document_tokens(source: NaturalSource, sequence_tokens: int) -> int:
     return source.document_tokens or sequence_tokens - source.bos
 
 
+def scored_tokens(source: NaturalSource, sequence_tokens: int) -> int:
+    """Most tokens that an engine has to have room for to score a document: its own and one that it continues with."""
+    return document_tokens(source, sequence_tokens) + source.bos + 1
+
+
 def shard_documents(source: NaturalSource, sequence_tokens: int) -> int:
     """Documents in one shard."""
     return max(1, SHARD_TOKENS // document_tokens(source, sequence_tokens))
