@@ -17,6 +17,9 @@ from calibprune import storage
 from calibprune.errors import CorruptionError, DriftError, UserError
 from calibprune.failpoint import failpoint
 
+SHOWN = 60
+"""Characters of a value in a message."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -56,13 +59,13 @@ class Stage:
         Versions of libraries (keys under `versions`) matter only while units are missing.
         Raises DriftError naming every setting or input that differs from the plan in the folder.
         """
-        plan = {"identity": _flat(identity), "units": list(units), "created_at": time.time()}
+        plan = {"identity": flat(identity), "units": list(units), "created_at": time.time()}
         data = storage.json_bytes(plan, compact=True)
         # asked first, since a store may ignore the condition and let a create overwrite the older plan
         if not self.planned and storage.create(storage.join(self.url, "_plan.json"), data):
             return list(units)
         planned = self.read_plan()["identity"]
-        wanted = json.loads(storage.json_bytes(_flat(identity)))
+        wanted = json.loads(storage.json_bytes(flat(identity)))
         done = self.done_units()
         missing = [unit for unit in units if unit not in done]
         if not missing:
@@ -71,7 +74,7 @@ class Stage:
         changed = [key for key in keys if planned.get(key) != wanted.get(key)]
         if changed:
             listed = "; ".join(
-                f"{key} was {_short(planned.get(key))}, now {_short(wanted.get(key))}"
+                "{} was {}, now {}".format(key, *_apart(planned.get(key), wanted.get(key)))
                 for key in changed
             )
             raise DriftError(
@@ -201,16 +204,23 @@ class Stage:
         return storage.join(self.url, "_done", f"{unit}.json")
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as one mapping of dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
-def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _apart(one: Any, other: Any) -> tuple[str, str]:
+    """Two values in few words, from shortly before the place where they begin to differ."""
+    texts = ["absent" if value is None else str(value) for value in (one, other)]
+    pairs = enumerate(zip(*texts, strict=False))
+    same = next((place for place, (a, b) in pairs if a != b), min(map(len, texts)))
+    start = max(0, same - 20) if max(map(len, texts)) > SHOWN else 0
+    shown = [("..." if start else "") + text[start:] for text in texts]
+    first, second = (text if len(text) <= SHOWN else text[: SHOWN - 3] + "..." for text in shown)
+    return first, second

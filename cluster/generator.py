@@ -3,6 +3,8 @@
 Rows never leave it: the driver gets the done record only.
 """
 
+from functools import cached_property
+
 from calibprune.calibration.engine import Engine
 from calibprune.calibration.pool import parquet_bytes
 from calibprune.calibration.prefixes import PrefixReader
@@ -32,13 +34,16 @@ class Generator:
     def start(self) -> None:
         """Starts the engine, which takes from half a minute to several."""
         trust = self._model.trust_remote_code
-        tokenizer = load_tokenizer(self._folder, trust)
-        self._prefixes = PrefixReader(self._stage, self._settings, tokenizer)
         self._engine = Engine(
             self._folder, self._dtype, self._settings, self._most_tokens, self._cpus,
             trust_remote_code=trust,
         )  # fmt: skip
         self._metrics = SampleMetrics()
+
+    @cached_property
+    def _prefixes(self) -> PrefixReader:
+        tokenizer = load_tokenizer(self._folder, self._model.trust_remote_code)
+        return PrefixReader(self._stage, self._settings, tokenizer)
 
     async def complete(self, unit: str) -> Record:
         """Generates, scores and commits the rows of one shard; returns its done record. Raises EngineDied."""

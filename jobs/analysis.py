@@ -20,7 +20,7 @@ from calibprune.errors import DriftError
 from calibprune.model import build_skeleton, load_tokenizer
 from calibprune.run import Stage
 from cluster.session import worker_bundle
-from jobs.progress import say
+from jobs.progress import say, tick
 from jobs.run_folder import Run
 
 FOLDER = "analysis"
@@ -32,10 +32,8 @@ def run(run: Run, curation: Curation) -> None:
     if not settings.references:
         return
     stage = Stage(storage.join(curation.stage_url, FOLDER))
-    identity = {
+    identity = compared(run) | {
         "samples": run.stage("curate").content_id(),
-        "references": [one.model_dump(mode="json") for one in settings.references],
-        "analysis": settings.analysis.model_dump(mode="json"),
     }
     try:
         missing = stage.plan(identity, [FOLDER])
@@ -51,9 +49,17 @@ def run(run: Run, curation: Curation) -> None:
     task = ray.remote(_analyse).options(
         num_cpus=bundle.cpus if needs_model else 1, num_gpus=bundle.gpus if needs_model else 0, max_retries=2
     )  # fmt: skip
-    facts = ray.get(task.remote(curation, run.config.model))
+    reference = task.remote(curation, run.config.model)
+    while not ray.wait([reference], timeout=1.0)[0]:
+        tick()
+    facts: Any = ray.get(reference)
     stage.commit(FOLDER, None, facts)
     stage.finish({"seconds": time.monotonic() - started})
+
+
+def compared(run: Run) -> dict[str, Any]:
+    """What the configuration asks to be compared."""
+    return run.config.curate.model_dump(mode="json", include={"references", "analysis"})
 
 
 def _analyse(curation: Curation, model: ModelSettings) -> Mapping[str, Any]:

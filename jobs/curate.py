@@ -18,8 +18,10 @@ from calibprune.calibration.curation import (
     make_files,
     make_scores,
     make_selection,
+    needs_scoring,
     plan_curation,
 )
+from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.mixing import mixture
 from calibprune.calibration.prefixes import start_token
 from calibprune.calibration.sources import scored_tokens, write_documents
@@ -95,6 +97,8 @@ def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
         "versions": {},
     }
     if any(isinstance(one, NaturalSource) for one in settings.sources):
+        if needs_scoring(settings):
+            identity["versions"]["vllm"] = vllm_version()
         identity |= {"model": run.model_identity, "model.dtype": run.dtype}
         identity["versions"]["transformers"] = importlib.metadata.version("transformers")
     if any(isinstance(one, DuplicateFilter) for one in settings.filters):
@@ -130,7 +134,7 @@ def _score_documents(run: Run, curation: Curation, units: list[str]) -> Iterator
     most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
     with engines(run, curation.stage, len(units), most) as crew:
         for record in dispatched(run, crew, "score", units, give_up):
-            progress.still_ours()
+            progress.tick()
             if record is not None:
                 yield record
 
@@ -160,6 +164,7 @@ def _tasks(function: Any, arguments: Sequence[tuple]) -> Iterator[Record]:
             while waiting and len(running) < limit:
                 running.append(task.remote(*waiting.pop()))
             ready, running = ray.wait(running, num_returns=1, timeout=1.0)
+            progress.tick()
             for reference in ready:
                 yield from ray.get(reference)
     finally:

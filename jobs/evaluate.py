@@ -8,7 +8,7 @@ from calibprune.pruning.export import FOLDER
 from calibprune.run import Stage
 from cluster.session import worker_bundle
 from cluster.worker_group import run_gang
-from jobs.progress import Steps, say
+from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run
 
 UNITS = ("dense", "pruned")
@@ -59,7 +59,7 @@ def _measure(run: Run, stage: Stage, prune: Stage, missing: list[str]) -> None:
                 notice=lambda text: say(f"evaluate: {text}"),
             )
             for event in events:
-                steps.tick()
+                tick()
                 if isinstance(event, int):
                     steps.to(turn * layers + event, unit)
                 elif event is not None:

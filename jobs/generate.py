@@ -15,7 +15,7 @@ from cluster.crew import Crew
 from cluster.dispatch import dispatch
 from cluster.generator import Generator, shard_rows
 from cluster.session import Bundle, capacity, worker_bundle
-from jobs.progress import Steps, say
+from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run
 
 NOT_IN_THE_RESULT = {
@@ -65,7 +65,7 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str]) -> None:
         stream: Any = task.remote(*arguments)
         while True:
             ready, _ = ray.wait([stream], timeout=1.0)
-            steps.tick()
+            tick()
             if not ready:
                 continue
             try:
@@ -102,7 +102,7 @@ def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[s
         Steps("generate", "shards", shards, shards - len(missing)) as steps,
     ):
         for record in dispatched(run, crew, "complete", missing, set_aside):
-            steps.tick()
+            tick()
             if isinstance(record, Record) and crew.ready_at is not None:
                 tokens, in_a_row = tokens + record.facts["tokens"], 0
                 steps.add(f"{tokens / (time.monotonic() - crew.ready_at):.0f} tokens/s")

@@ -29,6 +29,13 @@ still_ours: Callable[[], None] = nobody_else
 """Raises where another driver has taken over the run."""
 
 
+def tick() -> None:
+    """Now and then while work goes on. Raises KeyboardInterrupt if the user asked to stop, and as `still_ours`."""
+    if stop_asked:
+        raise KeyboardInterrupt
+    still_ours()
+
+
 def say(text: str) -> None:
     console.print(text, markup=False)
 
@@ -73,7 +80,7 @@ class Steps:
 
     def to(self, done: int, detail: str = "") -> None:
         """`done` steps are done now. Raises as `tick` does."""
-        self.tick()
+        tick()
         self._done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, detail=detail)
@@ -82,12 +89,6 @@ class Steps:
             say(
                 f"{self._stage}: {done} of {self._total} {self._unit}{self._pace()} {detail}".rstrip()
             )
-
-    def tick(self) -> None:
-        """Nothing new. Raises KeyboardInterrupt if the user asked to stop, LeaseLost if another driver took over."""
-        if stop_asked:
-            raise KeyboardInterrupt
-        still_ours()
 
     def add(self, detail: str = "") -> None:
         self.to(self._done + 1, detail)

@@ -13,7 +13,7 @@ from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
 from calibprune.run import Record, Stage
 from cluster.session import Bundle, worker_bundle
 from cluster.worker_group import run_gang
-from jobs.progress import Steps, say
+from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run, versions
 
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
@@ -73,7 +73,7 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
             notice=notice,
         )
         for event in events:
-            steps.tick()
+            tick()
             match event:
                 case Record():
                     steps.add(f"{settings.method.type} {event.unit}")

@@ -12,8 +12,9 @@ from calibprune.calibration.pool import read_samples, sample_records
 from calibprune.calibration.selection import UNIT as SELECTION
 from calibprune.pruning.export import ALLOCATION, REST, overall_sparsity
 from calibprune.reporting.page import render_page
-from calibprune.run import Record, Stage
+from calibprune.run import Record, Stage, flat
 from jobs.analysis import FOLDER as ANALYSIS
+from jobs.analysis import compared
 from jobs.progress import say
 from jobs.run_folder import Run, versions
 
@@ -44,7 +45,7 @@ def collect(run: Run) -> dict[str, Any]:
             for name, stage in finished.items()
         },
         "generate": generate_facts(run) if "generate" in finished else None,
-        "curate": curate_facts(stages["curate"]) if "curate" in finished else None,
+        "curate": curate_facts(run) if "curate" in finished else None,
         "samples": sample_texts(run) if {"generate", "curate"} <= finished.keys() else [],
         "prune": None,
         "sparsity": None,
@@ -100,10 +101,13 @@ def _rate(tokens: int, seconds: float | None) -> float | None:
     return tokens / seconds if tokens and seconds else None
 
 
-def curate_facts(stage: Stage) -> dict[str, Any]:
-    """What was selected, and how the sources compare with the references if there were any."""
-    compared = Stage(storage.join(stage.url, ANALYSIS))
-    analysis = {"analysis": compared.record(ANALYSIS).facts} if compared.finished else {}
+def curate_facts(run: Run) -> dict[str, Any]:
+    """What was selected, and how the sources compare with the references that are configured, if that is done."""
+    stage = run.stage("curate")
+    done = Stage(storage.join(stage.url, ANALYSIS))
+    analysis = {}
+    if done.finished and done.read_plan()["identity"].items() >= flat(compared(run)).items():
+        analysis = {"analysis": done.record(ANALYSIS).facts}
     return stage.record(SELECTION).facts | analysis
 
 

@@ -53,7 +53,8 @@ def read_reference(
         split=reference.split,
         column=reference.column,
     )
-    front = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
+    tokens_in_front = tokenizer.bos_token_id, tokenizer.eos_token_id  # as in front of sources
+    front = [token for token in tokens_in_front if isinstance(token, int)][:1]
     read = []
     for text in islice(texts, documents):
         start = text[: CHARACTERS_A_TOKEN * tokens]

@@ -63,7 +63,11 @@ def pool_unit(number: int) -> str:
 
 
 def _pool_records(stage: Stage) -> list[Record]:
-    return [record for record in stage.records() if record.unit.startswith("pool-")]
+    """Of a finished curate stage. Raises UserError for any other stage."""
+    records = [record for record in stage.records() if record.unit.startswith("pool-")]
+    if not records:
+        raise UserError(f"{stage.url} is a stage without a calibration pool: name a curate folder")
+    return records
 
 
 def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
@@ -90,12 +94,15 @@ def read_positions(url: str) -> Bool[Tensor, "sequences tokens"] | None:
 
     Raises as `read_pool` does.
     """
-    parts = []
+    parts, without = [], 0
     for data in _pool_data(url):
         if GENERATED.name not in pq.read_schema(io.BytesIO(data)).names:
-            return None
+            without += 1
+            continue
         table = read_parquet(data, [GENERATED.name])
         parts.append(_rows_of_one_length(table[GENERATED.name], url))
+    if parts and without:
+        raise UserError(f"{url}: only some of the pool's files have the column {GENERATED.name}")
     return torch.from_numpy(np.concatenate(parts)) if parts else None
 
 
@@ -105,8 +112,10 @@ def pool_identity(url: str) -> str:
     if stage.finished:
         hashes = [record.sha256 for record in _pool_records(stage)]
         return storage.sha256(json.dumps(hashes).encode())
-    content, positions = read_pool(url).numpy().tobytes(), read_positions(url)
-    return storage.sha256(content + (b"" if positions is None else positions.numpy().tobytes()))
+    pool, positions = read_pool(url), read_positions(url)
+    counted = None if positions is None else storage.sha256(positions.numpy().tobytes())
+    content = [list(pool.shape), storage.sha256(pool.numpy().tobytes()), counted]
+    return storage.sha256(json.dumps(content).encode())
 
 
 def pool_shape(url: str) -> tuple[int, int]:

@@ -36,6 +36,10 @@ def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.nd
         "tokens": lengths.astype(np.int32),
         "perplexity": values,
     }
+    if any(isinstance(one, DuplicateFilter) for one in filters):
+        columns["hash"] = sample_hashes(tokens, offsets)
+    if any(isinstance(one, RepetitionFilter | DuplicateFilter) for one in filters):
+        tokens, offsets = _written(tokens, offsets, table["prefix_length"].to_numpy())
     for index, one in enumerate(filters):
         match one:
             case RepetitionFilter():
@@ -43,8 +47,6 @@ def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.nd
                 if one.max_repeat_tokens is not None:
                     columns[f"{index}.longest"] = longest_repeat(tokens, offsets)
             case DuplicateFilter():
-                if "hash" not in columns:
-                    columns["hash"] = sample_hashes(tokens, offsets)
                 if one.near:
                     count, rows = bands(one.similarity, one.permutations)
                     signed = signatures(tokens, offsets, one.ngram, one.permutations)
@@ -52,6 +54,16 @@ def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.nd
                         part = signed[:, number * rows : (number + 1) * rows]
                         columns[band_column(index, number)] = np.ascontiguousarray(part)
     return columns
+
+
+def _written(
+    tokens: np.ndarray, offsets: np.ndarray, prefixes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples' tokens and offsets without their prefixes: a prompt that many samples share makes none alike."""
+    starts = offsets[:-1] + prefixes
+    kept = np.concatenate([[0], np.cumsum(offsets[1:] - starts, dtype=np.int64)])
+    written = [tokens[first:last] for first, last in zip(starts, offsets[1:], strict=True)]
+    return np.concatenate([tokens[:0], *written]), kept
 
 
 def write_scores(

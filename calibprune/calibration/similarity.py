@@ -60,10 +60,10 @@ def coverage(
 ) -> float:
     """The share of our n-gram occurrences that are n-grams of theirs; each of both once, theirs in ascending order.
 
-    Raises ValueError where there is nothing to share.
+    0 where either has none.
     """
     if not len(ours) or not len(theirs):
-        raise ValueError("no n-gram to look for")
+        return 0.0
     nearest = theirs[np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)]
     return float(occurrences[nearest == ours].sum() / occurrences.sum())
 

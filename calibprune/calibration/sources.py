@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SHARD_TOKENS = 1 << 20
 """Of documents in a unit: what a crash can cost, and what is in memory at a time."""
+CHARACTERS_A_TOKEN = 32
+"""Looked at of a document for every token wanted: far more than a token has."""
 FINISH_REASON = "text"
 
 
@@ -103,7 +105,8 @@ def write_documents(
     texts = documents(
         source.path, name=source.dataset_name, split=source.split, column=source.column
     )
-    numbered = zip(range(source.documents), texts, strict=False)  # asks for no document too many
+    starts = (text[: CHARACTERS_A_TOKEN * most + 64] for text in texts)
+    numbered = zip(range(source.documents), starts, strict=False)  # asks for no document too many
     for unit in text_units(source, sequence_tokens):
         shard = list(islice(numbered, rows))
         if unit not in missing:

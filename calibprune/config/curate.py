@@ -101,10 +101,11 @@ class DuplicateFilter(Section):
 
     type: Literal["duplicates"]
     near: bool = True
-    similarity: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    """Jaccard similarity of the samples' n-grams from which on they count as nearly equal."""
+    similarity: Annotated[float, Field(ge=0.5, lt=1)] = 0.8
+    """Jaccard similarity of the samples' n-grams from which on they count as nearly equal. Prefixes and prompts do not
+    count for it, nor for repetitions."""
     ngram: PositiveInt = 5
-    permutations: Annotated[int, Field(ge=16)] = 128
+    permutations: Annotated[int, Field(ge=64, le=512)] = 128
 
 
 Filter = Annotated[
@@ -156,6 +157,14 @@ class CurateSettings(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"each needs a name of its own, these were given: {names}")
         return named
+
+    @field_validator("sources")
+    @classmethod
+    def _each_once(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        paths = [one.path for one in sources if isinstance(one, GeneratedSource)]
+        if len(set(paths)) < len(paths):
+            raise ValueError("two generated sources take the same samples")
+        return sources
 
     @property
     def pool_sequences(self) -> int:

@@ -181,6 +181,7 @@ def test_a_signal_stops_cleanly_and_says_how_to_resume(finished, folder, number)
     assert "prune     unfinished" in calibprune("status", run).stdout
 
 
+@pytest.mark.slow
 def test_a_sparsity_shared_out_over_layers_is_told_kept_and_reported(finished, folder):
     run = folder / "owl"
     result = calibprune(

@@ -6,6 +6,7 @@ import pyarrow as pa
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes, sample_records
 from calibprune.config import Config
 from calibprune.run import Stage
+from jobs.analysis import compared
 from jobs.report import curate_facts, generate_facts, sample_texts
 from jobs.run_folder import Run
 
@@ -61,13 +62,17 @@ def test_a_run_of_which_every_shard_was_set_aside_has_no_texts(tiny_llama, tmp_p
     assert (facts["samples"], facts["tokens_per_second"]) == (0, None)
 
 
-def test_the_analysis_stands_with_the_selection(tmp_path):
-    stage = Stage(str(tmp_path / "curate"))
+def test_the_analysis_stands_with_the_selection_if_it_is_what_is_configured(tiny_llama, tmp_path):
+    run = a_run(tiny_llama, tmp_path / "run")
+    stage = run.stage("curate")
     stage.commit("selection", None, {"samples": 5})
-    assert curate_facts(stage) == {"samples": 5}
-    compared = Stage(str(tmp_path / "curate" / "analysis"))
-    compared.plan({}, ["analysis"])
-    compared.commit("analysis", None, {"ngram": 3})
-    assert curate_facts(stage) == {"samples": 5}
-    compared.finish()
-    assert curate_facts(stage) == {"samples": 5, "analysis": {"ngram": 3}}
+    assert curate_facts(run) == {"samples": 5}
+    comparison = Stage(f"{stage.url}/analysis")
+    comparison.plan(compared(run) | {"samples": "abc"}, ["analysis"])
+    comparison.commit("analysis", None, {"ngram": 3})
+    assert curate_facts(run) == {"samples": 5}
+    comparison.finish()
+    assert curate_facts(run) == {"samples": 5, "analysis": {"ngram": 3}}
+    tree = run.config.model_dump(mode="json")
+    tree["curate"]["analysis"]["ngram"] = 4
+    assert curate_facts(Run(Config.model_validate(tree))) == {"samples": 5}

