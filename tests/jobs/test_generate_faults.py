@@ -110,7 +110,7 @@ def test_a_shard_that_kills_its_engine_every_time_is_set_aside_and_named(folder,
     points = folder / "deadly"
     points.mkdir()
     config = write_config(folder, "poisoned")
-    with deadly(points, "between-data-and-done-00002"):
+    with deadly(points, "writing-part-00002"):
         result = calibprune("generate", config, CALIBPRUNE_FAILPOINTS=str(points))
         assert result.returncode == 1
         assert "1 of 12 shards failed 3 times each, the first is shard 00002 (rows 20 to 29)" in (
