@@ -123,7 +123,9 @@ def test_an_output_that_cannot_be_written_is_told(capsys, config, tmp_path):
 
 
 def test_too_few_resources_say_what_was_asked_and_what_is_there(capsys, config):
-    code, _, errors = calibprune_here(capsys, "run", config, "cluster.gpus_per_worker=3")
+    code, _, errors = calibprune_here(
+        capsys, "run", config, "cluster.gpus_per_worker=1", "generate.tensor_parallel=3"
+    )
     assert code == 2
     assert "3 GPU" in errors and "the cluster has" in errors
 
