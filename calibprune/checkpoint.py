@@ -66,7 +66,7 @@ class Checkpoint:
         except EOFError as error:
             raise CorruptionError(str(error)) from None
         except (OSError, HTTPError) as error:
-            raise UserError(f"cannot read the model at {path}: {_reason(error)}") from None
+            raise _unreadable(path, error) from None
         self.locations: dict[str, Location] = {}
         for file, (header, offset) in headers.items():
             for name, entry in header.items():
@@ -226,6 +226,18 @@ def index_bytes(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
     return storage.json_bytes(
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
     )
+
+
+def check_reachable(path: str, patience_seconds: float) -> None:
+    """Raises UserError where the store of a model cannot be listed for so long."""
+    try:
+        storage.names(model_url(path), patience_seconds)
+    except (OSError, HTTPError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(f"cannot read the model at {path}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
-from cluster.session import Bundle, NoRoom, actor_options, capacity, death, shown
+from cluster.session import Bundle, NoRoom, actor_options, capacity, death, none_free, shown
 
 START_FAILURES = 5
 """Starts in a row that may fail, while nothing else goes right, before the cause is held to be everywhere."""
@@ -125,11 +125,7 @@ class Crew:
         if any(member.phase != "placing" for member in self.members) or not self.members:
             self._idle_since = now
         if now - self._idle_since > self._start_seconds:
-            raise NoRoom(
-                f"{shown(self._bundle.as_resources())} did not become free within "
-                f"{self._start_seconds:g} s; the cluster has {shown(ray.cluster_resources())}, "
-                f"free now {shown(ray.available_resources())}"
-            )
+            raise none_free(shown(self._bundle.as_resources()), self._start_seconds)
         for member in list(self.members):
             if member.phase == "starting" and now - member.since > self._start_seconds:
                 yield member

@@ -68,22 +68,21 @@ def dispatch(
             if (member := starting.get(reference)) is not None:
                 crew.advance(member)
                 continue
-            call = running.pop(reference, None)
-            if call is None:  # its actor was lost a moment ago
+            if (call := running.get(reference)) is None:  # its actor was lost a moment ago
                 continue
             try:
                 record: Any = ray.get(reference)
             except RayTaskError as error:
                 cause = error.cause or error
                 if isinstance(cause, fatal):
-                    running[reference] = call
                     lose(call.member, cause)
                 else:
+                    del running[reference]
                     queue.failed([call.unit], cause)
             except RayError as error:  # dead, or nothing will be heard of it any more
-                running[reference] = call
                 lose(call.member, death(error), counted=not node_died(error))
             else:
+                del running[reference]
                 longest = max(longest, time.monotonic() - call.since)
                 yield record
         measured = max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)

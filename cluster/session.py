@@ -101,6 +101,13 @@ class NoRoom(UserError):
     """The actors asked for did not find their places in time."""
 
 
+def none_free(wanted: str, seconds: float) -> NoRoom:
+    return NoRoom(
+        f"{wanted} did not become free within {seconds:g} s; the cluster has "
+        f"{shown(ray.cluster_resources())}, free now {shown(ray.available_resources())}"
+    )
+
+
 def capacity(bundle: Bundle) -> int:
     """How many such workers the nodes that are alive have room for, were they idle."""
     needs = bundle.as_resources()
@@ -133,11 +140,7 @@ class Actors:
         self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
         if not self._group.wait(timeout_seconds):
             remove_placement_group(self._group)
-            raise NoRoom(
-                f"{self._wanted(count)} did not become free within {timeout_seconds:g} s; "
-                f"the cluster has {shown(ray.cluster_resources())}, "
-                f"free now {shown(ray.available_resources())}"
-            )
+            raise none_free(self._wanted(count), timeout_seconds)
         groups: dict[str, Any] = {"concurrency_groups": dict(concurrency_groups or {}) or None}
         self._class = ray.remote(max_restarts=0, **groups)(actor_class)
         self._arguments = arguments

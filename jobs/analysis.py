@@ -49,7 +49,7 @@ def run(run: Run, curation: Curation) -> None:
     task = ray.remote(_analyse).options(
         num_cpus=bundle.cpus if needs_model else 1, num_gpus=bundle.gpus if needs_model else 0, max_retries=2
     )  # fmt: skip
-    reference = task.remote(curation, run.config.model)
+    reference = task.remote(curation, run.config.model, run.skeleton.checkpoint.url)
     while not ray.wait([reference], timeout=1.0)[0]:
         tick()
     facts: Any = ray.get(reference)
@@ -62,15 +62,15 @@ def compared(run: Run) -> dict[str, Any]:
     return run.config.curate.model_dump(mode="json", include={"references", "analysis"})
 
 
-def _analyse(curation: Curation, model: ModelSettings) -> Mapping[str, Any]:
+def _analyse(curation: Curation, model: ModelSettings, folder: str) -> Mapping[str, Any]:
     settings = curation.settings
-    skeleton = build_skeleton(model, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(skeleton.checkpoint.url, model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
     most = settings.analysis.documents, settings.sequence_tokens
     references = {one.name: read_reference(one, tokenizer, *most) for one in settings.references}
     sources = {one.name: _documents(curation, n) for n, one in enumerate(settings.sources)}
     scores = None
     if settings.analysis.min_k is not None:
+        skeleton = build_skeleton(model, "cuda" if torch.cuda.is_available() else "cpu")
         scores = min_k_scores(skeleton, settings.analysis, sources, references)
     return analyse(settings, sources, references, scores)
 

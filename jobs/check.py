@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from httpx2 import HTTPError
-
 from calibprune import storage
 from calibprune.calibration.curation import needs_scoring
 from calibprune.calibration.engine import vllm_version
@@ -15,13 +13,14 @@ from calibprune.calibration.pool import pool_shape
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
 from calibprune.calibration.sources import document_tokens, scored_tokens
 from calibprune.calibration.texts import documents
-from calibprune.checkpoint import model_url
+from calibprune.checkpoint import check_reachable
 from calibprune.config import Config, GeneratedSource, NaturalSource, PerplexityFilter
 from calibprune.errors import UserError
 from calibprune.run import Stage
 from jobs.run_folder import Run
 
 CONTACT_SECONDS = 10.0
+"""Of a first contact with the model. Later failures are sat out for longer: it was there once."""
 
 
 def check_before_work(run: Run, stages: Sequence[str]) -> None:
@@ -33,7 +32,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         if not storage.exists(run.url("run.json")):
             raise UserError(f"there is no run at {run.config.output} to report on")
         return
-    _check_reachable(run.config.model.path)
+    check_reachable(run.config.model.path, CONTACT_SECONDS)
     context = context_tokens(run.skeleton.model.config)
     _check_lengths(run, stages, context)
     _check_pattern(run)
@@ -60,15 +59,6 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
             )
     if "evaluate" in stages:
         _ = run.windows
-
-
-def _check_reachable(model: str) -> None:
-    """A first contact with the model's store. Later failures are sat out for longer: it was there once."""
-    try:
-        storage.names(model_url(model), CONTACT_SECONDS)
-    except (OSError, HTTPError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read the model at {model}: {text}") from None
 
 
 def _check_lengths(run: Run, stages: Sequence[str], context: int | None) -> None:

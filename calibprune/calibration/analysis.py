@@ -19,6 +19,7 @@ from calibprune.calibration.similarity import (
     token_counts,
     unigram_divergence,
 )
+from calibprune.calibration.sources import CHARACTERS_A_TOKEN, first_tokens
 from calibprune.calibration.texts import documents as stream_documents
 from calibprune.config import AnalysisSettings, CurateSettings, Reference
 from calibprune.evaluation.min_k import sweep_min_k
@@ -33,8 +34,6 @@ Texts = Mapping[str, Sequence[np.ndarray]]
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """A number for every document, by "sources" or "references" and by name."""
 
-CHARACTERS_A_TOKEN = 32
-"""Read of a document for every token wanted: far more than a token has."""
 BINS = 24
 FORWARD_TOKENS = 4096
 """In one forward, at most, unless a single document has more."""
@@ -55,12 +54,9 @@ def read_reference(
     )
     tokens_in_front = tokenizer.bos_token_id, tokenizer.eos_token_id  # as in front of sources
     front = [token for token in tokens_in_front if isinstance(token, int)][:1]
-    read = []
-    for text in islice(texts, documents):
-        start = text[: CHARACTERS_A_TOKEN * tokens]
-        ids = tokenizer(start, add_special_tokens=False).input_ids
-        read.append(np.array((front + ids)[:tokens], np.int32))
-    return read
+    starts = [text[: CHARACTERS_A_TOKEN * tokens] for text in islice(texts, documents)]
+    cut = first_tokens(tokenizer, starts, tokens - len(front))
+    return [np.array(front + ids, np.int32) for ids in cut]
 
 
 def analyse(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from calibprune.calibration.sources import first_tokens
 from calibprune.calibration.texts import Message, documents, prompts
 from calibprune.config import DatasetPrefixes, PromptPrefixes
 from calibprune.errors import UserError
@@ -35,7 +36,8 @@ def candidates(
             yield from _prompt_tokens(settings, tokenizer, batch)
     else:
         for batch in _batches(documents(settings.path, **where)):
-            yield from _first_tokens(tokenizer, batch, most_tokens(settings))
+            for ids in first_tokens(tokenizer, batch, most_tokens(settings)):
+                yield np.array(ids, np.int32)
 
 
 def most_tokens(settings: DatasetPrefixes | PromptPrefixes) -> int:
@@ -48,33 +50,6 @@ def most_tokens(settings: DatasetPrefixes | PromptPrefixes) -> int:
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
     while batch := list(islice(items, BATCH)):
         yield batch
-
-
-def _tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # else it warns of texts longer than the model's context
-    ).input_ids  # type: ignore[return-value]
-
-
-def _first_tokens(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], count: int
-) -> list[np.ndarray]:
-    """The first `count` tokens of each text, fewer of a shorter one; only a text's start is tokenised."""
-    found: list[np.ndarray | None] = [None] * len(texts)
-    missing, characters = list(range(len(texts))), 8 * count + 256
-    while missing:
-        tokens = _tokenise(tokenizer, [texts[i][:characters] for i in missing])
-        for index, ids in zip(missing, tokens, strict=True):
-            # where a text was cut, its last tokens may be pieces of one token of the whole text
-            if characters >= len(texts[index]) or len(ids) >= count + 32:
-                found[index] = np.array(ids[:count], np.int32)
-        missing = [index for index in missing if found[index] is None]
-        characters *= 4
-    return [ids for ids in found if ids is not None]
 
 
 def _prompt_tokens(

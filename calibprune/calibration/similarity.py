@@ -9,31 +9,21 @@ import numpy as np
 from jaxtyping import Int, UInt32, UInt64
 from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue] - a compiled module
 
+from calibprune.calibration.repetition import ngram_hashes as hashes_of_all
+
 PERMUTATIONS = 1024
 """The estimate's standard deviation is sqrt(J (1 - J) / permutations): at most 0.016."""
 _SEED = 0
-_ODD, _FIRST, _SECOND = (
-    np.uint64(0x9E3779B97F4A7C15),
-    np.uint64(0xBF58476D1CE4E5B9),
-    np.uint64(0x94D049BB133111EB),
-)
 
 
 def ngram_hashes(
     documents: Sequence[Int[np.ndarray, " _"]], ngram: int
 ) -> UInt64[np.ndarray, " occurrences"]:
     """A 64-bit hash of every n-gram of every document, in order; n-grams do not cross documents."""
-    found = [np.empty(0, np.uint64)]
-    for document in documents:
-        count = len(document) - ngram + 1
-        if count <= 0:
-            continue
-        tokens = np.asarray(document).astype(np.uint64)
-        hashes = np.zeros(count, np.uint64)
-        for offset in range(ngram):
-            hashes = _mixed(hashes * _ODD + tokens[offset : offset + count] + _ODD)
-        found.append(hashes)
-    return np.concatenate(found)
+    long_enough = [document for document in documents if len(document) >= ngram]
+    tokens = np.concatenate([np.empty(0, np.int32), *long_enough]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in long_enough])]).astype(np.int64)
+    return hashes_of_all(tokens, offsets, ngram)[0]
 
 
 def signature(
@@ -91,10 +81,3 @@ def unigram_divergence(ours: Int[np.ndarray, " _"], theirs: Int[np.ndarray, " _"
 def _entropy(shares: np.ndarray) -> float:
     present = shares[shares > 0]
     return float(-(present * np.log2(present)).sum())
-
-
-def _mixed(values: UInt64[np.ndarray, " _"]) -> UInt64[np.ndarray, " _"]:
-    """A bijection of 64 bits in which every bit depends on all (the finaliser of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * _FIRST
-    values = (values ^ (values >> np.uint64(27))) * _SECOND
-    return values ^ (values >> np.uint64(31))

@@ -133,23 +133,28 @@ def write_documents(
 
 
 def first_tokens(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], most: int
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], count: int
 ) -> list[list[int]]:
-    """The first tokens of every text; where a text is long only its start is tokenised."""
-    characters = 8 * most + 64
-    cut: list[list[int]] = tokenize(tokenizer, [text[:characters] for text in texts])
-    # Where the text was cut, its last few tokens may not be those of the whole.
-    short = [i for i, text in enumerate(texts) if len(text) > characters and len(cut[i]) < most + 8]
-    for index, ids in zip(short, tokenize(tokenizer, [texts[i] for i in short]), strict=True):
-        cut[index] = ids
-    return [ids[:most] for ids in cut]
-
-
-def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    answer: Any = tokenizer(texts, add_special_tokens=False, verbose=False)
-    return answer.input_ids
+    """The first `count` tokens of each text, all of a shorter one; only a text's start is tokenised."""
+    found: list[list[int]] = [[] for _ in texts]
+    missing, characters = list(range(len(texts))), 8 * count + 256
+    while missing:
+        answer: Any = tokenizer(
+            [texts[i][:characters] for i in missing],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # else it warns of texts longer than the model's context
+        )
+        short = []
+        for index, ids in zip(missing, answer.input_ids, strict=True):
+            # where a text was cut, its last tokens may be pieces of one token of the whole text
+            if characters < len(texts[index]) and len(ids) < count + 32:
+                short.append(index)
+            else:
+                found[index] = ids[:count]
+        missing, characters = short, 4 * characters
+    return found
 
 
 class Scorer(Protocol):

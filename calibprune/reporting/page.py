@@ -63,7 +63,10 @@ def _draw(report: Mapping[str, Any], seconds: Mapping[str, Any]) -> dict[str, Ma
     min_k = analysis.get("min_k") or {}
     wanted = {
         "perplexity": (plots.perplexity_bars, report.get("perplexity")),
-        "pool": (histograms.pool_histogram, _counted(curate.get("perplexity"), "counts")),
+        "pool": (
+            histograms.pool_histogram,
+            None if steps else _counted(curate.get("perplexity"), "counts"),
+        ),
         "steps": (histograms.filter_steps, steps if scored else None),
         "kept": (comparisons.kept_bars, steps if any(step["filter"] for step in steps) else None),
         "lengths": (histograms.lengths, _counted(curate.get("lengths"), "before")),
