@@ -19,6 +19,8 @@ START_FAILURES = 5
 RESTART_SECONDS = 5.0
 """How long a place rests after a failed start, longer with every further one."""
 MOST_RESTART_SECONDS = 60.0
+STOP_SECONDS = 2.0
+"""For an actor to end in order; a driver that is told to stop has three."""
 
 
 class StartFailed(RuntimeError):
@@ -39,8 +41,8 @@ class Member:
 class Crew:
     """Up to `count` actors of one class, whose constructor is quick and whose `start()` does the long work.
 
-    A context manager that kills them on leaving. Raises NoRoom, saying what was asked and what the cluster has, when
-    not even one could ever be placed, or none is within `start_seconds`.
+    A context manager that on leaving has them `stop()`, and kills them. Raises NoRoom, saying what was asked and what
+    the cluster has, when not even one could ever be placed, or none is within `start_seconds`.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class Crew:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        stopping = [member.handle.stop.remote() for member in self.ready]
+        ray.wait(stopping, num_returns=len(stopping), timeout=STOP_SECONDS) if stopping else None
         for member in self.members:
             ray.kill(member.handle)
         self.members = []

@@ -40,6 +40,10 @@ class Generator:
         )  # fmt: skip
         self._metrics = SampleMetrics()
 
+    def stop(self) -> None:
+        """Ends the engine in order, which leaves nothing behind."""
+        self._engine.shutdown()
+
     @cached_property
     def _prefixes(self) -> PrefixReader:
         tokenizer = load_tokenizer(self._folder, self._model.trust_remote_code)

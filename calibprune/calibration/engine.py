@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from calibprune.calibration.engine_folder import EngineFolder
 from calibprune.config import GenerateSettings
 from calibprune.errors import UserError
 
@@ -117,7 +118,10 @@ class Engine:
             config.model_config.logits_processors = [
                 f"calibprune.calibration.temperature:{fitting}"
             ]
-        self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        self._folder = EngineFolder()
+        os.environ["VLLM_RPC_BASE_PATH"] = str(self._folder.path)
+        with self._folder.noting():
+            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
     async def complete(
         self,
@@ -200,9 +204,10 @@ class Engine:
         raise RuntimeError("vLLM gave no answer to a request")
 
     def shutdown(self) -> None:
-        """Ends the engine's processes."""
+        """Ends the engine's processes; nothing of it is left."""
         self._llm.shutdown()
         del self._llm  # its finalizer fails where it runs as late as the interpreter's end
+        self._folder.remove()
 
 
 async def _all_or_none(requests: list[Coroutine[Any, Any, Answer]]) -> list[Answer]:

@@ -38,6 +38,9 @@ class Worker:
         if trouble == "hang" and starts == 0:
             time.sleep(1000)
 
+    def stop(self) -> None:
+        (self._folder / f"stopped.{os.getpid()}").touch()
+
     def work(self, unit: str) -> Record:
         attempt = len(list(self._folder.glob(f"{unit}.*")))
         (self._folder / f"{unit}.{attempt}").touch()

@@ -1,0 +1,75 @@
+"""What killed engines leave behind is removed by the next one, what living ones hold is not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from calibprune.calibration import engine_folder
+from calibprune.calibration.engine_folder import EngineFolder, remove_leftovers
+
+HOLDER = """
+import multiprocessing, sys, time
+from calibprune.calibration.engine_folder import EngineFolder
+
+def hold(said):
+    lock = multiprocessing.get_context("spawn").Lock()
+    said.send(lock._semlock.name)
+    time.sleep(100)
+
+if __name__ == "__main__":
+    folder = EngineFolder()
+    with folder.noting():
+        here, there = multiprocessing.get_context("spawn").Pipe()
+        multiprocessing.get_context("spawn").Process(target=hold, args=(there,)).start()
+        name = here.recv().removeprefix("/")
+    print(folder.path, name, flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path, monkeypatch):
+    """A process group that holds a folder and a semaphore; its folder's path, the semaphore's, and its end."""
+    monkeypatch.setattr(engine_folder, "YOUNG_SECONDS", -1.0)
+    script = tmp_path / "holder.py"
+    script.write_text(HOLDER)
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    folder, name = process.stdout.readline().split()
+
+    def kill() -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    yield Path(folder), Path("/dev/shm", f"sem.{name}"), kill
+    if process.poll() is None:
+        kill()
+
+
+def test_what_a_killed_engine_left_goes_with_the_next_and_not_before(holder):
+    folder, semaphore, kill = holder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    remove_leftovers()
+    assert folder.exists() and semaphore.exists()
+    kill()
+    time.sleep(0.2)
+    assert folder.exists() and semaphore.exists()
+    EngineFolder().remove()
+    assert not folder.exists() and not semaphore.exists()
+
+
+def test_names_that_lead_elsewhere_are_left_alone(tmp_path, holder):
+    folder, _, kill = holder
+    kill()
+    other = tmp_path / "other"
+    other.touch()
+    (folder / engine_folder.SHARED_MEMORY).write_text(f"../..{other} {other}")
+    remove_leftovers()
+    assert not folder.exists() and other.exists()

@@ -1,0 +1,271 @@
+"""A small cluster of real raylets whose parts are killed at random while a run goes on; and what is left afterwards."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import fsspec
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
+
+from calibprune import storage
+from calibprune.run import Stage
+from tests.cluster.nodes import DEATHS_SEEN_SOON
+from tests.servers import Fault, Proxy
+
+KINDS = ("engine", "hang", "worker", "node", "driver", "terminate", "store")
+ACTORS = ("ray::Generator", "ray::LayerWorker", "ray::calibprune")
+STAGES = ("generate", "curate", "prune", "evaluate")
+FAULTS = (
+    Fault("PUT", "", 2, 503),
+    Fault("PUT", "", 1, None),
+    Fault("GET", "", 3, 500),
+    Fault("HEAD", "", 2, 503),
+    Fault("GET", "", 1, None),
+)
+
+
+@contextlib.contextmanager
+def nodes(count: int) -> Iterator[Cluster]:
+    """A head without CPUs and `count` nodes of one CPU each; what they run finds this process's environment."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "_system_config": DEATHS_SEEN_SOON | {"health_check_failure_threshold": 6},
+        },
+    )
+    try:
+        for _ in range(count):
+            cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@dataclass
+class Strike:
+    kind: str
+    stage: str
+    at: float
+    """Seconds since the first start of the command."""
+
+
+@dataclass
+class Chaos:
+    """Strikes now and then, and gives the command again whenever the driver is gone before it was done."""
+
+    cluster: Cluster
+    command: Sequence[str]
+    output: str
+    log: Path
+    seed: int
+    kills: int
+    pause: tuple[float, float]
+    """Least and most seconds between two kills."""
+    proxy: Proxy | None = None
+    """In front of the store, to let it fail; None where the store is a disk."""
+    kinds: Sequence[str] = KINDS
+    gave_up: int = 0
+    """How often the driver ended by itself, with an error."""
+    strikes: list[Strike] = field(default_factory=list)
+
+    def run(self, limit_seconds: float = 3600) -> float:
+        """Until the command has succeeded; returns the seconds that took. Raises TimeoutError."""
+        choice = random.Random(self.seed)
+        begun = time.monotonic()
+        driver = self._start()
+        after = begun + choice.uniform(*self.pause)
+        try:
+            while (code := driver.poll()) != 0:
+                now = time.monotonic()
+                if now - begun > limit_seconds:
+                    raise TimeoutError(f"not done within {limit_seconds:.0f} s")
+                if code is not None:
+                    if code not in (-signal.SIGKILL, 130):
+                        self.gave_up += 1
+                    driver = self._start()
+                elif now >= after and len(self.strikes) < self.kills:
+                    self._strike(driver, choice, now - begun)
+                    after = now + choice.uniform(*self.pause)
+                time.sleep(0.2)
+        finally:
+            driver.kill()
+            driver.wait()
+        return time.monotonic() - begun
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(f"{strike.kind} in {strike.stage}" for strike in self.strikes))
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("a") as log:
+            return subprocess.Popen(self.command, stdout=log, stderr=log)
+
+    def _strike(self, driver: subprocess.Popen[bytes], choice: random.Random, at: float) -> None:
+        """One kill, of a kind for which there is a victim now."""
+        stage = stage_at_work(self.output)
+        for kind in choice.sample(self.kinds, len(self.kinds)):
+            if self._hit(kind, driver, choice):
+                self.strikes.append(Strike(kind, stage, at))
+                print(f"{at:5.0f} s  {kind} in {stage}", flush=True)
+                with self.log.open("a") as log:
+                    log.write(f"-------- {at:.0f} s: {kind}\n")
+                return
+
+    def _hit(self, kind: str, driver: subprocess.Popen[bytes], choice: random.Random) -> bool:
+        match kind:
+            case "engine":
+                return _signal(("VLLM::EngineCore",), signal.SIGKILL, choice)
+            case "hang":
+                return _signal(("VLLM::EngineCore",), signal.SIGSTOP, choice)
+            case "worker":
+                return _signal(ACTORS, signal.SIGKILL, choice)
+            case "node":
+                victim = choice.choice(self.cluster.list_all_nodes()[1:])
+                self.cluster.remove_node(victim, allow_graceful=False)
+                self.cluster.add_node(num_cpus=1)
+            case "driver":
+                driver.kill()
+            case "terminate":
+                driver.terminate()
+            case "store":
+                if self.proxy is None:
+                    return False
+                fault = choice.choice(FAULTS)
+                self.proxy.faults.append(Fault(**fault.__dict__))
+        return True
+
+
+def stage_at_work(output: str) -> str:
+    stages = (name for name in STAGES if not Stage(storage.join(output, name)).finished)
+    return next(stages, "report")
+
+
+def digest(output: str) -> str:
+    """Of all that a run made but times: the bytes of every unit and of the checkpoint, the perplexities.
+
+    Raises AssertionError unless every row of the samples is there once.
+    """
+    total = hashlib.sha256()
+    rows = []
+    for name in ("generate", "curate", "prune"):
+        stage = Stage(storage.join(output, name))
+        for record in stage.records():
+            total.update(f"{record.unit} {record.sha256}".encode())
+            stage.read(record)
+            if name == "generate":
+                rows.append(record.facts["rows"])
+    samples = storage.read_json(storage.join(output, "run.json"))["config"]["generate"]["samples"]
+    assert sum(rows) == samples, f"{sum(rows)} rows of {samples}"
+    filesystem, folder = storage.resolve(storage.join(output, "prune", "checkpoint"))
+    for path in sorted(filesystem.find(folder)):
+        total.update(path.rsplit("/", 1)[-1].encode() + filesystem.cat_file(path))
+    report = storage.read_json(storage.join(output, "report", "report.json"))
+    total.update(json.dumps(report["perplexity"], sort_keys=True).encode())
+    return total.hexdigest()
+
+
+@dataclass
+class Leaks:
+    """What a cluster, this machine and a store hold beyond what they held when this was made.
+
+    `temporary`: the folder where this process and all that it starts keep temporary files.
+    """
+
+    cluster: Cluster
+    temporary: Path
+    shared_memory: frozenset[str] = field(default_factory=lambda: frozenset(_shared_memory()))
+
+    def found(self, outputs: Sequence[str]) -> dict[str, int]:
+        """Numbers of things left, by kind; all zero where nothing leaks. For runs that have ended."""
+        actors, groups, missing = self._in_cluster()
+        files = [path for output in outputs for path in _files(output)]
+        return {
+            "processes": len(_ours((*ACTORS, "VLLM::"))),
+            "actors": actors,
+            "placement groups": groups,
+            "CPUs": missing,
+            "shared memory": len(set(_shared_memory()) - self.shared_memory),
+            "temporary files": len(list(self.temporary.iterdir())),
+            "files half written": sum(path.endswith((".tmp", "_lease.json")) for path in files),
+            "multipart uploads": sum(_multipart_uploads(output) for output in outputs),
+        }
+
+    def _in_cluster(self) -> tuple[int, int, int]:
+        ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            for _ in range(50):  # deaths take a moment to be seen
+                alive = [a for a in ray._private.state.actors().values() if a["State"] != "DEAD"]
+                groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+                total, free = ray.cluster_resources(), ray.available_resources()
+                missing = int(total.get("CPU", 0) - free.get("CPU", 0))
+                if not (alive or groups or missing):
+                    break
+                time.sleep(0.2)
+            return len(alive), len(groups), missing
+        finally:
+            ray.shutdown()
+
+
+def _signal(names: tuple[str, ...], number: signal.Signals, choice: random.Random) -> bool:
+    victims = _ours(names)
+    if not victims:
+        return False
+    with contextlib.suppress(psutil.Error):
+        choice.choice(victims).send_signal(number)
+    return True
+
+
+def _ours(names: tuple[str, ...]) -> list[psutil.Process]:
+    """Processes below this one whose titles begin so, by number."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(names) and process.status() != "zombie":
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def _files(output: str) -> list[str]:
+    filesystem, folder = storage.resolve(output)
+    return filesystem.find(folder)
+
+
+def _shared_memory() -> list[str]:
+    """Blocks and semaphores of Python's that no process maps any more."""
+    mapped = set()
+    for process in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped |= {
+                line.split()[4] for line in process.read_text().splitlines() if "/dev/shm/" in line
+            }
+    return [
+        entry.name
+        for entry in os.scandir("/dev/shm")
+        if entry.name.startswith(("psm_", "sem.mp-", "torch_")) and str(entry.inode()) not in mapped
+    ]
+
+
+def _multipart_uploads(output: str) -> int:
+    if not output.startswith("s3://"):
+        return 0
+    filesystem = fsspec.filesystem("s3")
+    bucket = output.removeprefix("s3://").split("/")[0]
+    return len(filesystem.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", []))
+
+
+def command(config: Path, output: str, through: str = "run") -> list[str]:
+    return [sys.executable, "-m", "jobs", through, str(config), f"output={output}"]
