@@ -27,6 +27,7 @@ from tests.servers import Fault, Proxy
 
 KINDS = ("engine", "hang", "worker", "node", "driver", "terminate", "store")
 ACTORS = ("ray::Generator", "ray::LayerWorker", "ray::calibprune")
+ENGINES = ("VLLM::EngineCore",)
 STAGES = ("generate", "curate", "prune", "evaluate")
 FAULTS = (
     Fault("PUT", "", 2, 503),
@@ -128,11 +129,11 @@ class Chaos:
     def _hit(self, kind: str, driver: subprocess.Popen[bytes], choice: random.Random) -> bool:
         match kind:
             case "engine":
-                return _signal(("VLLM::EngineCore",), signal.SIGKILL, choice)
+                return kill(ENGINES, choice)
             case "hang":
-                return _signal(("VLLM::EngineCore",), signal.SIGSTOP, choice)
+                return kill(ENGINES, choice, signal.SIGSTOP)
             case "worker":
-                return _signal(ACTORS, signal.SIGKILL, choice)
+                return kill(ACTORS, choice)
             case "node":
                 victim = choice.choice(self.cluster.list_all_nodes()[1:])
                 self.cluster.remove_node(victim, allow_graceful=False)
@@ -220,13 +221,15 @@ class Leaks:
             ray.shutdown()
 
 
-def _signal(names: tuple[str, ...], number: signal.Signals, choice: random.Random) -> bool:
+def kill(
+    names: tuple[str, ...], choice: random.Random | None = None, number: int = signal.SIGKILL
+) -> bool:
+    """Signals one of the processes below this one whose titles begin so; returns whether there was one."""
     victims = _ours(names)
-    if not victims:
-        return False
-    with contextlib.suppress(psutil.Error):
-        choice.choice(victims).send_signal(number)
-    return True
+    if victims:
+        with contextlib.suppress(psutil.Error):
+            (choice or random.Random(0)).choice(victims).send_signal(number)
+    return bool(victims)
 
 
 def _ours(names: tuple[str, ...]) -> list[psutil.Process]:

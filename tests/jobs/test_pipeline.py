@@ -6,7 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import chaos
 from tests.jobs.command import ENVIRONMENT, calibprune, done, stop_when
 from tests.tiny import write_tiny_llama
 
 LAYERS = 8
 CONFIG = """
-model: {{path: {model}}}
+model: {{path: {model}, dtype: float32}}
 output: {output}
 cluster: {{workers: 2, cpus_per_worker: 1}}
 generate:
@@ -146,26 +150,51 @@ def test_a_finished_run_does_nothing_again(finished, folder):
     assert {file: file.stat().st_mtime_ns for file in finished.glob("*/data/*")} == times
 
 
-def test_a_driver_killed_in_generate_and_in_prune_resumes_to_the_same_bytes(finished, folder):
-    config, run = write_config(folder, "killed"), folder / "killed"
-    code, _ = stop_when(lambda: done(run, "generate") >= 2, signal.SIGKILL, "run", config)
-    assert code == -signal.SIGKILL
-    kept = {file.name: file.read_bytes() for file in (run / "generate" / "_done").iterdir()}
-    assert 2 <= len(kept) < 8
-    code, _ = stop_when(lambda: done(run, "prune") >= 3, signal.SIGKILL, "run", config)
-    assert code == -signal.SIGKILL
-    layers = {file.name: file.read_bytes() for file in (run / "prune" / "_done").iterdir()}
-    assert 3 <= len(layers) < LAYERS + 1 and not (run / "prune" / "_SUCCESS").exists()
-    result = calibprune("run", config)
-    assert result.returncode == 0, result.stderr
-    for records, stage in (
-        (kept, "generate"),
-        (layers, "prune"),
-    ):  # what was committed was not made again
-        for name, record in records.items():
-            assert (run / stage / "_done" / name).read_bytes() == record
-    assert checkpoint_bytes(run) == checkpoint_bytes(finished)
-    assert "unfinished" not in calibprune("status", run).stdout
+def test_engine_driver_and_node_are_killed_and_the_same_command_ends_with_the_same_bytes(
+    finished, folder, monkeypatch
+):
+    config, run, log = write_config(folder, "killed"), folder / "killed", folder / "killed.log"
+    temporary = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    with chaos.nodes(2) as cluster:
+        leaks = chaos.Leaks(cluster, temporary)
+
+        @contextmanager
+        def driver_until(stage: str, units: int) -> Iterator[subprocess.Popen]:
+            """The command, until so many units of the stage are committed."""
+            command = [*chaos.command(config, str(run)), f"cluster.address={cluster.address}"]
+            with log.open("a") as said:
+                driver = subprocess.Popen(command, stdout=said, stderr=said)
+            while done(run, stage) < units:
+                assert driver.poll() is None, log.read_text()
+                time.sleep(0.01)
+            yield driver
+            driver.kill()
+            driver.wait()
+
+        def committed(stage: str) -> dict[str, bytes]:
+            return {file.name: file.read_bytes() for file in (run / stage / "_done").iterdir()}
+
+        with driver_until("generate", 1):
+            assert chaos.kill(chaos.ENGINES)
+            while done(run, "generate") < 4:
+                time.sleep(0.01)
+        samples = committed("generate")
+        assert 4 <= len(samples) < 8
+        with driver_until("prune", 3):
+            cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+            while done(run, "prune") < 5:
+                time.sleep(0.01)
+        layers = committed("prune")
+        assert 5 <= len(layers) < LAYERS + 1 and not (run / "prune" / "_SUCCESS").exists()
+        with driver_until("evaluate", 1) as driver:
+            assert driver.wait(timeout=200) == 0, log.read_text()
+        for records, stage in ((samples, "generate"), (layers, "prune")):  # none was made again
+            assert records.items() <= committed(stage).items()
+        assert chaos.digest(str(run)) == chaos.digest(str(finished))
+        assert "unfinished" not in calibprune("status", run).stdout
+        assert not any(leaks.found([str(run)]).values()), leaks.found([str(run)])
 
 
 @pytest.mark.parametrize(
