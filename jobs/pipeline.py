@@ -8,9 +8,11 @@ from contextlib import contextmanager
 
 from calibprune import storage
 from calibprune.config import Config
+from calibprune.journal import Failure, Journal
 from calibprune.lease import Lease
+from cluster.label import label_of
 from cluster.session import connect
-from jobs import curate, evaluate, generate, progress, prune, report
+from jobs import curate, evaluate, generate, log, progress, prune, report
 from jobs.check import check_before_work
 from jobs.progress import say
 from jobs.run_folder import Run
@@ -39,10 +41,24 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
         run.open()
         for stage in stages:
             progress.still_ours()
-            STAGES[stage](run)
+            with journaled(run, stage):
+                STAGES[stage](run)
     if "report" in stages:
         say(f"report: {run.url('report', 'index.html')}")
     return run
+
+
+@contextmanager
+def journaled(run: Run, stage: str) -> Iterator[None]:
+    """Writes down what ends a stage, for `calibprune status`; the error goes on."""
+    try:
+        yield
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error  # Ray wraps what a task raised
+        failure = Failure("driver", f"{type(cause).__name__}: {cause}")
+        Journal(run.url(stage), say).note(failure)
+        log.failure(label_of(run.url(stage)).tags, failure)
+        raise
 
 
 @contextmanager
