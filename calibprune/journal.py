@@ -21,6 +21,7 @@ REST_SECONDS = 60.0
 MOST_CHARACTERS = 500
 SET_ASIDE = "set aside"
 
+
 @dataclass(frozen=True)
 class Failure:
     """Something was lost that is made again, or not: an engine, a worker, a node, a task, a unit, the driver."""
@@ -38,7 +39,8 @@ class Failure:
     @property
     def in_words(self) -> str:
         """One line without credentials; a node's name stands in the message of a worker's loss already."""
-        units = f" of {', '.join(self.units)}" if self.units else ""
+        alone = self.kind in ("unit", SET_ASIDE)
+        units = f"{'' if alone else ' with'} {', '.join(self.units)}" if self.units else ""
         place = f" on {self.node}" if self.node and self.node not in self.message else ""
         attempt = f", attempt {self.attempt}" if self.attempt else ""
         return redacted(f"{self.kind}{units}{place}{attempt}: {self.message}")
@@ -67,7 +69,9 @@ class Journal:
                 storage.remove(storage.join(self.url, self._names.pop(0)), PATIENCE_SECONDS)
             name = f"{int(1000 * failure.at):013d}-{uuid.uuid4().hex[:6]}.json"
             content = asdict(failure) | {"message": redacted(failure.message)[:MOST_CHARACTERS]}
-            storage.write(storage.join(self.url, name), storage.json_bytes(content), PATIENCE_SECONDS)
+            storage.write(
+                storage.join(self.url, name), storage.json_bytes(content), PATIENCE_SECONDS
+            )
             self._names.append(name)
         except Exception as error:  # whatever it is, the run is worth more than its journal
             self._rest_until = time.monotonic() + REST_SECONDS

@@ -35,7 +35,7 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
     finished_at: float = 0.0
     """Seconds since the epoch."""
-    node: str = ""
+    node: str = field(default="", compare=False)
     """The machine that made it. For who looks for a fault: it stands in no manifest."""
 
 

@@ -106,7 +106,7 @@ class Crew:
     def advance(self, member: Member) -> None:
         """Takes a member whose phase is over into the next. Raises UserError where its start did, and StartFailed."""
         try:
-            answer = ray.get(member.pending)
+            answer: Any = ray.get(member.pending)
         except RayError as error:
             task = isinstance(error, RayTaskError)
             self.start_failed(member, error.cause or error if task else death(error))

@@ -62,7 +62,9 @@ def dispatch(
     def lose(member: Member, cause: Exception, counted: bool = True) -> None:
         lost = [reference for reference, call in running.items() if call.member is member]
         crew.dismiss(member)
-        failed([running.pop(reference).unit for reference in lost], cause, member, "engine", counted)
+        failed(
+            [running.pop(reference).unit for reference in lost], cause, member, "engine", counted
+        )
 
     def failed(
         lost: list[str], cause: Exception, member: Member, kind: str, counted: bool = True

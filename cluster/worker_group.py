@@ -76,8 +76,8 @@ def run_gang(
         except WorkerLost as lost:
             done = progress()
             attempts, before = (1 if done > before else attempts + 1), done
-            at_layer = method == "prune" and lost.layer is not None
-            units = (layer_unit(lost.layer),) if at_layer else ()
+            layers = () if lost.layer is None or method != "prune" else (lost.layer,)
+            units = tuple(map(layer_unit, layers))
             failed(Failure(lost.kind, str(lost), units, attempts, lost.host))
             if attempts >= ATTEMPTS:
                 raise WorkFailed(f"gave up after {attempts} losses in a row: {lost}") from None

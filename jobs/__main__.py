@@ -30,6 +30,12 @@ app = typer.Typer(
     Start with:  calibprune check configs/demo.yaml  and then  calibprune run configs/demo.yaml""",
 )
 
+
+class LogFormat(StrEnum):
+    text = "text"
+    json = "json"
+
+
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, local or by URL.")]
 Overrides = Annotated[
     list[str] | None,
@@ -39,7 +45,6 @@ Overrides = Annotated[
         "preset=NAME puts one of `calibprune presets` under them.",
     ),
 ]
-LogFormat = StrEnum("LogFormat", log.FORMATS)
 ALL = ("generate", "curate", "prune", "evaluate", "report")
 
 

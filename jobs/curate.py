@@ -112,9 +112,7 @@ def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
     return identity
 
 
-def _make(
-    run: Run, curation: Curation, missing: Sequence[str], watch: Watch
-) -> Iterator[Record]:
+def _make(run: Run, curation: Curation, missing: Sequence[str], watch: Watch) -> Iterator[Record]:
     """Has the missing units made, in the order in which they need each other; yields their records."""
     handle, left = ray.put(curation), set(missing)
     texts = [
@@ -127,9 +125,7 @@ def _make(
     yield from _in_batches(_score, handle, _of_kind(missing, "scores"), watch)
     if SELECTION in left:
         yield from _tasks(_select, [(handle, [SELECTION])], watch)
-    yield from _in_batches(
-        _write_files, handle, _of_kind(missing, "dropped", "pool"), watch
-    )
+    yield from _in_batches(_write_files, handle, _of_kind(missing, "dropped", "pool"), watch)
 
 
 def _score_documents(
@@ -156,9 +152,7 @@ def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
     return [unit for unit in units if unit.partition("-")[0] in kinds]
 
 
-def _in_batches(
-    function: Any, handle: Any, units: Sequence[str], watch: Watch
-) -> Iterator[Record]:
+def _in_batches(function: Any, handle: Any, units: Sequence[str], watch: Watch) -> Iterator[Record]:
     """Consecutive units together: they are of neighbouring shards."""
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cpus)))

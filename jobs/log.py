@@ -15,7 +15,6 @@ from calibprune.redaction import redacted
 if TYPE_CHECKING:
     from calibprune.journal import Failure
 
-FORMATS = ("text", "json")
 _units = logging.getLogger("calibprune.units")
 _lines = logging.getLogger("calibprune.log")
 

@@ -16,6 +16,7 @@ from jobs import curate, evaluate, generate, log, progress, prune, report
 from jobs.check import check_before_work
 from jobs.progress import say
 from jobs.run_folder import Run
+from jobs.tracking import tracking
 
 LEASE_SECONDS, REMOTE_LEASE_SECONDS = 30.0, 120.0
 """After which a driver that shows no life is replaced by another; as long as storage is tried again."""
@@ -39,10 +40,12 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     check_before_work(run, stages)
     with only_driver(run, stages), connect(config.cluster):
         run.open()
-        for stage in stages:
-            progress.still_ours()
-            with journaled(run, stage):
-                STAGES[stage](run)
+        with tracking(run) as track:
+            for stage in stages:
+                progress.still_ours()
+                with journaled(run, stage):
+                    STAGES[stage](run)
+                track()
     if "report" in stages:
         say(f"report: {run.url('report', 'index.html')}")
     return run

@@ -3,10 +3,13 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from calibprune.errors import UserError
-from jobs.progress import console, duration
+from jobs.progress import duration
 from jobs.run_status import Status, run_status
 
 if TYPE_CHECKING:
@@ -20,14 +23,26 @@ def show(url: str, every: float | None, as_json: bool) -> None:
 
     On a terminal a table in place, else lines, or JSON. Raises UserError where there is no run.
     """
-    if as_json or every is None or not sys.stdout.isatty():
-        while True:
-            status = run_status(url)
-            print(json.dumps(status) if as_json else "\n".join(describe(status)), flush=True)
-            if every is None or status["finished"]:
-                return
-            time.sleep(every)
-    _show_in_place(url, every)
+    if every is not None and sys.stdout.isatty() and not as_json:
+        _show_in_place(url, every)
+        return
+    for status, trouble in _looks(url, every):
+        lines = [json.dumps(status)] if as_json else [*describe(status), *filter(None, [trouble])]
+        print("\n".join(lines), flush=True)
+
+
+def _looks(url: str, every: float | None) -> Iterator[tuple[Status, str]]:
+    """What is seen, and why it is no longer the latest where a store gives trouble for the time being."""
+    status, trouble = run_status(url), ""  # where there is no run, it is said at once
+    while True:
+        yield status, trouble
+        if every is None or status["finished"]:
+            return
+        time.sleep(every)
+        try:
+            status, trouble = run_status(url), ""
+        except (OSError, UserError) as error:
+            trouble = f"cannot look: {error}"
 
 
 def _show_in_place(url: str, every: float) -> None:
@@ -35,18 +50,11 @@ def _show_in_place(url: str, every: float) -> None:
     from rich.live import Live
 
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
-        trouble = ""
-        status = run_status(url)  # where there is none, it is said at once
-        while True:
-            lines = [line for line in describe(status) if not line.startswith(tuple(status["stages"]))]
-            live.update(Group(_table(status), *map(_plain, [*lines, trouble])), refresh=True)
-            if status["finished"]:
-                return
-            time.sleep(every)
-            try:
-                status, trouble = run_status(url), ""
-            except (OSError, UserError) as error:  # of the store; it may pass
-                trouble = f"cannot look: {error}"
+        for status, trouble in _looks(url, every):
+            below = [
+                line for line in describe(status) if line.split(" ")[0] not in status["stages"]
+            ]
+            live.update(Group(_table(status), *map(escape, [*below, trouble])), refresh=True)
 
 
 def describe(status: Status) -> list[str]:
@@ -118,9 +126,3 @@ def _table(status: Status) -> "Table":
             str(one.get("failures") or ""),
         )
     return table
-
-
-def _plain(line: str) -> str:
-    from rich.markup import escape
-
-    return escape(line)

@@ -23,9 +23,7 @@ RECENT = 50
 class Watch:
     """Of one stage by its driver, inside a session of Ray. Raises nothing that a run has to fear."""
 
-    def __init__(
-        self, stage: Stage, units: int, done: int, label: Label | None = None
-    ) -> None:
+    def __init__(self, stage: Stage, units: int, done: int, label: Label | None = None) -> None:
         self.label = label or label_of(stage.url)
         self._journal = Journal(stage.url, self._say)
         self._metrics = StageMetrics(self.label)
