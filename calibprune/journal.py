@@ -55,7 +55,7 @@ class Journal:
 
     def __init__(self, stage_url: str, tell: Callable[[str], None] = lambda line: None) -> None:
         self.url = storage.join(stage_url, FOLDER)
-        self._tell, self._rest_until = tell, 0.0
+        self._tell, self._rest_until, self._written = tell, 0.0, 0
         self._names: list[str] | None = None
 
     def note(self, failure: Failure) -> None:
@@ -67,7 +67,8 @@ class Journal:
                 self._names = storage.names(self.url, PATIENCE_SECONDS)
             while len(self._names) >= MOST:
                 storage.remove(storage.join(self.url, self._names.pop(0)), PATIENCE_SECONDS)
-            name = f"{int(1000 * failure.at):013d}-{uuid.uuid4().hex[:6]}.json"
+            self._written += 1
+            name = f"{int(1000 * failure.at):013d}-{self._written:05d}-{uuid.uuid4().hex[:4]}.json"
             content = asdict(failure) | {"message": redacted(failure.message)[:MOST_CHARACTERS]}
             storage.write(
                 storage.join(self.url, name), storage.json_bytes(content), PATIENCE_SECONDS

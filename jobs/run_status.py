@@ -100,7 +100,8 @@ def seconds_each(
     """
     present = [at for at in times if opened_at is not None and at >= opened_at]
     own = len(present) > 1
-    times = present if own else times
+    before = [at for at in times if opened_at is None or at < opened_at]
+    times = present if own else before
     first, distances = len(times) - 1, list[float]()
     while first > 0:
         distance = times[first] - times[first - 1]

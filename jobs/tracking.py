@@ -199,6 +199,7 @@ class Trackio:
 
         logging.getLogger("httpx").setLevel(logging.WARNING)
         self.id = known or f"{name}-{uuid.uuid4().hex[:6]}"
+        self._trackio = trackio
         self._run = trackio.init(
             project, name=self.id, resume="allow", config=config, embed=False,
             auto_log_gpu=False, auto_log_cpu=False,
@@ -208,4 +209,4 @@ class Trackio:
         self._run.log(dict(values) | dict(facts))
 
     def close(self, succeeded: bool) -> None:
-        self._run.finish()
+        self._trackio.finish()
