@@ -12,6 +12,7 @@ from typing import Any
 from calibprune import lease, storage
 from calibprune.errors import UserError
 from calibprune.journal import SET_ASIDE, read_failures
+from calibprune.retry import shown
 from calibprune.run import Stage
 
 STAGES = ("generate", "curate", "curate/analysis", "prune", "evaluate")
@@ -52,7 +53,7 @@ def run_status(url: str) -> Status:
     moved = max((s["last_at"] for s in stages.values() if s.get("last_at")), default=None)
     end = time.time() if alive and not finished else moved
     return {
-        "run": url,
+        "run": shown(url),
         "finished": finished,
         "elapsed_seconds": max(0.0, end - begun) if begun and end else None,
         "driver": {"trouble": driver} if isinstance(driver, str) else driver and asdict(driver),

@@ -167,7 +167,9 @@ def test_a_library_that_is_not_installed_is_told_before_any_work(
     code, _, errors = calibprune_here(capsys, "run", config, f"report.tracking={kind}")
     assert code == 2 and f"pip install 'calibprune[{kind}]'" in errors
     assert len(errors.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
-    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert extras[kind]
 
 
