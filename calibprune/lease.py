@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,34 @@ from calibprune import storage
 from calibprune.errors import LeaseLost, UserError
 
 FILE = "_lease.json"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The driver that a lease names, for who looks on. No proof of life: clocks are compared here."""
+
+    host: str
+    pid: int | None
+    since: str
+    """ISO time."""
+    silent_seconds: float | None
+    """Since it last renewed the lease, by the store's clock and this machine's; None where the store does not say."""
+    alive: bool
+
+
+def look(run_url: str) -> Holder | None:
+    """Who holds a run, if anybody says so. Reads only."""
+    url = storage.join(run_url, FILE)
+    try:
+        holder, written = _parse(storage.read_bytes(url)), storage.written_at(url)
+    except FileNotFoundError:
+        return None
+    silent = None if written is None else max(0.0, time.time() - written)
+    pid, expire = holder.get("pid"), holder.get("expire_seconds")
+    expire = expire if isinstance(expire, int | float) else 30.0
+    pid = pid if isinstance(pid, int) else None
+    alive = pid is not None and (silent or 0.0) < expire and not _is_dead_here(holder)
+    return Holder(str(holder.get("host")), pid, str(holder.get("at")), silent, alive)
 
 
 class Lease:

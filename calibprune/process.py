@@ -1,8 +1,14 @@
-"""The memory of this process: how much it is, and how to give it back."""
+"""This process: where it runs, how much memory it has, and how to give that back."""
 
 import ctypes
 import resource
+import socket
 from pathlib import Path
+
+
+def node() -> str:
+    """The name of this machine, or of its container: what the records of the work done here say."""
+    return socket.gethostname()
 
 
 def host_memory(field: str = "VmRSS") -> int:

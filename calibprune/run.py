@@ -5,6 +5,7 @@ data/<unit>-<sha8>…  one file per unit, named by content: a race of two attemp
 _done/<unit>.json    the commit point of a unit: file name, bytes, sha256, facts
 manifest.json        after the last unit: every record in order. Readers trust only this
 _SUCCESS             last
+_failures/           what went wrong on the way (journal.py)
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from calibprune import storage
 from calibprune.errors import CorruptionError, DriftError, UserError
 from calibprune.failpoint import failpoint
+from calibprune.process import node
 
 SHOWN = 60
 """Characters of a value in a message."""
@@ -33,6 +35,8 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
     finished_at: float = 0.0
     """Seconds since the epoch."""
+    node: str = field(default="", compare=False)
+    """The machine that made it. For who looks for a fault: it stands in no manifest."""
 
 
 class Published(NamedTuple):
@@ -112,7 +116,7 @@ class Stage:
         """
         failpoint(f"between-data-and-done-{unit}")
         file, size, digest = published or (None, 0, None)
-        record = Record(unit, file, size, digest, dict(facts), time.time())
+        record = Record(unit, file, size, digest, dict(facts), time.time(), node())
         if storage.create(self._done_url(unit), storage.json_bytes(record.__dict__)):
             return record
         return self.record(unit)
@@ -146,7 +150,10 @@ class Stage:
         if missing:
             raise RuntimeError(f"{self.url}: {len(missing)} units are missing: {missing[:5]}")
         manifest = {
-            "records": [done[unit].__dict__ for unit in units],
+            "records": [
+                {key: value for key, value in done[unit].__dict__.items() if key != "node"}
+                for unit in units
+            ],
             "facts": dict(facts or {}),
         }
         data = storage.json_bytes(manifest, compact=True)

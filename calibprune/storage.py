@@ -7,6 +7,7 @@ Credentials come from where each store's own library looks for them, never from 
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -68,6 +69,12 @@ def exists(url: str) -> bool:
 
 def names(url: str, patience_seconds: float | None = None) -> list[str]:
     """Sorted names of the files directly in a folder; empty where there is no such folder."""
+    found = [posixpath.basename(entry["name"]) for entry in _listed(url, patience_seconds)]
+    return sorted(name for name in found if not name.endswith(".tmp"))
+
+
+def _listed(url: str, patience_seconds: float | None = None) -> list[dict[str, Any]]:
+    """What the store says of the files directly in a folder."""
     filesystem, path = resolve(url)
 
     def look() -> list[dict[str, Any]]:
@@ -78,8 +85,42 @@ def names(url: str, patience_seconds: float | None = None) -> list[str]:
         entries = _patiently(filesystem, url, "list", look, patience_seconds)
     except FileNotFoundError:
         return []
-    found = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]
-    return sorted(name for name in found if not name.endswith(".tmp"))
+    return [entry for entry in entries if entry["type"] == "file"]
+
+
+def times(url: str) -> dict[str, float | None]:
+    """When each file directly in a folder was written, by name: seconds since the epoch, by the store's own clock.
+
+    None where a store does not say; empty where there is no such folder.
+    """
+    entries = _listed(url)
+    found = {posixpath.basename(entry["name"]): _written_at(entry) for entry in entries}
+    return {name: found[name] for name in sorted(found) if not name.endswith(".tmp")}
+
+
+def written_at(url: str) -> float | None:
+    """When a file was written, as in `times`. Raises FileNotFoundError."""
+    filesystem, path = resolve(url)
+
+    def look() -> dict[str, Any]:
+        filesystem.invalidate_cache()
+        return filesystem.info(path)
+
+    return _written_at(_patiently(filesystem, url, "read", look))
+
+
+def _written_at(entry: dict[str, Any]) -> float | None:
+    for key in ("mtime", "LastModified", "updated", "last_modified", "last_commit", "created"):
+        value = entry.get(key)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = datetime.datetime.fromisoformat(value)
+        if isinstance(value, datetime.datetime):
+            aware = value if value.tzinfo else value.replace(tzinfo=datetime.UTC)
+            return aware.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None
 
 
 def tree(url: str) -> dict[str, int]:

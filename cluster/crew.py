@@ -4,7 +4,7 @@ No placement group: a node that joins is used at once, and one that leaves takes
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -12,6 +12,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
+from calibprune.journal import Failure, nobody
+from cluster.label import Label
 from cluster.session import Bundle, NoRoom, actor_options, capacity, death, none_free, shown
 
 START_FAILURES = 5
@@ -32,15 +34,20 @@ class Member:
     """One actor: waiting for a place, then starting, then ready."""
 
     handle: Any
+    slot: int
+    """Its place among the `count`, which the one that replaces it takes over."""
     pending: Any
     """What tells that the present phase is over; None once ready."""
     phase: Literal["placing", "starting", "ready"] = "placing"
     since: float = field(default_factory=time.monotonic)
+    node: str | None = None
+    """The machine it runs on, once `start()` has said so."""
 
 
 class Crew:
     """Up to `count` actors of one class, whose constructor is quick and whose `start()` does the long work.
 
+    `start()` returns the name of its machine. `failed` is told of every start that fails, `label` names the actors.
     A context manager that on leaving has them `stop()`, and kills them. Raises NoRoom, saying what was asked and what
     the cluster has, when not even one could ever be placed, or none is within `start_seconds`.
     """
@@ -54,6 +61,8 @@ class Crew:
         *,
         start_seconds: float,
         concurrency: int,
+        label: Label | None = None,
+        failed: Callable[[Failure], None] = nobody,
     ) -> None:
         if not capacity(bundle):
             raise NoRoom(
@@ -64,7 +73,7 @@ class Crew:
         self.count, self._bundle, self._start_seconds = count, bundle, float(start_seconds)
         self._class = ray.remote(max_restarts=0)(actor_class)
         self._options = actor_options(bundle) | {"max_concurrency": concurrency}
-        self._arguments = arguments
+        self._arguments, self.label, self.failed = arguments, label, failed
         self.members: list[Member] = []
         self.ready_at: float | None = None
         """When the first one was ready, by time.monotonic()."""
@@ -90,8 +99,10 @@ class Crew:
         if time.monotonic() < self._rest_until:
             return
         while len(self.members) < min(wanted, self.count):
-            handle = self._class.options(**self._options).remote(*self._arguments)
-            self.members.append(Member(handle, handle.__ray_ready__.remote()))
+            slot = min(set(range(self.count)) - {member.slot for member in self.members})
+            named = {"name": self.label.actor("engine", slot)} if self.label else {}
+            handle = self._class.options(**self._options, **named).remote(*self._arguments)
+            self.members.append(Member(handle, slot, handle.__ray_ready__.remote()))
 
     def pending(self) -> dict[Any, Member]:
         return {member.pending: member for member in self.members if member.pending is not None}
@@ -99,7 +110,7 @@ class Crew:
     def advance(self, member: Member) -> None:
         """Takes a member whose phase is over into the next. Raises UserError where its start did, and StartFailed."""
         try:
-            ray.get(member.pending)
+            answer: Any = ray.get(member.pending)
         except RayError as error:
             task = isinstance(error, RayTaskError)
             self.start_failed(member, error.cause or error if task else death(error))
@@ -108,7 +119,7 @@ class Crew:
         if member.phase == "placing":
             member.phase, member.pending = "starting", member.handle.start.remote()
         else:
-            member.phase, member.pending = "ready", None
+            member.phase, member.pending, member.node = "ready", None, answer
             self.ready_at = self.ready_at or member.since
             self._failures = 0
 
@@ -117,8 +128,9 @@ class Crew:
             raise cause from None
         self.dismiss(member)
         self._failures += 1
+        reason = " ".join(str(cause).split())[:300]
+        self.failed(Failure("engine", f"did not start: {reason}", attempt=self._failures))
         if self._failures >= START_FAILURES and all(m.phase == "placing" for m in self.members):
-            reason = " ".join(str(cause).split())[:300]
             raise StartFailed(f"{self._failures} starts in a row failed, the last one: {reason}")
         rest = min(RESTART_SECONDS * self._failures, MOST_RESTART_SECONDS)
         self._rest_until = time.monotonic() + rest

@@ -13,8 +13,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
+from calibprune.journal import Failure
 from calibprune.run import Record
 from cluster.crew import Crew, Member
+from cluster.metrics import QueueMetrics
 from cluster.session import death, node_died
 
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
@@ -49,16 +51,31 @@ def dispatch(
     An actor that dies, or whose unit takes longer than the time limit (the one given, or ten times the longest
     measured unit; an hour before there is one), or whose unit raises a `fatal` error, is replaced, and
     its units are queued again. Any other error that a unit raises counts as a failure too; after `attempts` of them
-    `set_aside` is called with the unit and the last cause. A UserError ends the stage at once.
+    `set_aside` is called with the unit and the last cause. A UserError ends the stage at once. `crew.failed` is told
+    of every failure.
     """
     queue = Queue(units, attempts, set_aside)
+    metrics = QueueMetrics(crew.label) if crew.label else None
     running: dict[Any, Call] = {}
     longest = 0.0
 
     def lose(member: Member, cause: Exception, counted: bool = True) -> None:
         lost = [reference for reference, call in running.items() if call.member is member]
         crew.dismiss(member)
-        queue.failed([running.pop(reference).unit for reference in lost], cause, counted)
+        failed(
+            [running.pop(reference).unit for reference in lost], cause, member, "engine", counted
+        )
+
+    def failed(
+        lost: list[str], cause: Exception, member: Member, kind: str, counted: bool = True
+    ) -> None:
+        if not isinstance(cause, UserError):
+            reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+            attempt = 1 + max(map(queue.failures, lost), default=0)
+            crew.failed(
+                Failure(kind if counted else "node", reason, tuple(lost), attempt, member.node)
+            )
+        queue.failed(lost, cause, counted)
 
     while queue or running:
         crew.fill(len(queue) + len(running))
@@ -78,7 +95,7 @@ def dispatch(
                     lose(call.member, cause)
                 else:
                     del running[reference]
-                    queue.failed([call.unit], cause)
+                    failed([call.unit], cause, call.member, "unit")
             except RayError as error:  # dead, or nothing will be heard of it any more
                 lose(call.member, death(error), counted=not node_died(error))
             else:
@@ -94,6 +111,8 @@ def dispatch(
             )
         for member in crew.late():
             crew.start_failed(member, TimeoutError("it took too long"))
+        if metrics:
+            metrics.record(len(queue), len(running), len(crew.ready))
         yield None
 
 
@@ -134,6 +153,9 @@ class Queue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def failures(self, unit: str) -> int:
+        return self._failures[unit]
 
     def take(self, beside: Sequence[str]) -> str | None:
         """The next unit for an actor that is busy with these, or None if it has to wait."""

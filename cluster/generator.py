@@ -3,6 +3,7 @@
 Rows never leave it: the driver gets the done record only.
 """
 
+import time
 from functools import cached_property
 
 from calibprune.calibration.engine import Engine
@@ -12,7 +13,9 @@ from calibprune.calibration.samples import sample_facts, write_rows
 from calibprune.calibration.sources import score_shard
 from calibprune.config import GenerateSettings, ModelSettings
 from calibprune.model import load_tokenizer
+from calibprune.process import node
 from calibprune.run import Record, Stage
+from cluster.label import label_of
 from cluster.metrics import SampleMetrics
 
 
@@ -31,14 +34,15 @@ class Generator:
         self._most_tokens, self._settings, self._cpus = most_tokens, settings, cpus
         self._stage = Stage(stage_url)
 
-    def start(self) -> None:
-        """Starts the engine, which takes from half a minute to several."""
+    def start(self) -> str:
+        """Starts the engine, which takes from half a minute to several; returns the name of this machine."""
         trust = self._model.trust_remote_code
         self._engine = Engine(
             self._folder, self._dtype, self._settings, self._most_tokens, self._cpus,
             trust_remote_code=trust,
         )  # fmt: skip
-        self._metrics = SampleMetrics()
+        self._metrics = SampleMetrics(label_of(self._stage.url))
+        return node()
 
     def stop(self) -> None:
         """Ends the engine in order, which leaves nothing behind."""
@@ -51,10 +55,12 @@ class Generator:
 
     async def complete(self, unit: str) -> Record:
         """Generates, scores and commits the rows of one shard; returns its done record. Raises EngineDied."""
+        started = time.monotonic()
         rows = shard_rows(unit, self._settings)
         table = await write_rows(self._engine, self._prefixes, self._settings, rows)
         published = self._stage.put(unit, parquet_bytes(table), "parquet", "data", "part")
-        record = self._stage.commit(unit, published, sample_facts(table))
+        facts = sample_facts(table) | {"seconds": time.monotonic() - started}
+        record = self._stage.commit(unit, published, facts)
         self._metrics.record(record)
         return record
 

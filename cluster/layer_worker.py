@@ -23,6 +23,7 @@ from calibprune.process import host_memory
 from calibprune.pruning.layerwise import prune_layers
 from calibprune.pruning.memory import offload_needed
 from calibprune.run import Record, Stage
+from cluster.label import label_of
 from cluster.metrics import LayerMetrics
 
 
@@ -72,7 +73,7 @@ class LayerWorker:
             if isinstance(event, int):
                 self._at = f"layer {event}"
             else:
-                self._metrics = self._metrics or LayerMetrics()
+                self._metrics = self._metrics or LayerMetrics(label_of(stage_url))
                 self._metrics.record(event)
             yield event
         yield {

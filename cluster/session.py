@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
+from cluster.label import Label
 
 CONNECT_SECONDS = 10
 
@@ -134,8 +135,9 @@ class Actors:
         timeout_seconds: float,
         concurrency_groups: Mapping[str, int] | None = None,
         spinning: bool = False,
+        label: Label | None = None,
     ) -> None:
-        self._bundle = bundle
+        self._bundle, self._label = bundle, label
         self._check_capacity(count)
         self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
         if not self._group.wait(timeout_seconds):
@@ -160,7 +162,8 @@ class Actors:
         place = PlacementGroupSchedulingStrategy(
             self._group, placement_group_bundle_index=self._order[index]
         )
-        return self._class.options(scheduling_strategy=place, **self._options).remote(
+        named = {"name": self._label.actor("worker", index)} if self._label else {}
+        return self._class.options(scheduling_strategy=place, **self._options, **named).remote(
             *self._arguments
         )
 
@@ -170,6 +173,8 @@ class Actors:
         order = sorted(range(count), key=lambda index: (node_of[index], index))
         names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         self.nodes = [f"{names.get(node_of[i], '?')} ({node_of[i][:8]})" for i in order]
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        self.hosts = [hosts.get(node_of[i]) for i in order]
         return order
 
     def _check_capacity(self, count: int) -> None:

@@ -14,9 +14,12 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.gang import PeerLost
+from calibprune.journal import Failure, nobody
+from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record
+from cluster.label import Label
 from cluster.layer_worker import LayerWorker
-from cluster.session import Actors, Bundle, NoRoom, capacity, death
+from cluster.session import Actors, Bundle, NoRoom, capacity, death, node_died
 
 ATTEMPTS = 3
 """Losses in a row, without a step of progress in between, before the work is given up."""
@@ -31,6 +34,12 @@ HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 180.0
 
 class WorkerLost(RuntimeError):
     """A worker of the gang died, hangs or failed; names worker, node, how far it was, and why."""
+
+    def __init__(
+        self, message: str, host: str | None = None, layer: int | None = None, kind: str = "worker"
+    ) -> None:
+        super().__init__(message)
+        self.host, self.layer, self.kind = host, layer, kind
 
 
 class WorkFailed(RuntimeError):
@@ -47,38 +56,48 @@ def run_gang(
     layer_timeout_seconds: float | None = None,
     progress: Callable[[], int],
     notice: Callable[[str], None],
+    failed: Callable[[Failure], None] = nobody,
+    label: Label | None = None,
 ) -> Iterator[Any]:
     """Calls `method(*arguments)`, a generator, on every worker of a gang; yields what they yield, None now and then.
 
     When a worker is lost the call is made again on a new gang: `method` goes on from what is committed, and
-    `progress()` tells how much that is. `notice` gets a line about every loss. Raises UserError where the gang does
+    `progress()` tells how much that is. `notice` gets a line about every loss and every new gang, `failed` every loss;
+    `label` names the actors. Raises UserError where the gang does
     not fit or a worker raised one, WorkFailed after too many losses without progress.
     """
     attempts, before = 0, progress()
     group: WorkerGroup | None = None
     while True:
         try:
-            with group or WorkerGroup(workers, bundle, cluster) as group:
+            with group or WorkerGroup(workers, bundle, cluster, label=label) as group:
                 yield from group.events(method, arguments, layer_timeout_seconds)
             return
         except WorkerLost as lost:
             done = progress()
             attempts, before = (1 if done > before else attempts + 1), done
+            layers = () if lost.layer is None or method != "prune" else (lost.layer,)
+            units = tuple(map(layer_unit, layers))
+            failed(Failure(lost.kind, str(lost), units, attempts, lost.host))
             if attempts >= ATTEMPTS:
                 raise WorkFailed(f"gave up after {attempts} losses in a row: {lost}") from None
             notice(f"{lost}; going on with a new gang")
-        group = rebuild(workers, bundle, cluster)
+        group = rebuild(workers, bundle, cluster, label)
         notice(f"{len(group)} of {workers} workers at work again")
 
 
-def rebuild(workers: int, bundle: Bundle, cluster: ClusterSettings) -> "WorkerGroup":
+def rebuild(
+    workers: int, bundle: Bundle, cluster: ClusterSettings, label: Label | None = None
+) -> "WorkerGroup":
     """A gang of as many workers, up to `workers`, as there is room for in the cluster."""
     deadline = time.monotonic() + cluster.start_timeout_seconds
     while True:
         room = min(workers, capacity(bundle))
         try:
             if room:
-                return WorkerGroup(room, bundle, cluster, place_seconds=REBUILD_SECONDS)
+                return WorkerGroup(
+                    room, bundle, cluster, place_seconds=REBUILD_SECONDS, label=label
+                )
         except (NoRoom, WorkerLost) as error:
             reason = str(error)
         else:
@@ -100,6 +119,7 @@ class WorkerGroup:
         cluster: ClusterSettings,
         *,
         place_seconds: float | None = None,
+        label: Label | None = None,
     ) -> None:
         seconds = cluster.start_timeout_seconds
         self._actors = Actors(
@@ -110,6 +130,7 @@ class WorkerGroup:
             timeout_seconds=place_seconds or seconds,
             concurrency_groups={"health": 1},
             spinning=True,
+            label=label,
         )
         self.nodes = self._actors.nodes
         self._start_seconds = float(seconds)
@@ -213,7 +234,10 @@ class WorkerGroup:
         reason = " ".join(str(cause).split())[:400] or type(cause).__name__
         if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
             return WorkFailed(f"{where}{at}: {reason}")
-        return WorkerLost(f"{where} was lost{at}: {reason}")
+        host = self._actors.hosts[rank] if rank is not None else None
+        layer = max(self._at[rank], 0) if rank is not None else None
+        kind = "node" if isinstance(error, RayActorError) and node_died(error) else "worker"
+        return WorkerLost(f"{where} was lost{at}: {reason}", host, layer, kind)
 
     def _hanging(self, limit: float) -> WorkerLost:
         """Names the workers that do not even say where they are, or all of them."""
@@ -226,7 +250,9 @@ class WorkerGroup:
         named = ", ".join(self._named(rank) for rank in ranks)
         state = "does not answer" if silent else "makes no progress"
         place = _place(min(self._at))
-        return WorkerLost(f"{named} {state} at {place}: no step within {limit:.0f} s")
+        hosts = ", ".join(sorted({str(self._actors.hosts[rank]) for rank in ranks}))
+        text = f"{named} {state} at {place}: no step within {limit:.0f} s"
+        return WorkerLost(text, hosts, max(min(self._at), 0))
 
     def _named(self, rank: int) -> str:
         return f"worker {rank} on {self.nodes[rank]}"

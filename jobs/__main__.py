@@ -1,15 +1,17 @@
 """The command line. Imports of the stages happen inside the commands, so that --help answers at once."""
 
+import logging
 import os
 import signal
 import sys
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from calibprune import __version__
 from calibprune.errors import UserError
-from jobs import progress
+from jobs import log, progress
 
 if TYPE_CHECKING:
     from jobs.run_folder import Run
@@ -27,6 +29,12 @@ app = typer.Typer(
 
     Start with:  calibprune check configs/demo.yaml  and then  calibprune run configs/demo.yaml""",
 )
+
+
+class LogFormat(StrEnum):
+    text = "text"
+    json = "json"
+
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, local or by URL.")]
 Overrides = Annotated[
@@ -102,12 +110,23 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def status(run_url: Annotated[str, typer.Argument(metavar="RUN_URL")]) -> None:
-    """What a run has done, its pace, and the time left."""
-    from jobs.status import describe
+def status(
+    run_url: Annotated[str, typer.Argument(metavar="RUN_URL")],
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Look again and again until all stages are done.")
+    ] = False,
+    every: Annotated[
+        float, typer.Option("--every", metavar="SECONDS", min=0.2, help="Between two looks.")
+    ] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
+) -> None:
+    """What a run has done, its pace, the time left, who works on it and what failed. Reads only the run's folder."""
+    from jobs.status import show
 
-    for line in describe(run_url):
-        print(line)
+    try:
+        show(run_url, every if watch else None, as_json)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 @app.command()
@@ -162,9 +181,18 @@ def options(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show Python's traceback of an error.")
     ] = False,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(
+            "--log-format",
+            envvar="CALIBPRUNE_LOG_FORMAT",
+            help="json: one object a line, with one for every unit and every failure.",
+        ),
+    ] = LogFormat.text,
 ) -> None:
     if traceback:
         os.environ["CALIBPRUNE_TRACEBACK"] = "1"
+    log.choose(log_format.value)
 
 
 def _run(config: str, overrides: list[str] | None, stages: "list[str] | tuple[str, ...]") -> "Run":
@@ -207,7 +235,10 @@ def main() -> None:
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
     if error is not None and os.environ.get("CALIBPRUNE_TRACEBACK"):
         raise error
-    print(message, file=sys.stderr)
+    if log.is_json():
+        log.line(message, logging.ERROR)
+    else:
+        print(message, file=sys.stderr)
     raise SystemExit(code)
 
 

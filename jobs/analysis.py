@@ -5,6 +5,7 @@ A small stage of its own inside curate's folder, so that other references can be
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from calibprune.config import ModelSettings
 from calibprune.errors import DriftError
 from calibprune.model import build_skeleton, load_tokenizer
 from calibprune.run import Stage
+from cluster.label import label_of
 from cluster.session import worker_bundle
 from jobs.progress import say, tick
 from jobs.run_folder import Run
+from jobs.watching import Watch
 
 FOLDER = "analysis"
 
@@ -44,16 +47,19 @@ def run(run: Run, curation: Curation) -> None:
         return
     say(f"curate: comparing {len(settings.sources)} sources with {len(settings.references)} texts")
     started = time.monotonic()
+    label = replace(label_of(curation.stage_url), stage=FOLDER)
+    watch = Watch(stage, 1, 0, label)
     bundle = worker_bundle(run.config.cluster)
     needs_model = settings.analysis.min_k is not None
     task = ray.remote(_analyse).options(
-        num_cpus=bundle.cpus if needs_model else 1, num_gpus=bundle.gpus if needs_model else 0, max_retries=2
+        num_cpus=bundle.cpus if needs_model else 1, num_gpus=bundle.gpus if needs_model else 0, max_retries=2,
+        name=label.task(FOLDER),
     )  # fmt: skip
     reference = task.remote(curation, run.config.model, run.skeleton.checkpoint.url)
     while not ray.wait([reference], timeout=1.0)[0]:
         tick()
     facts: Any = ray.get(reference)
-    stage.commit(FOLDER, None, facts)
+    watch.committed(stage.commit(FOLDER, None, facts), time.monotonic() - started)
     stage.finish({"seconds": time.monotonic() - started})
 
 

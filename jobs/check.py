@@ -26,7 +26,9 @@ CONTACT_SECONDS = 10.0
 def check_before_work(run: Run, stages: Sequence[str]) -> None:
     """Checks everything that the given stages will use. Raises UserError for the first problem."""
     from calibprune.model import context_tokens
+    from jobs.tracking import check_tracking
 
+    check_tracking(run.config.report.tracking)
     run.check_folder()
     if set(stages) == {"report"}:
         if not storage.exists(run.url("run.json")):

@@ -7,10 +7,12 @@ units there are.
 import importlib.metadata
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from calibprune.calibration.curation import (
     SELECTION,
@@ -27,12 +29,15 @@ from calibprune.calibration.prefixes import start_token
 from calibprune.calibration.sources import scored_tokens, write_documents
 from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
 from calibprune.errors import UserError
+from calibprune.journal import Failure
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
+from cluster.session import death
 from jobs import analysis, progress
 from jobs.generate import dispatched, engines
 from jobs.progress import Steps, say
 from jobs.run_folder import Run
+from jobs.watching import Watch
 
 NOT_IN_THE_RESULT = {"references", "analysis"}
 BATCHES_PER_CPU = 4
@@ -57,8 +62,9 @@ def run(run: Run) -> None:
         analysis.run(run, curation)
         return
     started = time.monotonic()
+    watch = Watch(stage, len(units), len(units) - len(missing))
     with Steps("curate", "units", len(units), len(units) - len(missing)) as steps:
-        for record in _make(run, curation, missing):
+        for record in _make(run, curation, missing, watch):
             steps.add(record.unit)
     stage.finish({"seconds": time.monotonic() - started})
     facts = stage.record(SELECTION).facts
@@ -106,7 +112,7 @@ def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
     return identity
 
 
-def _make(run: Run, curation: Curation, missing: Sequence[str]) -> Iterator[Record]:
+def _make(run: Run, curation: Curation, missing: Sequence[str], watch: Watch) -> Iterator[Record]:
     """Has the missing units made, in the order in which they need each other; yields their records."""
     handle, left = ray.put(curation), set(missing)
     texts = [
@@ -114,15 +120,17 @@ def _make(run: Run, curation: Curation, missing: Sequence[str]) -> Iterator[Reco
         for source in curation.natural_sources()
         if (units := [unit for unit in curation.text_units(source) if unit in left])
     ]
-    yield from _tasks(_read_documents, texts)
-    yield from _score_documents(run, curation, _of_kind(missing, "scored"))
-    yield from _in_batches(_score, handle, _of_kind(missing, "scores"))
+    yield from _tasks(_read_documents, texts, watch)
+    yield from _score_documents(run, curation, _of_kind(missing, "scored"), watch)
+    yield from _in_batches(_score, handle, _of_kind(missing, "scores"), watch)
     if SELECTION in left:
-        yield from _tasks(_select, [(handle,)])
-    yield from _in_batches(_write_files, handle, _of_kind(missing, "dropped", "pool"))
+        yield from _tasks(_select, [(handle, [SELECTION])], watch)
+    yield from _in_batches(_write_files, handle, _of_kind(missing, "dropped", "pool"), watch)
 
 
-def _score_documents(run: Run, curation: Curation, units: list[str]) -> Iterator[Record]:
+def _score_documents(
+    run: Run, curation: Curation, units: list[str], watch: Watch
+) -> Iterator[Record]:
     """Has engines take the log-probabilities of documents, where a filter asks for them."""
     if not units:
         return
@@ -132,10 +140,11 @@ def _score_documents(run: Run, curation: Curation, units: list[str]) -> Iterator
 
     tokens = curation.settings.sequence_tokens
     most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
-    with engines(run, curation.stage, len(units), most) as crew:
+    with engines(run, curation.stage, len(units), watch, most) as crew:
         for record in dispatched(run, crew, "score", units, give_up):
             progress.tick()
             if record is not None:
+                watch.committed(record)
                 yield record
 
 
@@ -143,30 +152,50 @@ def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
     return [unit for unit in units if unit.partition("-")[0] in kinds]
 
 
-def _in_batches(function: Any, handle: Any, units: Sequence[str]) -> Iterator[Record]:
+def _in_batches(function: Any, handle: Any, units: Sequence[str], watch: Watch) -> Iterator[Record]:
     """Consecutive units together: they are of neighbouring shards."""
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cpus)))
     batches = [units[first : first + size] for first in range(0, len(units), size)]
-    yield from _tasks(function, [(handle, batch) for batch in batches])
+    yield from _tasks(function, [(handle, batch) for batch in batches], watch)
 
 
-def _tasks(function: Any, arguments: Sequence[tuple]) -> Iterator[Record]:
-    """Runs the function as a task of one core for each of the arguments, a bounded number at a time.
+def _tasks(function: Any, arguments: Sequence[tuple], watch: Watch) -> Iterator[Record]:
+    """Runs the function as a task of one core for each of the arguments, the last of which are its units.
 
-    Tasks that went down with their node are run again; what a task raises ends the stage, others' commits stay.
+    A bounded number at a time. Tasks that went down with their process or node are run again; what a task raises ends
+    the stage, others' commits stay.
     """
-    task = ray.remote(function).options(num_cpus=1, max_retries=ATTEMPTS - 1)
+    named = watch.label.task(function.__name__.strip("_"))
+    task = ray.remote(function).options(num_cpus=1, max_retries=0, name=named)
     limit = max(2, IN_FLIGHT_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
-    waiting, running = list(reversed(arguments)), []
+    waiting = deque((each, 1) for each in arguments)
+    running: dict[Any, tuple[tuple, int, float]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < limit:
-                running.append(task.remote(*waiting.pop()))
-            ready, running = ray.wait(running, num_returns=1, timeout=1.0)
+                each, attempt = waiting.popleft()
+                running[task.remote(*each)] = each, attempt, time.monotonic()
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
             progress.tick()
             for reference in ready:
-                yield from ray.get(reference)
+                each, attempt, since = running.pop(reference)
+                try:
+                    records: Any = ray.get(reference)
+                except RayTaskError:
+                    raise
+                except RayError as error:  # its process or its node is gone
+                    failure = Failure("task", str(death(error)), tuple(each[-1]), attempt)
+                    say(f"curate: lost {failure.in_words}")
+                    watch.failed(failure)
+                    if attempt == ATTEMPTS:
+                        raise
+                    waiting.append((each, attempt + 1))
+                    continue
+                seconds = (time.monotonic() - since) / max(1, len(records))
+                for record in records:
+                    watch.committed(record, seconds)
+                    yield record
     finally:
         for reference in running:
             ray.cancel(reference)
@@ -186,7 +215,7 @@ def _score(curation: Curation, units: list[str]) -> list[Record]:
     return list(make_scores(curation, units))
 
 
-def _select(curation: Curation) -> list[Record]:
+def _select(curation: Curation, units: list[str]) -> list[Record]:
     return [make_selection(curation)]
 
 

@@ -10,6 +10,7 @@ from cluster.session import worker_bundle
 from cluster.worker_group import run_gang
 from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run
+from jobs.watching import Watch
 
 UNITS = ("dense", "pruned")
 
@@ -43,8 +44,10 @@ def _measure(run: Run, stage: Stage, prune: Stage, missing: list[str]) -> None:
     settings, cluster = run.config.evaluate, run.config.cluster
     batches = sum(-(-len(ids) // settings.batch_sequences) for ids in run.windows.values())
     layers = len(run.skeleton.layers)
+    watch = Watch(stage, len(UNITS), len(UNITS) - len(missing))
     with Steps("evaluate", "layers", len(missing) * layers) as steps:
         for turn, unit in enumerate(missing):
+            begun = time.monotonic()
             model, hashes = run.config.model.model_copy(update={"dtype": run.dtype}), None
             if unit == "pruned":
                 model = model.model_copy(update={"path": storage.join(prune.url, FOLDER)})
@@ -57,6 +60,8 @@ def _measure(run: Run, stage: Stage, prune: Stage, missing: list[str]) -> None:
                 cluster=cluster,
                 progress=lambda: 0,
                 notice=lambda text: say(f"evaluate: {text}"),
+                failed=watch.failed_at(unit),
+                label=watch.label,
             )
             for event in events:
                 tick()
@@ -65,6 +70,7 @@ def _measure(run: Run, stage: Stage, prune: Stage, missing: list[str]) -> None:
                 elif event is not None:
                     facts = {name: asdict(value) for name, value in event.items()}
                     stage.commit(unit, None, {"perplexity": facts})
+            watch.committed(stage.record(unit), time.monotonic() - begun)
 
 
 def _hashes(prune: Stage) -> dict[str, str]:

@@ -9,6 +9,7 @@ import ray
 from calibprune.calibration.engine import EngineDied, vllm_version
 from calibprune.calibration.prefixes import cut_prefixes, longest_prefix, prefix_units
 from calibprune.config import GenerateSettings, ModelSettings
+from calibprune.journal import SET_ASIDE, Failure
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
 from cluster.crew import Crew
@@ -17,6 +18,7 @@ from cluster.generator import Generator, shard_rows
 from cluster.session import Bundle, capacity, worker_bundle
 from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run
+from jobs.watching import Watch
 
 NOT_IN_THE_RESULT = {
     "engines", "max_concurrent", "shards_in_flight", "attempts", "max_bad_shards",
@@ -48,17 +50,20 @@ def run(run: Run) -> None:
         say("generate: done already")
         return
     started = time.monotonic()
-    _cut_prefixes(run, stage, {unit for unit in missing if not unit.isdigit()})
-    facts = _generate(run, stage, len(shards), [unit for unit in missing if unit.isdigit()])
+    watch = Watch(stage, len(units), len(units) - len(missing))
+    _cut_prefixes(run, stage, {unit for unit in missing if not unit.isdigit()}, watch)
+    facts = _generate(run, stage, len(shards), [unit for unit in missing if unit.isdigit()], watch)
     seconds = time.monotonic() - started
     stage.finish({"seconds": seconds, "resumed": len(missing) < len(units), **facts})
 
 
-def _cut_prefixes(run: Run, stage: Stage, missing: set[str]) -> None:
+def _cut_prefixes(run: Run, stage: Stage, missing: set[str], watch: Watch) -> None:
     """Has the missing files of prefixes committed, by one task that reads the source from its start."""
     if not missing:
         return
-    task = ray.remote(_cut).options(num_cpus=1, max_retries=2, num_returns="streaming")
+    task = ray.remote(_cut).options(
+        num_cpus=1, max_retries=2, num_returns="streaming", name=watch.label.task("prefixes")
+    )
     folder = run.skeleton.checkpoint.url.removeprefix("hf://")
     with Steps("prefixes", "files", len(missing)) as steps:
         arguments = (run.config.model, folder, run.config.generate, stage.url, missing)
@@ -72,6 +77,7 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str]) -> None:
                 record: Any = ray.get(next(stream))
             except StopIteration:
                 return
+            watch.committed(record)
             steps.add(f"{record.facts['prefixes']} prefixes")
 
 
@@ -82,7 +88,9 @@ def _cut(
     yield from cut_prefixes(Stage(stage_url), settings, tokenizer, missing)
 
 
-def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[str, Any]:
+def _generate(
+    run: Run, stage: Stage, shards: int, missing: list[str], watch: Watch
+) -> dict[str, Any]:
     """Has the missing shards committed; returns what it took. Raises ShardsFailed when too many fail."""
     if not missing:
         return {"tokens": 0, "working_seconds": 0.0}
@@ -94,17 +102,19 @@ def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[s
         nonlocal in_a_row
         bad[unit], in_a_row = reason, in_a_row + 1
         say(f"generate: set aside {_named(run, unit)}: {reason}")
+        watch.failed(Failure(SET_ASIDE, reason, (unit,), settings.attempts))
         if in_a_row > settings.max_bad_shards + (MOST_IN_A_ROW if tokens else 2):
             raise ShardsFailed(f"{in_a_row} shards in a row failed, the last time: {reason}")
 
     with (
-        engines(run, stage, len(missing)) as crew,
+        engines(run, stage, len(missing), watch) as crew,
         Steps("generate", "shards", shards, shards - len(missing)) as steps,
     ):
         for record in dispatched(run, crew, "complete", missing, set_aside):
             tick()
             if isinstance(record, Record) and crew.ready_at is not None:
                 tokens, in_a_row = tokens + record.facts["tokens"], 0
+                watch.committed(record)
                 steps.add(f"{tokens / (time.monotonic() - crew.ready_at):.0f} tokens/s")
         working = time.monotonic() - (crew.ready_at or time.monotonic())
     if len(bad) > settings.max_bad_shards:
@@ -117,12 +127,20 @@ def _generate(run: Run, stage: Stage, shards: int, missing: list[str]) -> dict[s
     for unit, reason in bad.items():
         rows = shard_rows(unit, settings)
         left_out = {"rows_missing": [rows.start, rows.stop], "set_aside": reason}
-        stage.commit(unit, None, {"rows": 0, "tokens": 0, "finish_reasons": {}} | left_out)
+        facts = {"rows": 0, "tokens": 0, "finish_reasons": {}} | left_out
+        watch.committed(stage.commit(unit, None, facts))
     return {"tokens": tokens, "working_seconds": working, "set_aside": len(bad)}
 
 
-def engines(run: Run, stage: Stage, units: int, most_tokens: int | None = None) -> Crew:
+def engines(
+    run: Run, stage: Stage, units: int, watch: Watch, most_tokens: int | None = None
+) -> Crew:
     """vLLM engines that commit to the stage, no more of them than there are units of work."""
+
+    def failed(failure: Failure) -> None:
+        say(f"{stage.name}: lost {failure.in_words}")
+        watch.failed(failure)
+
     settings, cluster = run.config.generate, run.config.cluster
     bundle = worker_bundle(cluster, engine_gpus=settings.tensor_parallel)
     count = min(settings.engines or _engines(run, bundle), units)
@@ -137,6 +155,8 @@ def engines(run: Run, stage: Stage, units: int, most_tokens: int | None = None) 
         [run.config.model, folder, run.dtype, most, settings, stage.url, bundle.cpus],
         start_seconds=cluster.start_timeout_seconds,
         concurrency=settings.shards_in_flight + 1,
+        label=watch.label,
+        failed=failed,
     )  # fmt: skip
 
 

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 
 from calibprune import storage
 from calibprune.config import Config
+from calibprune.journal import Failure, Journal
 from calibprune.lease import Lease
+from cluster.label import label_of
 from cluster.session import connect
-from jobs import curate, evaluate, generate, progress, prune, report
+from jobs import curate, evaluate, generate, log, progress, prune, report
 from jobs.check import check_before_work
 from jobs.progress import say
 from jobs.run_folder import Run
+from jobs.tracking import tracking
 
 LEASE_SECONDS, REMOTE_LEASE_SECONDS = 30.0, 120.0
 """After which a driver that shows no life is replaced by another; as long as storage is tried again."""
@@ -37,12 +40,28 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     check_before_work(run, stages)
     with only_driver(run, stages), connect(config.cluster):
         run.open()
-        for stage in stages:
-            progress.still_ours()
-            STAGES[stage](run)
+        with tracking(run) as track:
+            for stage in stages:
+                progress.still_ours()
+                with journaled(run, stage):
+                    STAGES[stage](run)
+                track()
     if "report" in stages:
         say(f"report: {run.url('report', 'index.html')}")
     return run
+
+
+@contextmanager
+def journaled(run: Run, stage: str) -> Iterator[None]:
+    """Writes down what ends a stage, for `calibprune status`; the error goes on."""
+    try:
+        yield
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error  # Ray wraps what a task raised
+        failure = Failure("driver", f"{type(cause).__name__}: {cause}")
+        Journal(run.url(stage), say).note(failure)
+        log.failure(label_of(run.url(stage)).tags, failure)
+        raise
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jobs import log
+
 LOG_SECONDS = 15.0
 stop_asked = False
 """Set when a signal asks to stop: an exception raised from a signal handler may be lost inside a library's callback."""
@@ -37,6 +39,9 @@ def tick() -> None:
 
 
 def say(text: str) -> None:
+    if log.is_json():
+        log.line(text)
+        return
     console.print(text, markup=False)
 
 
@@ -48,7 +53,7 @@ class Steps:
         self._begun_with, self._begun_at = done, time.monotonic()
         self._said_at = self._begun_at
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not log.is_json():
             self._bar = Progress(
                 TextColumn("{task.description:<9}"),
                 BarColumn(),

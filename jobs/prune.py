@@ -15,6 +15,7 @@ from cluster.session import Bundle, worker_bundle
 from cluster.worker_group import run_gang
 from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run, versions
+from jobs.watching import Watch
 
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
 """On the result, that is: they may differ when a run is taken up again."""
@@ -56,6 +57,7 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
     losses: list[str] = []
     used: list[dict[str, Any]] = []
     units = len(stage.read_plan()["units"])
+    watch = Watch(stage, units, units - len(missing))
     with Steps("prune", "layers and rest", units, units - len(missing)) as steps:
 
         def notice(text: str) -> None:
@@ -71,11 +73,14 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
             layer_timeout_seconds=settings.layer_timeout_seconds,
             progress=lambda: len(stage.done_units()),
             notice=notice,
+            failed=watch.failed,
+            label=watch.label,
         )
         for event in events:
             tick()
             match event:
                 case Record():
+                    watch.committed(event)
                     steps.add(f"{settings.method.type} {event.unit}")
                     if event.unit == ALLOCATION:
                         say(f"prune: {settings.allocation.type} takes {in_words(event.facts)}")

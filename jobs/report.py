@@ -195,6 +195,7 @@ def say_result(report: dict[str, Any]) -> None:
     """The result in a few lines on the terminal."""
     from rich.table import Table
 
+    from jobs import log
     from jobs.progress import console
 
     table = Table(title="held-out perplexity", title_justify="left")
@@ -205,7 +206,9 @@ def say_result(report: dict[str, Any]) -> None:
         table.add_row(
             name, str(facts["sequence_tokens"]), f"{dense:.2f}", f"{pruned:.2f}", f"{pruned / dense - 1:+.1%}"
         )  # fmt: skip
-    if report["perplexity"]:
+    if report["perplexity"] and log.is_json():
+        log.event("perplexity", **report["perplexity"])
+    elif report["perplexity"]:
         console.print(table)
     if report["sparsity"] is not None:
         method = report["prune"]["method"]

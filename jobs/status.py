@@ -1,51 +1,128 @@
-"""status: what a run has done, what is left and when it moved last, read from its folder alone."""
+"""status: how a run stands, told once or again and again until all stages are done."""
 
+import json
+import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from calibprune import storage
+from rich.markup import escape
+
 from calibprune.errors import UserError
-from calibprune.run import Stage
 from jobs.progress import duration
+from jobs.run_status import Status, run_status
 
-STAGES = ("generate", "curate", "prune", "evaluate")
+if TYPE_CHECKING:
+    from rich.table import Table
 
-
-def stage_status(stage: Stage) -> dict[str, Any]:
-    """Units done of all, seconds a unit and seconds left, and seconds since the last commit."""
-    if not stage.planned:
-        return {"state": "not started"}
-    units = stage.read_plan()["units"]
-    if stage.finished:
-        return {"done": len(units), "units": len(units), "state": "done"}
-    done = stage.done(units).values()
-    status: dict[str, Any] = {"done": len(done), "units": len(units)}
-    times = sorted(record.finished_at for record in done)
-    if times:
-        status["since_last_seconds"] = time.time() - times[-1]
-    if len(times) > 1:
-        status["seconds_each"] = (times[-1] - times[0]) / (len(times) - 1)
-        status["left_seconds"] = status["seconds_each"] * (len(units) - len(done))
-    return status | {"state": "unfinished"}
+MOST_NAMED = 5
 
 
-def describe(url: str) -> list[str]:
-    """One line a stage. Raises UserError when there is no run at the URL."""
-    if not storage.exists(storage.join(url, "run.json")):
-        raise UserError(f"there is no run at {url}")
-    lines = []
-    for name in STAGES:
-        status = stage_status(Stage(storage.join(url, name)))
-        text = f"{name:<9} {status['state']}"
-        if "units" in status:
-            text += f", {status['done']} of {status['units']} units"
-        if "seconds_each" in status:
-            text += (
-                f", {status['seconds_each']:.3g} s each, {duration(status['left_seconds'])} left"
-            )
-        if "since_last_seconds" in status:
-            text += f", last commit {duration(status['since_last_seconds'])} ago"
-        lines.append(text)
-    report = storage.join(url, "report", "index.html")
-    lines.append(f"report    {report if storage.exists(report) else 'not made yet'}")
-    return lines
+def show(url: str, every: float | None, as_json: bool) -> None:
+    """Prints how the run stands; with `every` again after so many seconds, until all stages are done.
+
+    On a terminal a table in place, else lines, or JSON. Raises UserError where there is no run.
+    """
+    if every is not None and sys.stdout.isatty() and not as_json:
+        _show_in_place(url, every)
+        return
+    for status, trouble in _looks(url, every):
+        lines = [json.dumps(status)] if as_json else [*describe(status), *filter(None, [trouble])]
+        print("\n".join(lines), flush=True)
+
+
+def _looks(url: str, every: float | None) -> Iterator[tuple[Status, str]]:
+    """What is seen, and why it is no longer the latest where a store gives trouble for the time being."""
+    status, trouble = run_status(url), ""  # where there is no run, it is said at once
+    while True:
+        yield status, trouble
+        if every is None or status["finished"]:
+            return
+        time.sleep(every)
+        try:
+            status, trouble = run_status(url), ""
+        except (OSError, UserError) as error:
+            trouble = f"cannot look: {error}"
+
+
+def _show_in_place(url: str, every: float) -> None:
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+        for status, trouble in _looks(url, every):
+            below = [
+                line for line in describe(status) if line.split(" ")[0] not in status["stages"]
+            ]
+            live.update(Group(_table(status), *map(escape, [*below, trouble])), refresh=True)
+
+
+def describe(status: Status) -> list[str]:
+    """One line a stage, then the driver, the last failure, the time taken and the report."""
+    lines = [f"{name:<9} {_stage_line(one)}" for name, one in status["stages"].items()]
+    lines[-1] = f"report    {status['report'] or 'not made yet'}"
+    lines.append(f"driver    {_driver(status)}")
+    last = [one["last_failure"] for one in status["stages"].values() if "last_failure" in one]
+    if last:
+        newest = min(last, key=lambda failure: failure["age_seconds"])
+        ago = duration(newest["age_seconds"])
+        lines.append(f"last failure {ago} ago: {newest['text'][:300]}")
+    if status["elapsed_seconds"] is not None:
+        lines.append(f"elapsed   {duration(status['elapsed_seconds'])}")
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+
+
+def _stage_line(one: Status) -> str:
+    parts = [one["state"]]
+    if "units" in one:
+        parts.append(f"{one['done']} of {one['units']} units")
+    if "seconds_each" in one:
+        parts += [f"{one['seconds_each']:.3g} s each", f"{duration(one['left_seconds'])} left"]
+    if "since_last_seconds" in one and one["state"] != "done":
+        parts.append(f"last commit {duration(one['since_last_seconds'])} ago")
+    if one.get("failures"):
+        parts.append(f"{one['failures']} failure{'s' * (one['failures'] > 1)}")
+    if "set_aside" in one:
+        parts.append(f"set aside: {_named(one['set_aside'])}")
+    if "trouble" in one:
+        parts.append(one["trouble"])
+    return ", ".join(parts)
+
+
+def _named(units: list[str]) -> str:
+    more = len(units) - MOST_NAMED
+    return " ".join(units[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _driver(status: Status) -> str:
+    driver = status["driver"]
+    if driver is None:
+        return "none" if status["finished"] else "none: the same command resumes the run"
+    if "trouble" in driver:
+        return driver["trouble"]
+    silent = driver["silent_seconds"]
+    sign = "" if silent is None else f", last sign of life {duration(silent)} ago"
+    who = f"process {driver['pid']} on {driver['host']} since {driver['since']}{sign}"
+    return who if driver["alive"] else f"gone: {who}; the same command resumes the run"
+
+
+def _table(status: Status) -> "Table":
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("stage", "state", "", "units", "each", "left", "last commit", "failures"):
+        table.add_column(heading, justify="left" if heading in ("stage", "state", "") else "right")
+    for name, one in status["stages"].items():
+        units = "units" in one
+        table.add_row(
+            name,
+            one["state"],
+            ProgressBar(total=one["units"], completed=one["done"], width=20) if units else "",
+            f"{one['done']} of {one['units']}" if units else "",
+            f"{one['seconds_each']:.3g} s" if "seconds_each" in one else "",
+            duration(one["left_seconds"]) if "left_seconds" in one else "",
+            f"{duration(one['since_last_seconds'])} ago" if "since_last_seconds" in one else "",
+            str(one.get("failures") or ""),
+        )
+    return table

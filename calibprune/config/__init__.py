@@ -19,7 +19,12 @@ from calibprune.config.curate import (
     Sharing,
     Source,
 )
-from calibprune.config.evaluate import EvaluateSettings, HeldOutText, ReportSettings
+from calibprune.config.evaluate import (
+    EvaluateSettings,
+    HeldOutText,
+    ReportSettings,
+    TrackingSettings,
+)
 from calibprune.config.generate import (
     BosPrefixes,
     DatasetPrefixes,

@@ -1,10 +1,10 @@
 """evaluate and report: what the pruned model is held against, and what is shown."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from calibprune.config.base import NonNegativeInt, PositiveInt, Section, Url
+from calibprune.config.base import NonNegativeInt, PositiveInt, Section, Url, named
 
 
 class HeldOutText(Section):
@@ -35,5 +35,16 @@ class EvaluateSettings(Section):
         return texts
 
 
+class TrackingSettings(Section):
+    """Experiment tracking by one of these libraries, which finds its server and credentials where it always does."""
+
+    type: Literal["mlflow", "wandb", "trackio"]
+    project: Annotated[str, Field(min_length=1, max_length=128)] = "calibprune"
+    """MLflow calls it experiment."""
+    name: str | None = None
+    """Of the run there; None: the last part of `output`."""
+
+
 class ReportSettings(Section):
     sample_texts: NonNegativeInt = 3
+    tracking: Annotated[TrackingSettings | None, BeforeValidator(named)] = None

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,6 +66,20 @@ def test_files_come_back_and_create_keeps_the_first(folder, request):
     storage.remove(url)
     storage.remove(url)
     assert not storage.exists(url) and storage.exists(storage.join(folder, "aaa"))
+
+
+def test_every_store_says_when_files_were_written(folder):
+    begun = time.time()
+    for name in ("bbb.json", "aaa.json"):
+        storage.write(storage.join(folder, name), b"x")
+    storage.write(storage.join(folder, "below", "ccc.json"), b"x")
+    found = storage.times(folder)
+    assert list(found) == ["aaa.json", "bbb.json"]
+    for at in (*found.values(), storage.written_at(storage.join(folder, "aaa.json"))):
+        assert at is not None and begun - 2 < at < time.time() + 2
+    assert storage.times(storage.join(folder, "nothing")) == {}
+    with pytest.raises(FileNotFoundError):
+        storage.written_at(storage.join(folder, "nothing"))
 
 
 def test_many_files_come_in_the_order_asked_for(folder):

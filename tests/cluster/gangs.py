@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from calibprune.config import ClusterSettings, ModelSettings, PruneSettings
+from calibprune.journal import Failure
 from calibprune.run import Stage
+from cluster.label import label_of
 from cluster.session import Bundle
 from cluster.worker_group import run_gang
 
@@ -44,11 +46,13 @@ class Run:
         settings = PruneSettings.model_validate(self.way | {"layer_timeout_seconds": None})
         self.arguments = (ModelSettings(path=models["float32"]), settings, pool, self.stage.url)
         self.notices: list[str] = []
+        self.failures: list[Failure] = []
 
     def __call__(self, workers: int = 2, **options) -> "Run":
         for _ in run_gang(
             "prune", self.arguments, workers=workers, bundle=BUNDLE, cluster=SETTINGS,
-            progress=lambda: len(self.stage.done_units()), notice=self.notices.append, **options,
+            progress=lambda: len(self.stage.done_units()), notice=self.notices.append,
+            failed=self.failures.append, label=label_of(self.stage.url), **options,
         ):  # fmt: skip
             pass
         return self

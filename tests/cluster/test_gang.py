@@ -13,6 +13,7 @@ from calibprune.config import ModelSettings, PruneSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
+from calibprune.process import node
 from calibprune.pruning.export import ALLOCATION, REST
 from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record, Stage
@@ -110,6 +111,8 @@ def test_workers_killed_in_a_collective_while_writing_and_before_the_done_record
     assert shards(run.stage) == alone("float32", run.way)
     assert len(run.losses) == 3
     assert "worker 1 on" in run.losses[0] and "layer 0" in run.losses[0]
+    assert [failure.kind for failure in run.failures] == ["worker"] * 3
+    assert run.failures[0].units == (layer_unit(0),) and run.failures[0].node == node()
 
 
 @pytest.mark.slow

@@ -1,0 +1,263 @@
+"""status reads how a run stands from its folder alone, whatever state that is in."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from calibprune import storage
+from calibprune.config import Config
+from calibprune.journal import MOST, SET_ASIDE, Failure, Journal, read_failures
+from calibprune.lease import FILE, Lease
+from calibprune.redaction import redacted
+from calibprune.run import Stage
+from jobs.run_status import run_status, seconds_each
+from jobs.status import describe
+from tests.jobs.command import ENVIRONMENT, calibprune_here
+
+
+def a_run(folder: Path, **settings) -> str:
+    config = Config.model_validate(
+        {"model": {"path": "model"}, "output": str(folder), "prune": settings}
+    )
+    content = {"config": config.model_dump(mode="json"), "opened_at": time.time() - 1000}
+    storage.write_json(str(folder / "run.json"), content)
+    return str(folder)
+
+
+def commit(stage: Stage, count: int, *, units: int | None = None) -> Stage:
+    names = [f"{unit:05d}" for unit in range(units or count)]
+    stage.plan({"a": 1}, names)
+    for unit in names[:count]:
+        stage.commit(unit, None, {"rows": 1})
+    if units is None:
+        stage.finish({"seconds": 1.0})
+    return stage
+
+
+def finish(run: str) -> None:
+    for name in ("generate", "curate", "prune", "evaluate"):
+        if not Stage(f"{run}/{name}").finished:
+            commit(Stage(f"{run}/{name}"), 3)
+    storage.write(f"{run}/report/index.html", b"page")
+
+
+def test_twenty_thousand_units_are_counted_by_name_without_reading_one(tmp_path):
+    run, now = a_run(tmp_path / "run"), time.time()
+    stage = Stage(f"{run}/generate")
+    stage.plan({}, [f"{unit:05d}" for unit in range(20_000)])
+    done = tmp_path / "run" / "generate" / "_done"
+    done.mkdir()
+    for unit in range(4_000):
+        file = done / f"{unit:05d}.json"
+        file.write_bytes(b"{")  # no record: whoever reads it stumbles
+        at = now - 30 - (4_000 - unit) * 0.05
+        os.utime(file, (at, at))
+    (done / "stray.json").touch()
+    started = time.monotonic()
+    status = run_status(run)
+    assert time.monotonic() - started < 10
+    generate = status["stages"]["generate"]
+    assert (generate["done"], generate["units"], generate["state"]) == (4_000, 20_000, "unfinished")
+    assert generate["seconds_each"] == pytest.approx(0.05, rel=1e-3)
+    assert generate["left_seconds"] == pytest.approx(800, rel=1e-3)
+    assert generate["since_last_seconds"] == pytest.approx(30, abs=10)
+    assert not status["finished"] and status["driver"] is None
+
+
+def test_a_pause_between_two_drivers_does_not_count():
+    before = [1000.0 + 2 * step for step in range(40)]
+    after = [before[-1] + 7200 + 4 * step for step in range(15)]
+    opened = after[0] - 100
+    assert seconds_each(before + after, opened) == pytest.approx(4)
+    assert seconds_each(before + after) == pytest.approx(4)
+    assert seconds_each([*before, after[0]], opened) == pytest.approx(2)  # one commit says nothing
+    assert seconds_each([5.0]) is None and seconds_each([]) is None
+    slow = [3600.0 * hour for hour in range(10)]
+    assert seconds_each(slow, 0.0) == seconds_each(slow) == 3600
+
+
+def test_the_pace_is_the_recent_one_and_silence_counts_while_a_driver_is_at_work():
+    slow, fast = [100.0 * step for step in range(50)], [5000 + 0.5 * step for step in range(2000)]
+    assert seconds_each(slow + fast, 0.0) == pytest.approx(0.5, rel=0.01)
+    burst = [1000 + 0.01 * step for step in range(50)]
+    assert seconds_each(burst, 900.0) == pytest.approx(0.01)
+    assert seconds_each(burst, 900.0, now=1100.0) == pytest.approx(2)
+
+
+def test_the_driver_is_told_by_its_lease(tmp_path):
+    run = a_run(tmp_path / "run")
+    commit(Stage(f"{run}/generate"), 2, units=4)
+    with Lease(run, heartbeat_seconds=0.1):
+        status = run_status(run)
+        assert status["stages"]["generate"]["state"] == "running" and status["driver"]["alive"]
+        assert f"process {os.getpid()} on" in "\n".join(describe(status))
+        assert status["elapsed_seconds"] == pytest.approx(0, abs=5)
+        lease = json.loads((tmp_path / "run" / FILE).read_text())
+        assert lease["owner"] not in json.dumps(status)
+    assert run_status(run)["driver"] is None
+    lease |= {"host": "elsewhere", "boot": "another"}
+    (tmp_path / "run" / FILE).write_text(json.dumps(lease))
+    assert run_status(run)["driver"]["alive"]
+    os.utime(tmp_path / "run" / FILE, (1, time.time() - 600))
+    status = run_status(run)
+    assert not status["driver"]["alive"] and status["stages"]["generate"]["state"] == "unfinished"
+    assert any("gone: process" in line and "elsewhere" in line for line in describe(status))
+
+
+def test_failures_and_units_set_aside_are_told_the_last_one_with_its_age(tmp_path):
+    run = a_run(tmp_path / "run")
+    stage = Stage(f"{run}/generate")
+    commit(stage, 2, units=5)
+    stage.commit("00003", None, {"set_aside": "poisoned", "rows_missing": [0, 4]})
+    journal, now = Journal(stage.url), time.time()
+    journal.note(Failure("engine", "it died", ("00001", "00002"), 1, "node-7", now - 300))
+    for unit in ("00001", "00003", "00004"):  # the first was made after all
+        journal.note(Failure(SET_ASIDE, "poisoned", (unit,), 3, at=now - 200))
+    Journal(f"{run}/prune").note(Failure("driver", "OSError: \x1b[2Jno space left", at=now - 50))
+    status = run_status(run)
+    generate = status["stages"]["generate"]
+    assert generate["failures"] == 4 and generate["set_aside"] == ["00003", "00004"]
+    assert generate["last_failure"]["units"] == ("00004",)
+    text = "\n".join(describe(status))
+    assert "4 failures, set aside: 00003 00004" in text
+    assert "last failure 50 s ago: driver: OSError: [2Jno space left" in text
+    assert status["stages"]["prune"]["state"] == "not started"
+    count, (engine, *_) = read_failures(stage.url, 10)[0], read_failures(stage.url, 10)[1][::-1]
+    assert (
+        count == 4 and engine.in_words == "engine with 00001, 00002 on node-7, attempt 1: it died"
+    )
+
+
+def test_the_journal_keeps_the_newest(tmp_path):
+    folder = tmp_path / "stage" / "_failures"
+    folder.mkdir(parents=True)
+    for number in range(MOST + 5):
+        (folder / f"{number:013d}-aaaaaa.json").write_text("{}")
+    Journal(str(tmp_path / "stage")).note(Failure("unit", "the newest"))
+    count, (last,) = read_failures(str(tmp_path / "stage"))
+    assert (count, last.message) == (MOST, "the newest")
+    assert not (folder / "0000000000000-aaaaaa.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("GET https://user:pa55word@store.example/a?X-Amz-Signature=5EC2E7&b=1 failed", "store.example/a failed"),
+        ("s3://key:5EC2E7@bucket/x", "s3://bucket/x"),
+        ("Authorization: Bearer 5EC2E7.5EC2E7", "Authorization"),
+        ("no access for hf_5EC2E75EC2E75EC2E7 there", "no access for"),
+        ("AKIA5EC2E75EC2E75EC2 was refused", "was refused"),
+        ("aws_secret_access_key=5EC2E7/+ab in the profile", "in the profile"),
+        ('{"session_token": "5EC2E7", "region": "here"}', '"region": "here"'),
+        ("value of the environment: 0rd1nary-5EC2E7-t3xt", "value of the environment"),
+        ("2 tokens of 512 tokens/s, 3 failures", "2 tokens of 512 tokens/s, 3 failures"),
+    ],
+)  # fmt: skip
+def test_nothing_like_a_credential_is_written_down(monkeypatch, text, kept):
+    monkeypatch.setenv("SOME_API_KEY", "0rd1nary-5EC2E7-t3xt")
+    found = redacted(text)
+    assert kept in found and "5EC2E7" not in found and "pa55word" not in found
+
+
+def test_stages_that_are_not_needed_are_done_with(tmp_path, capsys):
+    run = a_run(tmp_path / "run", pool="/a/pool")
+    for name in ("prune", "evaluate"):
+        commit(Stage(f"{run}/{name}"), 2)
+    storage.write(f"{run}/report/index.html", b"page")
+    status = run_status(run)
+    assert (
+        status["stages"]["generate"]["state"] == status["stages"]["curate"]["state"] == "not needed"
+    )
+    assert status["finished"]
+    code, out, _ = calibprune_here(capsys, "status", run, "--json")
+    assert code == 0 and json.loads(out)["finished"]
+
+
+def test_a_damaged_or_half_written_folder_never_shows_a_traceback(tmp_path, capsys):
+    run = a_run(tmp_path / "run")
+    commit(Stage(f"{run}/generate"), 4)
+    commit(Stage(f"{run}/curate"), 1, units=3)
+    commit(Stage(f"{run}/curate/analysis"), 1, units=1)
+    Journal(f"{run}/curate").note(Failure(SET_ASIDE, "no", ("00000",)))
+    (tmp_path / "run" / FILE).write_text('{"pid": 1, "host": "h", "owner": "o", "at": "then"}')
+    damages = [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"units": 3, "config": [], "at": "x", "pid": "y"}',
+        b"\xff\xfe\0",
+        None,
+    ]
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 12
+    for path in files:
+        kept = path.read_bytes()
+        for damage in damages:
+            path.unlink() if damage is None else path.write_bytes(damage)
+            for flag in ((), ("--json",)):
+                code, out, errors = calibprune_here(capsys, "status", run, *flag)
+                gone = damage is None and path.name == "run.json"
+                assert code == (2 if gone else 0), (path, damage, errors)
+                assert "Traceback" not in out + errors
+        path.write_bytes(kept)
+    (tmp_path / "run" / "curate" / "_plan.json").write_text("{")
+    _, out, _ = calibprune_here(capsys, "status", run)
+    assert (
+        "curate    unreadable" in out and "_plan.json is damaged" in out and "done, 4 of 4" in out
+    )
+
+
+def watched(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "jobs", "status", *arguments, "--watch", "--every", "0.3"]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "120"}, **options
+    )
+
+
+def test_watching_in_a_log_ends_with_the_run_and_with_ctrl_c(tmp_path):
+    run = a_run(tmp_path / "run")
+    commit(Stage(f"{run}/generate"), 1, units=3)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    stopped, ended = watched(run, **pipes), watched(run, "--json", **pipes)
+    assert stopped.stdout is not None and ended.stdout is not None
+    assert "1 of 3 units" in stopped.stdout.readline()
+    stopped.send_signal(signal.SIGINT)
+    assert json.loads(ended.stdout.readline())["stages"]["generate"]["done"] == 1
+    finish(run)
+    out, errors = ended.communicate(timeout=30)
+    assert ended.returncode == 0, errors
+    assert json.loads(out.splitlines()[-1])["finished"]
+    out, errors = stopped.communicate(timeout=30)
+    assert (stopped.returncode, errors) == (130, "")
+
+
+def test_watching_on_a_terminal_shows_a_table_in_place(tmp_path):
+    run = a_run(tmp_path / "run")
+    commit(Stage(f"{run}/generate"), 1, units=3)
+    Journal(f"{run}/generate").note(Failure("worker", "was [red]lost"))
+    ours, theirs = pty.openpty()
+    process = watched(run, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+            if b"elapsed" in shown and process.poll() is None:
+                finish(run)
+    except OSError:  # the other end is closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(timeout=30) == 0
+    text = shown.decode()
+    assert (
+        "last commit" in text and "1 of 3" in text and "3 of 3" in text and "was [red]lost" in text
+    )
