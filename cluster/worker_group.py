@@ -16,7 +16,8 @@ from calibprune.errors import UserError
 from calibprune.gang import PeerLost
 from calibprune.run import Record
 from cluster.layer_worker import LayerWorker
-from cluster.session import Actors, Bundle, NoRoom, capacity, death
+from cluster.room import Bundle, NoRoom, capacity
+from cluster.session import Actors, death
 
 ATTEMPTS = 3
 """Losses in a row, without a step of progress in between, before the work is given up."""

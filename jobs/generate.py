@@ -14,7 +14,8 @@ from calibprune.run import Record, Stage
 from cluster.crew import Crew
 from cluster.dispatch import dispatch
 from cluster.generator import Generator, shard_rows
-from cluster.session import Bundle, capacity, worker_bundle
+from cluster.room import Bundle, capacity
+from cluster.session import worker_bundle
 from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run
 

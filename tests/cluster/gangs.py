@@ -6,7 +6,7 @@ import torch
 
 from calibprune.config import ClusterSettings, ModelSettings, PruneSettings
 from calibprune.run import Stage
-from cluster.session import Bundle
+from cluster.room import Bundle
 from cluster.worker_group import run_gang
 
 LAYERS = 5

@@ -12,7 +12,8 @@ from calibprune.errors import UserError
 from calibprune.run import Record
 from cluster.crew import Crew, StartFailed
 from cluster.dispatch import dispatch
-from cluster.session import Bundle, NoRoom, connect
+from cluster.room import Bundle, NoRoom
+from cluster.session import connect
 
 
 @pytest.fixture(scope="module")
