@@ -1,4 +1,4 @@
-"""Places for actors: what one asks for, how many the cluster has, and words for what does not fit: never, or not yet."""
+"""Places for actors: what one asks for, how many the cluster has, words for what does not fit: never, or not yet."""
 
 import sys
 import time
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.util import client
 
 from calibprune.errors import UserError
 
@@ -55,7 +56,7 @@ class NoRoom(UserError):
 
 def nodes() -> list[Node]:
     """The nodes that are alive."""
-    available = available_resources_per_node()
+    available = _available()
     return [
         Node(
             id=node["NodeID"],
@@ -66,6 +67,12 @@ def nodes() -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def _available() -> dict[str, dict[str, float]]:
+    if client.ray.is_connected():  # only processes of the cluster itself may ask
+        return ray.get(ray.remote(num_cpus=0)(available_resources_per_node).remote())
+    return available_resources_per_node()
 
 
 def capacity(bundle: Bundle) -> int:
@@ -129,7 +136,9 @@ class Waiting:
 
     def _given_up(self) -> NoRoom:
         cluster = nodes()
-        free, total = (_sum(part) for part in ([n.free for n in cluster], [n.total for n in cluster]))
+        free, total = (
+            _sum(part) for part in ([n.free for n in cluster], [n.total for n in cluster])
+        )
         gone = never_fits(self._count, self._bundle, cluster)
         return NoRoom(
             f"{wanted(self._count, self._bundle)} did not become free within {self._limit:g} s; the cluster has "

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.worker import global_worker
 from ray.exceptions import RayError
 from ray.util.placement_group import (
     placement_group,
@@ -54,7 +55,7 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
             signal.SIGTERM, on_terminate
         )  # Ray put its own there, which ends without cleaning up
     try:
-        yield ray._private.worker.global_worker.node.is_head()
+        yield global_worker.node is not None and global_worker.node.is_head()
     finally:
         ray.shutdown()
 

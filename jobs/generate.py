@@ -126,7 +126,7 @@ def engines(run: Run, stage: Stage, units: int, most_tokens: int | None = None) 
     """vLLM engines that commit to the stage, no more of them than there are units of work."""
     settings, cluster = run.config.generate, run.config.cluster
     bundle = worker_bundle(cluster, engine_gpus=settings.tensor_parallel)
-    count = min(settings.engines or _engines(run, bundle), units)
+    count = min(settings.engines or wanted_engines(run, bundle), units)
     room = capacity(bundle)
     say(f"{stage.name}: starting {min(count, room) or count} vLLM engine{'s' * (count > 1)}")
     if 0 < room < count:
@@ -159,7 +159,7 @@ def _named(run: Run, unit: str) -> str:
     return f"shard {unit} (rows {rows.start} to {rows.stop - 1})"
 
 
-def _engines(run: Run, bundle: Bundle) -> int:
+def wanted_engines(run: Run, bundle: Bundle) -> int:
     """As many engines as the pruning workers' GPUs hold; without GPUs, one a worker."""
     cluster = run.config.cluster
     if not bundle.gpus:

@@ -12,6 +12,7 @@ from calibprune.lease import Lease
 from cluster.session import connect
 from jobs import curate, evaluate, generate, progress, prune, report
 from jobs.check import check_before_work
+from jobs.preflight import look_before_work
 from jobs.progress import say
 from jobs.run_folder import Run
 
@@ -35,7 +36,9 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     """
     run = Run(config)
     check_before_work(run, stages)
-    with only_driver(run, stages), connect(config.cluster):
+    with only_driver(run, stages), connect(config.cluster) as started_here:
+        if not started_here and set(stages) != {"report"}:
+            look_before_work(run)
         run.open()
         for stage in stages:
             progress.still_ours()
