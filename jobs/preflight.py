@@ -21,7 +21,7 @@ from jobs.run_folder import Run
 PIPELINE_SECONDS = 30.0
 """For the nodes' answers when a run starts: one that is slower is passed over with a note."""
 LEAST_SHARED_MEMORY, LEAST_TEMP = 1 << 30, 5 << 30
-LOG_WIDTH = 140
+LOG_WIDTH = 180
 SHOWN = ("torch", "vllm", "transformers", "ray")
 
 
@@ -188,7 +188,7 @@ def _show(run: Run, survey: Survey, needed: Sequence[Need]) -> None:
 
 
 def _nodes_table(survey: Survey) -> Table:
-    columns = ("node", "CPU", "GPU", "memory", "disk", "Python", *SHOWN)
+    columns = ("node", "CPU", "GPU", "free memory", "free disk", "Python", *SHOWN, "calibprune")
     table = Table(*columns, title="the cluster", title_justify="left")
     for one in survey.nodes:
         versions = one.facts["versions"]
@@ -196,7 +196,7 @@ def _nodes_table(survey: Survey) -> Table:
             Text(one.name), _free_of(one, "CPU"), _gpus(one),
             f"{gib(one.facts['free_memory_bytes'])} of {gib(one.facts['memory_bytes'])}",
             gib(one.facts["temp_free_bytes"]), one.facts["python"],
-            *(versions[name] or "none" for name in SHOWN),
+            *(versions[name] or "none" for name in SHOWN), one.facts["source"] or "none",
         )  # fmt: skip
     for node, reason in survey.silent:
         table.add_row(Text(node.name), shown(node.total), Text(f"no answer: {reason}"))
@@ -212,17 +212,17 @@ def _gpus(one: Surveyed) -> str:
     if not one.node.total.get("GPU"):
         return "none"
     kinds = sorted({f"{gpu['name']} {gib(gpu['bytes'])}" for gpu in one.facts["gpus"] or ()})
-    return f"{_free_of(one, 'GPU')} x {', '.join(kinds) or 'not known'}"
+    return f"{_free_of(one, 'GPU')} x {', '.join(kinds) or 'of unknown memory'}"
 
 
 def _needs_table(needed: Sequence[Need]) -> Table:
     columns = ("stage", "at the same time", "host memory of each", "of each GPU", "work")
     table = Table(*columns, title="what the run needs", title_justify="left")
     for need in needed:
-        times = "any number" if need.actor == "task" else str(need.count)
+        many = "tasks" if need.actor == "task" else f"{need.count} x {need.actor}"
         table.add_row(
             need.stage,
-            f"{times} x {need.actor} ({shown(need.bundle.as_resources())})",
+            f"{many} ({shown(need.bundle.as_resources())})",
             "" if need.host_bytes is None else gib(need.host_bytes),
             gib(need.gpu_bytes) if need.gpu_bytes else "",
             need.work,

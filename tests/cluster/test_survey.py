@@ -14,6 +14,7 @@ from calibprune.errors import UserError
 from cluster import probe
 from cluster.survey import check_survey, take_survey, unreachable, version_skew
 from tests.cluster.nodes import cluster_of
+from tests.jobs.command import calibprune_here
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,18 @@ def test_a_node_without_calibprune_is_told(differing):
     (told,) = unreachable(survey)
     assert f"output cannot be written from {node.name}: " in told and "calibprune" in told
     assert f"not installed on {node.name}" in str(version_skew(survey))
+
+
+def test_a_run_is_refused_before_its_work_starts(differing, capsys, tiny_llama, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {{path: {tiny_llama}}}\noutput: {tmp_path / 'out'}\n"
+        f"generate: {{samples: 20, max_tokens: 64}}\ncurate: {{sequences: 4, sequence_tokens: 64}}\n"
+    )
+    code, _, errors = calibprune_here(capsys, "run", config)
+    assert code == 2 and len(errors.strip().splitlines()) == 1
+    assert "error: versions differ: " in errors and "output cannot be written from" in errors
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_node_that_does_not_answer_is_named(nodes):
