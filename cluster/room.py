@@ -11,7 +11,7 @@ from ray.util import client
 
 from calibprune.errors import UserError
 
-FIRST_LINE_SECONDS, NEXT_LINE_SECONDS = 5.0, 30.0
+FIRST_LINE_SECONDS, NEXT_LINE_SECONDS = 10.0, 30.0
 """Of waiting, until a line says so."""
 NODES_NAMED = 4
 COUNTED = ("CPU", "GPU")
@@ -122,11 +122,13 @@ class Waiting:
         now = time.monotonic()
         if now - self._since > self._limit:
             raise self._given_up()
-        if now >= self._next_line:
-            self._next_line = now + NEXT_LINE_SECONDS
-            cluster = nodes()
-            free = sum(self._bundle.fits_in(node.free) for node in cluster)
-            busy = sum(self._bundle.fits_in(node.total) for node in cluster) - free
+        if now < self._next_line:
+            return
+        self._next_line = now + NEXT_LINE_SECONDS
+        cluster = nodes()
+        free = sum(self._bundle.fits_in(node.free) for node in cluster)
+        busy = sum(self._bundle.fits_in(node.total) for node in cluster) - free
+        if free < self._count:  # else a place is found, and a process is starting in it
             print(
                 f"waiting for {wanted(self._count, self._bundle)}: {free} free, {busy} busy{_held(cluster)}, "
                 f"{now - self._since:.0f} of {self._limit:g} s",

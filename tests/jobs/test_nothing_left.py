@@ -10,6 +10,7 @@ from tests.cluster.leftovers import assert_nothing_left
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_stage_leaves_the_cluster_as_it_was(tiny_llama, tmp_path):
     config = Config.model_validate(
         {
