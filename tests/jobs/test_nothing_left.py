@@ -7,14 +7,16 @@ from cluster.session import connect
 from jobs.__main__ import ALL
 from jobs.pipeline import run_stages
 from tests.cluster.leftovers import assert_nothing_left
+from tests.tiny import write_tiny_llama
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_stage_leaves_the_cluster_as_it_was(tiny_llama, tmp_path):
+def test_every_stage_leaves_the_cluster_as_it_was(tmp_path):
+    model = write_tiny_llama(tmp_path / "model", layers=2, hidden=128)
     config = Config.model_validate(
         {
-            "model": {"path": str(tiny_llama)},
+            "model": {"path": str(model)},
             "output": str(tmp_path / "out"),
             "cluster": {"workers": 2, "cpus_per_worker": 1},
             "generate": {"samples": 12, "max_tokens": 64, "min_tokens": 64, "engines": 1, "cpu_kvcache_gib": 1},
