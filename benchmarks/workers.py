@@ -53,7 +53,7 @@ def settings(method: str) -> PruneSettings:
 
 
 def gang(workers: int, cpus: int = 1) -> Any:
-    from cluster.session import Bundle
+    from cluster.room import Bundle
     from cluster.worker_group import WorkerGroup
 
     return WorkerGroup(workers, Bundle(cpus, 0), ClusterSettings())

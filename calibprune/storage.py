@@ -145,17 +145,19 @@ def read_bytes(url: str, patience_seconds: float | None = None) -> bytes:
     return bytes(_patiently(filesystem, url, "read", read, patience_seconds))  # type: ignore[arg-type]
 
 
-def read_range(url: str, start: int, stop: int) -> bytes:
+def read_range(url: str, start: int, stop: int, patience_seconds: float | None = None) -> bytes:
     """Bytes [start, stop) of a file. Raises EOFError when the file is shorter."""
-    return read_ranges([(url, start, stop)])[0]
+    return read_ranges([(url, start, stop)], patience_seconds)[0]
 
 
-def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+def read_ranges(
+    ranges: Sequence[tuple[str, int, int]], patience_seconds: float | None = None
+) -> list[bytes]:
     """Bytes [start, stop) of files, given as (URL, start, stop), read at the same time where the store can.
 
     All URLs must be on one store. Raises EOFError naming a file that is shorter.
     """
-    pieces = _read_together(ranges)
+    pieces = _read_together(ranges, patience_seconds)
     for (url, start, stop), data in zip(ranges, pieces, strict=True):
         if len(data) != stop - start:
             raise EOFError(f"{url}: bytes {start} to {stop} were asked for, {len(data)} came")
@@ -295,7 +297,9 @@ def _patiently(
     return retrying(url, verb, operation, patience_seconds)
 
 
-def _read_together(wanted: Sequence[tuple[str, int | None, int | None]]) -> list[bytes]:
+def _read_together(
+    wanted: Sequence[tuple[str, int | None, int | None]], patience_seconds: float | None = None
+) -> list[bytes]:
     """Contents or ranges of files of one store, in order; what came is kept while the rest is asked for again."""
     if not wanted:
         return []
@@ -325,7 +329,7 @@ def _read_together(wanted: Sequence[tuple[str, int | None, int | None]]) -> list
 
     for first in range(0, len(wanted), READS_AT_ONCE * 8):
         part = range(first, min(first + READS_AT_ONCE * 8, len(wanted)))
-        _patiently(filesystem, wanted[first][0], "read", partial(read, part))
+        _patiently(filesystem, wanted[first][0], "read", partial(read, part), patience_seconds)
     return contents
 
 

@@ -14,7 +14,8 @@ from ray.exceptions import RayError, RayTaskError
 from calibprune.errors import UserError
 from calibprune.journal import Failure, nobody
 from cluster.label import Label
-from cluster.session import Bundle, NoRoom, actor_options, capacity, death, none_free, shown
+from cluster.room import Bundle, Waiting, check_fits
+from cluster.session import actor_options, death
 
 START_FAILURES = 5
 """Starts in a row that may fail, while nothing else goes right, before the cause is held to be everywhere."""
@@ -48,8 +49,8 @@ class Crew:
     """Up to `count` actors of one class, whose constructor is quick and whose `start()` does the long work.
 
     `start()` returns the name of its machine. `failed` is told of every start that fails, `label` names the actors.
-    A context manager that on leaving has them `stop()`, and kills them. Raises NoRoom, saying what was asked and what
-    the cluster has, when not even one could ever be placed, or none is within `start_seconds`.
+    A context manager that on leaving has them `stop()`, and kills them. Raises NoRoom, saying what was asked, what is
+    free and what is busy, when not even one could ever be placed, or none is within `start_seconds`.
     """
 
     def __init__(
@@ -64,20 +65,15 @@ class Crew:
         label: Label | None = None,
         failed: Callable[[Failure], None] = nobody,
     ) -> None:
-        if not capacity(bundle):
-            raise NoRoom(
-                f"no node has room for {shown(bundle.as_resources())}, the cluster has "
-                f"{shown(ray.cluster_resources())} in all: lower cluster.cpus_per_worker, "
-                f"cluster.gpus_per_worker or generate.tensor_parallel"
-            )
-        self.count, self._bundle, self._start_seconds = count, bundle, float(start_seconds)
+        check_fits(1, bundle)
+        self.count, self._start_seconds = count, float(start_seconds)
         self._class = ray.remote(max_restarts=0)(actor_class)
         self._options = actor_options(bundle) | {"max_concurrency": concurrency}
         self._arguments, self.label, self.failed = arguments, label, failed
         self.members: list[Member] = []
         self.ready_at: float | None = None
         """When the first one was ready, by time.monotonic()."""
-        self._idle_since = time.monotonic()
+        self._waiting = Waiting(1, bundle, self._start_seconds)
         self._failures, self._rest_until = 0, 0.0
 
     def __enter__(self) -> Self:
@@ -139,9 +135,8 @@ class Crew:
         """Members that take too long to start. Raises NoRoom when none has had a place for too long."""
         now = time.monotonic()
         if any(member.phase != "placing" for member in self.members) or not self.members:
-            self._idle_since = now
-        if now - self._idle_since > self._start_seconds:
-            raise none_free(shown(self._bundle.as_resources()), self._start_seconds)
+            self._waiting.restart()
+        self._waiting.go_on()
         for member in list(self.members):
             if member.phase == "starting" and now - member.since > self._start_seconds:
                 yield member

@@ -8,10 +8,10 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.worker import global_worker
 from ray.exceptions import RayError
 from ray.util.placement_group import (
     placement_group,
@@ -23,27 +23,20 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from cluster.label import Label
+from cluster.room import Bundle, Waiting, check_fits
 
 CONNECT_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What one worker asks of the cluster."""
-
-    cpus: int
-    gpus: int
-
-    def as_resources(self) -> dict[str, float]:
-        resources = {"CPU": self.cpus, "GPU": self.gpus}
-        return {name: float(amount) for name, amount in resources.items() if amount}
+POLL_SECONDS = 1.0
 
 
 @contextmanager
-def connect(settings: ClusterSettings) -> Iterator[None]:
-    """Joins the cluster at the address given or found, else starts a Ray on this machine for the time of the job."""
+def connect(settings: ClusterSettings) -> Iterator[bool]:
+    """Joins the cluster at the address given or found, else starts a Ray on this machine for the time of the job.
+
+    Yields whether it is one of our own, started here.
+    """
     if ray.is_initialized():  # the caller's own session: left as it is
-        yield
+        yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _check_reachable(settings.address or os.environ.get("RAY_ADDRESS"))
@@ -63,7 +56,7 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
             signal.SIGTERM, on_terminate
         )  # Ray put its own there, which ends without cleaning up
     try:
-        yield
+        yield global_worker.node is not None and global_worker.node.is_head()
     finally:
         ray.shutdown()
 
@@ -98,31 +91,10 @@ def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) 
     return Bundle(cpus, gpus)
 
 
-class NoRoom(UserError):
-    """The actors asked for did not find their places in time."""
-
-
-def none_free(wanted: str, seconds: float) -> NoRoom:
-    return NoRoom(
-        f"{wanted} did not become free within {seconds:g} s; the cluster has "
-        f"{shown(ray.cluster_resources())}, free now {shown(ray.available_resources())}"
-    )
-
-
-def capacity(bundle: Bundle) -> int:
-    """How many such workers the nodes that are alive have room for, were they idle."""
-    needs = bundle.as_resources()
-    return sum(
-        int(min(node["Resources"].get(name, 0) // amount for name, amount in needs.items()))
-        for node in ray.nodes()
-        if node["Alive"]
-    )
-
-
 class Actors:
     """`count` actors of one class, each on a bundle of its own; killed and their places freed on leaving.
 
-    Raises UserError, saying what was asked and what the cluster has, when they do not fit or do not come in time.
+    Raises NoRoom, saying what was asked, what is free and what is busy, when they never fit or do not come in time.
     """
 
     def __init__(
@@ -138,11 +110,15 @@ class Actors:
         label: Label | None = None,
     ) -> None:
         self._bundle, self._label = bundle, label
-        self._check_capacity(count)
+        check_fits(count, bundle)
         self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
-        if not self._group.wait(timeout_seconds):
+        waiting = Waiting(count, bundle, timeout_seconds)
+        try:
+            while not self._group.wait(POLL_SECONDS):
+                waiting.go_on()
+        except BaseException:
             remove_placement_group(self._group)
-            raise none_free(self._wanted(count), timeout_seconds)
+            raise
         groups: dict[str, Any] = {"concurrency_groups": dict(concurrency_groups or {}) or None}
         self._class = ray.remote(max_restarts=0, **groups)(actor_class)
         self._arguments = arguments
@@ -176,18 +152,6 @@ class Actors:
         hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
         self.hosts = [hosts.get(node_of[i]) for i in order]
         return order
-
-    def _check_capacity(self, count: int) -> None:
-        total = ray.cluster_resources()
-        for name, amount in self._bundle.as_resources().items():
-            if amount * count > total.get(name, 0):
-                raise NoRoom(
-                    f"{self._wanted(count)} were asked for, the cluster has {shown(total)}: "
-                    f"lower cluster.workers, cluster.gpus_per_worker or cluster.cpus_per_worker"
-                )
-
-    def _wanted(self, count: int) -> str:
-        return f"{count} x ({shown(self._bundle.as_resources())})"
 
 
 def actor_options(bundle: Bundle, spinning: bool = False) -> dict[str, Any]:
@@ -229,11 +193,3 @@ def death(error: RayError) -> Exception:
         if colon and kind.rsplit(".", 1)[-1] in ("UserError", "CorruptionError", "DriftError"):
             return UserError(text)
     return RuntimeError(last)
-
-
-def shown(resources: Mapping[str, float]) -> str:
-    """CPUs and GPUs in words."""
-    wanted = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
-    return ", ".join(
-        f"{amount:g} {name}" for name, amount in wanted.items() if amount or name == "CPU"
-    )

@@ -19,7 +19,8 @@ from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record
 from cluster.label import Label
 from cluster.layer_worker import LayerWorker
-from cluster.session import Actors, Bundle, NoRoom, capacity, death, node_died
+from cluster.room import Bundle, NoRoom, capacity
+from cluster.session import Actors, death, node_died
 
 ATTEMPTS = 3
 """Losses in a row, without a step of progress in between, before the work is given up."""

@@ -90,10 +90,25 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Validate a configuration and its inputs, and say what the run will need. Starts no work."""
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        bool | None,
+        typer.Option(
+            "--cluster/--local",
+            help="Look at the Ray cluster, also at one that merely runs on this machine; or at none. "
+            "Else at the one that cluster.address or RAY_ADDRESS names.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Validate a configuration and its inputs, and say what the run will need and what the cluster lacks for it.
+
+    Starts no work. Exit code 2 where something is missing."""
     from calibprune.config_file import load_config
     from jobs.check import advice, check_before_work, requirements
+    from jobs.preflight import check_cluster, cluster_to_look_at
     from jobs.run_folder import Run
 
     checked = Run(load_config(config, overrides or ()))
@@ -104,8 +119,15 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
         if name.endswith("bytes"):
             shown = f"{value / 2**30:.3g} GiB"
         print(f"{name.removesuffix('_bytes').replace('_', ' '):<26} {shown}")
-    print("the configuration is fine")
-    for line in advice(needed, checked.config.cluster.workers):
+    settings = cluster_to_look_at(checked.config.cluster, cluster)
+    if settings is not None:
+        notes = check_cluster(checked, settings)
+        print("the configuration is fine, and the cluster has what it needs")
+    else:
+        notes = advice(needed, checked.config.cluster.workers)
+        print("the configuration is fine")
+        print("no cluster was looked at: --cluster does, and so do cluster.address and RAY_ADDRESS")
+    for line in notes:
         typer.echo(f"note: {line}", err=True)
 
 

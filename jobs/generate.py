@@ -15,7 +15,8 @@ from calibprune.run import Record, Stage
 from cluster.crew import Crew
 from cluster.dispatch import dispatch
 from cluster.generator import Generator, shard_rows
-from cluster.session import Bundle, capacity, worker_bundle
+from cluster.room import Bundle, capacity
+from cluster.session import worker_bundle
 from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run
 from jobs.watching import Watch
@@ -143,7 +144,7 @@ def engines(
 
     settings, cluster = run.config.generate, run.config.cluster
     bundle = worker_bundle(cluster, engine_gpus=settings.tensor_parallel)
-    count = min(settings.engines or _engines(run, bundle), units)
+    count = min(settings.engines or wanted_engines(run, bundle), units)
     room = capacity(bundle)
     say(f"{stage.name}: starting {min(count, room) or count} vLLM engine{'s' * (count > 1)}")
     if 0 < room < count:
@@ -178,7 +179,7 @@ def _named(run: Run, unit: str) -> str:
     return f"shard {unit} (rows {rows.start} to {rows.stop - 1})"
 
 
-def _engines(run: Run, bundle: Bundle) -> int:
+def wanted_engines(run: Run, bundle: Bundle) -> int:
     """As many engines as the pruning workers' GPUs hold; without GPUs, one a worker."""
     cluster = run.config.cluster
     if not bundle.gpus:

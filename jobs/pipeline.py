@@ -14,6 +14,7 @@ from cluster.label import label_of
 from cluster.session import connect
 from jobs import curate, evaluate, generate, log, progress, prune, report
 from jobs.check import check_before_work
+from jobs.preflight import look_before_work
 from jobs.progress import say
 from jobs.run_folder import Run
 from jobs.tracking import tracking
@@ -38,7 +39,9 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     """
     run = Run(config)
     check_before_work(run, stages)
-    with only_driver(run, stages), connect(config.cluster):
+    with only_driver(run, stages), connect(config.cluster) as started_here:
+        if not started_here and set(stages) != {"report"}:
+            look_before_work(run)
         run.open()
         with tracking(run) as track:
             for stage in stages:

@@ -11,7 +11,8 @@ from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.selection import chosen_linears
 from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
 from calibprune.run import Record, Stage
-from cluster.session import Bundle, worker_bundle
+from cluster.room import Bundle
+from cluster.session import worker_bundle
 from cluster.worker_group import run_gang
 from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run, versions

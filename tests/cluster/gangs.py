@@ -8,7 +8,7 @@ from calibprune.config import ClusterSettings, ModelSettings, PruneSettings
 from calibprune.journal import Failure
 from calibprune.run import Stage
 from cluster.label import label_of
-from cluster.session import Bundle
+from cluster.room import Bundle
 from cluster.worker_group import run_gang
 
 LAYERS = 5

@@ -1,6 +1,7 @@
 """Units of work over real Ray actors that die, fail, hang, come late and leave."""
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -12,13 +13,22 @@ from calibprune.errors import UserError
 from calibprune.run import Record
 from cluster.crew import Crew, StartFailed
 from cluster.dispatch import dispatch
-from cluster.session import Bundle, NoRoom, connect
+from cluster.room import Bundle, NoRoom
+from cluster.session import connect
+from tests.cluster.leftovers import assert_nothing_left, leftovers
 
 
 @pytest.fixture(scope="module")
 def cluster():
     with connect(ClusterSettings()):
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(cluster):
+    """Whatever a test does to its actors, none is left after it."""
+    yield
+    assert_nothing_left()
 
 
 class Worker:
@@ -126,23 +136,41 @@ def test_an_actor_that_fits_no_node_says_what_was_asked_and_what_is_there(cluste
         Crew(Worker, 2, Bundle(1000, 0), [], start_seconds=5, concurrency=1)
 
 
-def test_a_place_that_does_not_become_free_in_time_says_so(cluster, tmp_path):
+def test_a_place_that_others_hold_is_told_while_waiting_and_after(
+    cluster, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr("cluster.room.FIRST_LINE_SECONDS", 1.0)
     cpus = int(ray.cluster_resources()["CPU"])
     with Crew(
         Worker, 1, Bundle(cpus, 0), [str(tmp_path), {}], start_seconds=60, concurrency=1
     ) as other:
         other.fill(1)
         ray.get(other.members[0].pending)
+        busy = rf"\({cpus} CPU on [\d.]+ \(\w{{8}}\)\)"
         with (
             Crew(Worker, 1, Bundle(cpus, 0), [str(tmp_path), {}], start_seconds=3, concurrency=1) as crew,
-            pytest.raises(NoRoom, match=rf"{cpus} CPU did not become free within 3 s; .* free now 0 CPU"),
+            pytest.raises(
+                NoRoom,
+                match=rf"1 x \({cpus} CPU\) did not become free within 3 s; the cluster has {cpus} CPU, "
+                rf"free now 0 CPU, busy {cpus} CPU {busy}: others hold them",
+            ),
         ):  # fmt: skip
             list(dispatch(crew, "work", ["0"], in_flight=1, attempts=3, set_aside=print))
+    told = capfd.readouterr().err
+    assert re.search(rf"waiting for 1 x \({cpus} CPU\): 0 free, 1 busy {busy}, [12] of 3 s\n", told)
 
 
-def test_places_are_free_again_afterwards(cluster, tmp_path):
-    run(tmp_path, {})
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+def test_an_interrupted_crew_leaves_nothing(cluster, tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Crew(
+            Worker, 2, Bundle(1, 0), [str(tmp_path), {"seconds": 0.2}], start_seconds=60, concurrency=3
+        ) as crew,
+    ):  # fmt: skip
+        for record in dispatch(
+            crew, "work", [str(unit) for unit in range(9)],
+            in_flight=2, attempts=3, set_aside=lambda unit, cause: None,
+        ):  # fmt: skip
+            if record is not None:
+                assert leftovers()["actors"]
+                raise KeyboardInterrupt

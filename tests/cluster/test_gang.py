@@ -1,6 +1,8 @@
 """Gangs of real actors over several Ray nodes: the same bytes for any number of workers, whatever happens to them."""
 
+import re
 import signal
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -17,9 +19,17 @@ from calibprune.process import node
 from calibprune.pruning.export import ALLOCATION, REST
 from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record, Stage
-from cluster.worker_group import WorkerGroup, WorkFailed
+from cluster.room import Bundle, NoRoom
+from cluster.session import Actors
+from cluster.worker_group import WorkerGroup, WorkFailed, run_gang
 from tests.cluster.gangs import BUNDLE, GENERATED, LAYERS, MORE_WAYS, SETTINGS, WAYS, shards
+from tests.cluster.leftovers import assert_nothing_left, leftovers
 from tests.cluster.nodes import cluster_of
+
+
+class Idle:
+    """Holds what it was given."""
+
 
 WINDOWS = {
     name: torch.randint(0, 258, (count, 40), generator=torch.Generator().manual_seed(count))
@@ -31,6 +41,13 @@ WINDOWS = {
 def nodes(failpoints):
     with cluster_of(2, 1, 1) as cluster:
         yield cluster
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(nodes):
+    """Whatever a test does to its gangs, nothing of them is left after it."""
+    yield
+    assert_nothing_left()
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +226,45 @@ def test_snapshots_spare_the_sweep_through_finished_layers(nodes, failpoints, al
 
 
 def test_more_workers_than_the_cluster_has_room_for(nodes, run):
-    with pytest.raises(UserError, match=r"5 x \(1 CPU\) were asked for, the cluster has 4 CPU"):
+    with pytest.raises(
+        UserError, match=r"5 x \(1 CPU\) were asked for, the cluster has 4 CPU in all, room for 4"
+    ):
         run(workers=5)
+    with pytest.raises(
+        NoRoom, match=r"3 x \(2 CPU\) .* the cluster has 4 CPU in all, room for 1 of them"
+    ):
+        Actors(object, 3, Bundle(2, 0), [], timeout_seconds=60)
+
+
+def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeypatch, capfd):
+    monkeypatch.setattr("cluster.room.FIRST_LINE_SECONDS", 0.5)
+    other = ray.remote(num_cpus=2)(Idle).remote()
+    ray.get(other.__ray_ready__.remote())
+    with pytest.raises(
+        NoRoom,
+        match=r"4 x \(1 CPU\) did not become free within 1.5 s; the cluster has 4 CPU, free now 2 CPU, "
+        r"busy 2 CPU \(2 CPU on [\d.]+ \(\w{8}\)\): others hold them",
+    ):
+        Actors(Idle, 4, BUNDLE, [], timeout_seconds=1.5)
+    told = capfd.readouterr().err
+    assert re.search(r"waiting for 4 x \(1 CPU\): 2 free, 2 busy \(.*\), 1 of 1.5 s", told)
+    assert "placement groups" not in leftovers()
+    release = threading.Timer(1.0, ray.kill, [other])
+    release.start()
+    with Actors(Idle, 4, BUNDLE, [], timeout_seconds=60) as actors:
+        assert len(actors.handles) == 4
+
+
+def test_an_interrupted_gang_leaves_nothing(nodes, run):
+    events = run_gang(
+        "prune", run.arguments, workers=2, bundle=BUNDLE, cluster=SETTINGS,
+        progress=lambda: 0, notice=run.notices.append,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        for event in events:
+            if isinstance(event, Record):
+                assert leftovers()["placement groups"]
+                events.throw(KeyboardInterrupt)
 
 
 def test_numbers_that_cannot_be_solved_name_worker_layer_and_group(nodes, run, tmp_path, models):

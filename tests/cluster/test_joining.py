@@ -2,7 +2,7 @@
 
 from cluster.crew import Crew
 from cluster.dispatch import dispatch
-from cluster.session import Bundle
+from cluster.room import Bundle
 from tests.cluster.nodes import cluster_of
 from tests.cluster.test_dispatch import Worker
 

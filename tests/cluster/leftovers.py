@@ -1,0 +1,30 @@
+"""What a stage may not leave behind in a cluster that goes on: actors, placement groups, held CPUs and GPUs."""
+
+import time
+from typing import Any
+
+import ray
+from ray._private import state
+from ray.util import placement_group_table
+
+
+def leftovers() -> dict[str, Any]:
+    """Whatever is not as before the first stage; empty where nothing is left. Detached actors are actors too."""
+    actors = [a for a in state.actors().values() if a["State"] != "DEAD"]
+    groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+    free, total = ray.available_resources(), ray.cluster_resources()
+    held = {
+        name: total[name] - free.get(name, 0)
+        for name in ("CPU", "GPU")
+        if free.get(name, 0) < total.get(name, 0)
+    }
+    found = {"actors": actors, "placement groups": groups, "held": held}
+    return {kind: left for kind, left in found.items() if left}
+
+
+def assert_nothing_left(seconds: float = 20) -> None:
+    """Killing takes Ray a moment."""
+    deadline = time.monotonic() + seconds
+    while left := leftovers():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)

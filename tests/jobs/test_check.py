@@ -1,0 +1,126 @@
+"""`calibprune check` against real raylets: what it says of the cluster, and what it refuses for."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.jobs.command import ENVIRONMENT, calibprune_here
+
+CONFIG = """
+model: {{path: {model}}}
+output: {output}
+cluster: {{workers: 2, cpus_per_worker: 1, start_timeout_seconds: 2}}
+generate: {{samples: 20, max_tokens: 64, shard_rows: 10, engines: 2}}
+curate: {{sequences: 4, sequence_tokens: 64}}
+prune: {{batch_sequences: 2}}
+evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: 2, sequence_tokens: 64}}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes that say they have two GPUs each; this process is a driver of them."""
+    found = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False},
+    )
+    try:
+        found.add_node(num_cpus=2, num_gpus=2)
+        ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
+        yield found
+    finally:
+        ray.shutdown()
+        found.shutdown()
+
+
+@pytest.fixture
+def check(capsys, tmp_path, tiny_llama, cluster):
+    """Runs the command with settings of this test; returns (exit code, stdout, stderr)."""
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return calibprune_here(capsys, "check", path, *arguments)
+
+    return run
+
+
+def test_the_cluster_and_the_needs_of_every_stage_are_told(check, tmp_path):
+    code, out, errors = check("--cluster")
+    assert code == 0, errors
+    for node in ray.nodes():
+        assert node["NodeID"][:8] in out
+    assert ray.__version__ in out and "2 x of unknown memory" in out
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│")}
+    assert "2 x engine (1 CPU, 1 GPU)" in rows["generate"] and "1,280 tokens" in rows["generate"]
+    assert "2 x worker (1 CPU, 1 GPU)" in rows["prune"] and "4 sequences of 64" in rows["prune"]
+    assert "2 x worker" in rows["evaluate"] and "128 tokens" in rows["evaluate"]
+    assert "the cluster has what it needs" in out
+    assert "GPU memory is not known" in errors
+    assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))
+
+
+def test_no_cluster_is_looked_at_unless_asked(check, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for arguments in ([], ["--local"], ["--local", "cluster.address=127.0.0.1:1"]):
+        code, out, _ = check(*arguments)
+        assert code == 0 and "no cluster was looked at" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["generate.tensor_parallel=3"],
+            r"generate: no node has room for 1 CPU, 3 GPU, the cluster has 4 CPU, 4 GPU in all, its largest node "
+            r"2 CPU, 2 GPU",
+        ),
+        (
+            ["cluster.workers=5", "prune.batch_sequences=1", "curate.sequences=8"],
+            r"prune: 5 x \(1 CPU, 1 GPU\) were asked for, the cluster has 4 CPU, 4 GPU in all, room for 4",
+        ),
+        (
+            # what paused forwards hold is more than any machine has
+            ["curate.sequences=1000000000", "generate.samples=2000000000", "cluster.gpus_per_worker=0"],
+            r"prune: 2 workers of \d+\.\d GiB of host memory do not fit the nodes' memory.*; "
+            r"output .* takes up to \d+\.\d GiB, .* of disk free",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(check, overrides, message):
+    code, out, errors = check("--cluster", *overrides)
+    assert code == 2 and re.search(message, errors), errors
+    assert "what the run needs" in out and len(errors.splitlines()) == 1
+
+
+def test_what_is_merely_busy_is_a_note(check):
+    @ray.remote(num_cpus=2, num_gpus=2)
+    class Other:
+        pass
+
+    other = Other.remote()
+    ray.get(other.__ray_ready__.remote())
+    try:
+        code, out, errors = check("--cluster", "cluster.workers=3", "prune.batch_sequences=1")
+        assert code == 0
+        assert "prune: 3 x (1 CPU, 1 GPU) find 2 places free and 2 busy now" in errors
+        assert "0 of 2" in out
+    finally:
+        ray.kill(other)
+
+
+@pytest.mark.slow
+def test_the_command_joins_a_cluster_by_its_address(cluster, tmp_path, tiny_llama):
+    """As a driver of its own."""
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
+    told = subprocess.run(
+        [sys.executable, "-m", "jobs", "check", str(path)], capture_output=True, text=True,
+        timeout=120, check=False, env=ENVIRONMENT | {"RAY_ADDRESS": cluster.address},
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("2 x of unknown memory") == 2

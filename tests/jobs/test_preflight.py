@@ -1,0 +1,99 @@
+"""What is judged of clusters that this machine is not: GPUs of some size, builds for some CUDA, heads without vLLM."""
+
+import pytest
+
+from cluster import probe
+from cluster.room import Bundle, Node
+from cluster.survey import Survey, Surveyed, version_skew
+from jobs.needs import Need
+from jobs.preflight import judged
+
+GIB = 1 << 30
+GPU = {"name": "NVIDIA H100 80GB HBM3", "bytes": 80 * GIB, "free_bytes": 79 * GIB}
+
+
+def node(name, *, gpus=0, memory=64, torch="2.13.0+cu130", vllm="0.33.0", cpus=8, free=None):
+    total = {"CPU": float(cpus), "GPU": float(gpus)} if gpus else {"CPU": float(cpus)}
+    versions = {"torch": torch, "transformers": "5.19.0", "ray": "2.60.0", "vllm": vllm}
+    facts = {
+        "host": name, "python": "3.12.4", "versions": versions, "source": "0123456789ab",
+        "gpus": [GPU] * gpus, "memory_bytes": memory * GIB, "free_memory_bytes": memory * GIB,
+    }  # fmt: skip
+    return Surveyed(Node(name * 8, f"10.0.0.{name}", total, total if free is None else free), facts)
+
+
+def survey(*nodes):
+    driver = node("d", torch="2.13.0+cpu", vllm=None).facts
+    return Survey(nodes, (), driver)
+
+
+def need(**changes):
+    values = {
+        "stage": "prune", "actor": "worker", "count": 4, "least": 4, "bundle": Bundle(1, 1), "host_bytes": 4 * GIB,
+        "gpu_bytes": 20 * GIB, "movable_bytes": 15 * GIB, "gpu_share": 0.9, "work": "",
+    }  # fmt: skip
+    return Need(**(values | changes))
+
+
+TWO = survey(node("1", gpus=2), node("2", gpus=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing", "note"),
+    [
+        ({}, None, None),
+        ({"gpu_bytes": 85 * GIB}, None, "the smallest has 80.0 GiB: 15.0 GiB move to host memory"),
+        ({"gpu_bytes": 90 * GIB}, "a worker needs 90.0 GiB on every GPU", None),
+        ({"host_bytes": 33 * GIB}, "4 workers of 33.0 GiB of host memory do not fit", None),
+        # what moves to the host counts there
+        ({"gpu_bytes": 85 * GIB, "host_bytes": 20 * GIB}, "4 workers of 35.0 GiB of host", "move"),
+        ({"count": 5, "least": 5}, "5 x (1 CPU, 1 GPU) were asked for", None),
+        ({"actor": "engine", "count": 5, "least": 1}, None, "room for 4 of 5 engines; the others"),
+        ({"actor": "engine", "movable_bytes": 0, "gpu_bytes": 73 * GIB}, "an engine needs", None),
+        ({"bundle": Bundle(1, 3)}, "no node has room for 1 CPU, 3 GPU", None),
+    ],
+)
+def test_what_a_stage_needs_is_held_against_the_nodes(changes, missing, note):
+    problems, notes = judged(need(**changes), TWO)
+    assert bool(problems) == (missing is not None) and bool(notes) == (note is not None)
+    assert (missing or "") in " ".join(problems) and (note or "") in " ".join(notes)
+
+
+def test_busy_places_are_no_reason_to_refuse():
+    busy = survey(node("1", gpus=2, free={"CPU": 8.0}), node("2", gpus=2))
+    problems, (note,) = judged(need(), busy)
+    assert not problems and "find 2 places free and 2 busy now" in note
+
+
+def test_a_driver_and_a_head_without_gpus_need_no_vllm_and_no_cuda():
+    head = node("1", torch="2.13.0+cpu", vllm=None)
+    assert version_skew(survey(head, node("2", gpus=8), node("3", gpus=8))) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"torch": "2.13.0+cu126"}, "torch's build is 2.13.0+cu130 on 2 10.0.0.2 and 2.13.0+cu126"),
+        ({"torch": "2.12.1+cu130"}, "torch is 2.13.0 on 2 10.0.0.2, this machine and 2.12.1 on 3"),
+        ({"vllm": None}, "vllm is 0.33.0 on 2 10.0.0.2 and not installed on 3 10.0.0.3"),
+        ({"vllm": "0.32.0"}, "vllm is 0.33.0 on 2 10.0.0.2 and 0.32.0 on 3 10.0.0.3"),
+    ],
+)
+def test_workers_that_differ_are_told(change, told):
+    skew = version_skew(survey(node("2", gpus=8), node("3", gpus=8, **change)))
+    assert skew is not None and told in skew
+
+
+def test_gpus_are_read_off_the_lines_of_nvidia_smi(tmp_path, monkeypatch):
+    """The lines are as one H100 and one smaller GPU print them."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert probe.gpus() is None
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 81081'\necho 'NVIDIA L4, 23034, 22565'\n"
+    )
+    script.chmod(0o755)
+    assert probe.gpus() == [
+        {"name": "NVIDIA H100 80GB HBM3", "bytes": 81559 << 20, "free_bytes": 81081 << 20},
+        {"name": "NVIDIA L4", "bytes": 23034 << 20, "free_bytes": 22565 << 20},
+    ]
