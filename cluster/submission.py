@@ -1,6 +1,7 @@
 """Ray's job server as seen from outside the cluster: how to reach it, to follow a log, to learn the true exit code."""
 
 import asyncio
+import logging
 import os
 import re
 import time
@@ -21,6 +22,8 @@ SILENT_SECONDS = 60.0
 PATIENCE_SECONDS = 900.0
 """For which a job is followed though its cluster does not answer."""
 ENVIRONMENT = "RAY_API_SERVER_ADDRESS"
+for _module in ("dashboard_sdk", "job.sdk"):
+    logging.getLogger(f"ray.dashboard.modules.{_module}").setLevel(logging.WARNING)
 STOPPED, UNKNOWN = 143, 1
 """Exit codes where Ray knows none: that of a process that SIGTERM ended, and that of a failure."""
 

@@ -225,7 +225,7 @@ def _run(config: str, overrides: list[str] | None, stages: "list[str] | tuple[st
 
         return run_stages(settings, stages)
     except KeyboardInterrupt:
-        _fail("stopped; what is committed is kept, the same command resumes", 130)
+        _leave("stopped; what is committed is kept, the same command resumes", 130)
 
 
 def _read_report(finished: "Run") -> dict:
@@ -251,6 +251,13 @@ def main() -> None:
             _fail(f"error: {cause}", 2, error)
         text = " ".join(str(cause).split())
         _fail(f"failed: {type(cause).__name__}: {text} (--traceback shows where)", 1, error)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    """Ends at once: who stops a job gives it 3 s, and the interpreter may take 2 to put libraries away."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
