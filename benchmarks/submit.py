@@ -1,4 +1,4 @@
-"""What submitting a run as a job costs: time to the first token, and the job's time over that of the same run made directly.
+"""What submitting a run as a job costs: time to the first token, and the job's time over a direct run's.
 
     PYTHONPATH=. python benchmarks/submit.py [--samples 2000] [--repeats 1]
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import aiohttp
 import requests
-from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from calibprune.errors import UserError
 

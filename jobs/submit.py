@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.dashboard.modules.job.pydantic_models import JobDetails
-from ray.job_submission import JobStatus
+from ray.job_submission import JobDetails, JobStatus
 
 from calibprune import __version__, storage
 from calibprune.config import Config
@@ -91,13 +90,14 @@ def stop(target: str, address: str | None) -> str:
         )
     job = found[-1]
     job_id = str(job.submission_id)
-    if not job.status.is_terminal():
-        client.stop_job(job_id)
-        deadline = time.monotonic() + STOP_SECONDS
-        while not (job := describe(client, job_id)).status.is_terminal():
-            if time.monotonic() > deadline:
-                raise UserError(f"job {job_id} did not stop within {STOP_SECONDS:.0f} s: try again")
-            time.sleep(0.2)
+    if job.status.is_terminal():
+        return f"job {job_id} has ended before: it {_outcome(job)}"
+    client.stop_job(job_id)
+    deadline = time.monotonic() + STOP_SECONDS
+    while not (job := describe(client, job_id)).status.is_terminal():
+        if time.monotonic() > deadline:
+            raise UserError(f"job {job_id} did not stop within {STOP_SECONDS:.0f} s: try again")
+        time.sleep(0.2)
     metadata = job.metadata or {}
     resume = (
         f"{metadata['command']}{_at(address)}"

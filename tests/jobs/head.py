@@ -46,6 +46,16 @@ class Head:
         headers = {"Authorization": f"Bearer {self.token}"}
         return Client(f"http://127.0.0.1:{port or self.dashboard}", headers=headers)
 
+    def processes(self, *titles: str) -> list[psutil.Process]:
+        """What runs for this Ray and has a command line that begins so."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                mine = process.environ().get("RAY_TMPDIR") == str(self.folder)
+                if mine and " ".join(process.cmdline()).startswith(titles or ""):
+                    found.append(process)
+        return found
+
     def everything_written(self) -> Iterator[bytes]:
         """Whatever this Ray keeps in files: logs, packages, what it unpacked of them."""
         for path in self.folder.rglob("*"):
@@ -75,7 +85,9 @@ def head_with_token(cpus: int = 2) -> Iterator[Head]:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        _end_all_of(folder)
+        for left in head.processes():
+            with suppress(psutil.Error):
+                left.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -139,11 +151,3 @@ def _wait_for(head: Head, process: subprocess.Popen) -> None:
                 return
         time.sleep(0.2)
     raise RuntimeError((head.folder / "start.log").read_text())
-
-
-def _end_all_of(folder: Path) -> None:
-    """Kills what was started for this Ray and is still there."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get("RAY_TMPDIR") == str(folder):
-                process.kill()

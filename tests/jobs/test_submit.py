@@ -1,6 +1,7 @@
 """Jobs on a real Ray that wants a token: exit codes, one job a run, a log that survives its connection, no secrets."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -244,16 +244,22 @@ def slow_config(tmp_path_factory, pool) -> Path:
 def test_a_stopped_job_resumes_at_once_under_the_next_name(head, slow_config):
     done = slow_config.parent / "out" / "prune" / "_done"
     at = ("--address", head.address)
+    line = [sys.executable, "-m", "jobs", "submit", str(slow_config), *at]
+    detaching = subprocess.Popen(line, env=head.environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: done.is_dir() and len(list(done.iterdir())) > 1)
+    detaching.send_signal(signal.SIGINT)
+    _, told = detaching.communicate(timeout=30)
+    assert detaching.returncode == 130 and "goes on" in told and "calibprune stop" in told
     with ThreadPoolExecutor() as beside:
         following = beside.submit(command, head, HERE, "submit", slow_config, *at)
-        wait_until(lambda: done.is_dir() and len(list(done.iterdir())) > 5)
+        wait_until(lambda: len(list(done.iterdir())) > 5)
         stopped = command(head, HERE, "stop", slow_config.parent / "out", *at)
         followed = following.result()
     assert stopped.returncode == 0 and f"calibprune submit {slow_config}" in stopped.stdout
     assert followed.returncode == STOPPED
     assert "stopped; what is committed is kept" in followed.stdout  # by the driver, within 3 s
     assert not (slow_config.parent / "out" / "_lease.json").exists()
-    wait_until(lambda: not _actors(head), 20)
+    wait_until(lambda: not head.processes("ray::LayerWorker"), 20)
 
     resumed = command(head, HERE, "submit", slow_config, *at)
     assert resumed.returncode == 0, resumed
@@ -269,11 +275,8 @@ def test_a_driver_that_is_killed_is_told_and_its_lease_is_not_in_the_way(head, s
     with ThreadPoolExecutor() as beside:
         following = beside.submit(command, head, HERE, *line)
         wait_until(lambda: len(list((output / "prune").glob("_done/*"))) > 5)
-        for process in psutil.process_iter():
-            if process.cmdline()[:4] == ["python", "-m", "jobs", "run"] and (
-                process.environ().get("RAY_TMPDIR") == str(head.folder)
-            ):
-                process.kill()
+        for driver in head.processes("python -m jobs run"):
+            driver.kill()
         assert following.result().returncode == 137
     resumed = command(head, HERE, *line)
     assert resumed.returncode == 0, resumed
@@ -291,18 +294,3 @@ def test_rays_own_command_submits_a_run_too(head, pool, tiny_llama, tmp_path):
     assert done.returncode == 0, done
     assert Stage(str(tmp_path / "out" / "prune")).finished
     assert "-m jobs run" in command(head, HERE, "jobs", "--address", head.address).stdout
-
-
-def _actors(head: Head) -> list[str]:
-    """Titles of this Ray's actors of ours."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            title = " ".join(process.cmdline())
-            if title.startswith(("ray::LayerWorker", "ray::Generator", "VLLM::")) and (
-                process.environ().get("RAY_TMPDIR") == str(head.folder)
-            ):
-                found.append(title)
-        except psutil.Error:
-            continue
-    return found
