@@ -27,7 +27,7 @@ SECRETS = {
     ".ray/auth_token": "planted",
     ".kube/config": "planted",
     "sub/.git-credentials": "https://me:planted@host",
-    "innocent.json": '{"type": "service_account", "private_key": "planted"}',
+    "innocent.json": '{"type": "service_account", "private_' + 'key": "planted"}',
     "innocent.txt": "-----BEGIN RSA PRIVATE" + " KEY-----\nplanted",
     "innocent.yaml": "key: " + "AKIA" + "ABCDEFGHIJKLMNOP",
     "innocent.sh": "export HF_TOKEN=" + "hf_" + "a" * 34,
