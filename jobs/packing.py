@@ -39,7 +39,7 @@ CREDENTIALS = """
 """
 """Files and folders that hold credentials by their names."""
 SECRET = re.compile(
-    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----|\"private_key\"\s*:\s*\"|aws_secret_access_key\s*=\s*\S"
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----|aws_secret_access_key\W{1,8}[A-Za-z0-9/+]{30}"
     rb"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b"
     rb"|\bgithub_pat_\w{40,}\b|\bxox[abprs]-[\w-]{20,}\b|\bsk-[A-Za-z0-9_-]{40,}\b"
 )

@@ -27,11 +27,11 @@ SECRETS = {
     ".ray/auth_token": "planted",
     ".kube/config": "planted",
     "sub/.git-credentials": "https://me:planted@host",
-    "innocent.json": '{"type": "service_account", "private_' + 'key": "planted"}',
+    "innocent.json": '{"private_key": "-----BEGIN' + ' PRIVATE KEY-----planted"}',
     "innocent.txt": "-----BEGIN RSA PRIVATE" + " KEY-----\nplanted",
     "innocent.yaml": "key: " + "AKIA" + "ABCDEFGHIJKLMNOP",
     "innocent.sh": "export HF_TOKEN=" + "hf_" + "a" * 34,
-    "innocent.ini": "aws_secret_access_key = " + "planted",
+    "innocent.ini": "aws_secret_access_key = " + "planted/" * 5,
 }
 STAYS = [
     ".venv/lib/module.py",
@@ -64,7 +64,7 @@ def tree(tmp_path: Path) -> Path:
     for name, content in SECRETS.items():
         write(tmp_path / name, content.encode())
     for name in (*STAYS, *TRAVELS):
-        write(tmp_path / name, b"x")
+        write(tmp_path / name, b'private_key = aws_secret_access_key = os.environ["KEY"]')
     return tmp_path
 
 
