@@ -47,7 +47,8 @@ def submit(path: str, overrides: Sequence[str], address: str | None, wait: bool)
         say(f"submit: the same command without --no-wait follows it, `{again}` stops it")
         return 0
     try:
-        job = follow(client, job_id, _Screen().show, lambda line: say(f"submit: {line}"))
+        with _Screen() as screen:
+            job = follow(client, job_id, screen.show, lambda line: say(f"submit: {line}"))
     except KeyboardInterrupt:
         say(
             f"submit: no longer following; job {job_id} goes on: the same command follows it again, `{again}` stops it"
@@ -275,7 +276,15 @@ class _Screen:
 
     def __init__(self) -> None:
         self._bars = console.is_terminal and sys.stdout.isatty()
-        self._rest, self._steps, self._of = "", None, ("", "")
+        self._rest, self._of = "", ("", "")
+        self._steps: Steps | None = None
+
+    def __enter__(self) -> "_Screen":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_bar()
+        print(self._rest, end="", flush=True)
 
     def show(self, text: str) -> None:
         tick()
@@ -293,9 +302,13 @@ class _Screen:
             return
         stage, done, total, unit = count[1], int(count[2]), int(count[3]), count[4]
         if self._steps is None or self._of != (stage, unit):
-            self._of, self._steps = (stage, unit), Steps(stage, unit, total, done)
-            self._steps.__enter__()
+            self._end_bar()
+            self._of, self._steps = (stage, unit), Steps(stage, unit, total, done).__enter__()
         self._steps.to(done)
         if done == total:
+            self._end_bar()
+
+    def _end_bar(self) -> None:
+        if self._steps is not None:
             self._steps.__exit__(None, None, None)
             self._steps = None
