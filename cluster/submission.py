@@ -1,11 +1,12 @@
 """Ray's job server as seen from outside the cluster: how to reach it, to follow a log, to learn the true exit code."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
@@ -16,6 +17,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from calibprune.errors import UserError
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 120.0
+LOOK_SECONDS = 1.0
+"""Of silence, after which it is asked whether the job has ended."""
 SILENT_SECONDS = 60.0
 """After which the log is asked for anew: a connection that is lost without a word looks like a job that is silent."""
 PATIENCE_SECONDS = 900.0
@@ -87,40 +90,60 @@ def follow(
 async def _follow(
     client: Client, submission_id: str, show: Callable[[str], None], notice: Callable[[str], None]
 ) -> JobDetails:
-    shown = broken = 0
-    heard_at = time.monotonic()
+    shown, broken, heard_at = 0, 0, time.monotonic()
     while True:
-        at, whole = 0, False
-        stream: Any = client.tail_job_logs(submission_id)
+        at = 0
         try:
-            while True:
-                text = await asyncio.wait_for(anext(stream), SILENT_SECONDS)
+            async for text in _pieces(client, submission_id):
                 at += len(text)
                 if at > shown:
                     show(text[shown - at :])
-                    shown, broken, heard_at = at, 0, time.monotonic()
-        except StopAsyncIteration:
-            whole = True
-        except TimeoutError:
-            pass
-        except (RuntimeError, aiohttp.ClientError, OSError):
+                    shown, broken = at, 0
+        except (Unreachable, RuntimeError, aiohttp.ClientError, OSError):
             broken += 1
         try:
             job = describe(client, submission_id)
             heard_at = time.monotonic()
+            if job.status.is_terminal():
+                with contextlib.suppress(RuntimeError):  # gone with its node
+                    show(client.get_job_logs(submission_id)[shown:])
+                return job
         except Unreachable as error:
             broken += 1
             if time.monotonic() - heard_at > PATIENCE_SECONDS:
                 raise Unreachable(
                     f"{error}; the job goes on without being followed, if its cluster does"
                 ) from None
-        else:
-            if job.status.is_terminal() and (whole or broken > 3):
-                return job
         if broken == 1:
             notice("the connection to the log is lost, making it anew")
-        if broken or whole:
-            await asyncio.sleep(min(10.0, 1.0 + broken))
+        await asyncio.sleep(min(10.0, 0.5 + broken))
+
+
+async def _pieces(client: Client, submission_id: str) -> AsyncIterator[str]:
+    """The log from its beginning until the job has ended, or there has been nothing for long.
+
+    Ray itself closes it some seconds after the end; whoever asks for the job meanwhile knows sooner.
+    """
+    stream: Any = client.tail_job_logs(submission_id)
+
+    async def following() -> str | None:
+        return await anext(stream, None)
+
+    piece, heard_at = asyncio.create_task(following()), time.monotonic()
+    try:
+        while time.monotonic() - heard_at < SILENT_SECONDS:
+            if (await asyncio.wait([piece], timeout=LOOK_SECONDS))[0]:
+                text = piece.result()
+                if text is None:
+                    return
+                yield text
+                piece, heard_at = asyncio.create_task(following()), time.monotonic()
+            elif describe(client, submission_id).status.is_terminal():
+                return
+    finally:
+        piece.cancel()
+        await asyncio.wait([piece])
+        await stream.aclose()
 
 
 def describe(client: Client, submission_id: str) -> JobDetails:
