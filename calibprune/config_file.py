@@ -40,6 +40,29 @@ _PlainNumbers.add_implicit_resolver(
 )
 
 
+class _PlainWriter(yaml.SafeDumper):
+    """Quotes every text that `_PlainNumbers` would take for a number."""
+
+
+_PlainWriter.yaml_implicit_resolvers = _PlainNumbers.yaml_implicit_resolvers
+
+
+def dump_config(config: Config) -> str:
+    """YAML of all settings, defaults and presets written out; `load_config` makes the same settings of it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [plain(one) for one in value]
+        if isinstance(value, str):  # ${...} stands for another setting unless it is escaped
+            return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+        return value
+
+    content = plain(config.model_dump(mode="json"))
+    return yaml.dump(content, Dumper=_PlainWriter, sort_keys=False, allow_unicode=True)
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `key.path=value` overrides, puts the preset that they name under it, and validates.
 

@@ -45,6 +45,15 @@ Overrides = Annotated[
         "preset=NAME puts one of `calibprune presets` under them.",
     ),
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        help="Ray's dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS or RAY_ADDRESS. A cluster with tokens: "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
+    ),
+]
 ALL = ("generate", "curate", "prune", "evaluate", "report")
 
 
@@ -152,6 +161,44 @@ def status(
 
 
 @app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    no_wait: Annotated[
+        bool,
+        typer.Option("--no-wait", help="Print the job's id and leave; else its log is followed."),
+    ] = False,
+) -> None:
+    """Run all stages as a job of a Ray cluster, with the source of the checkout that this is called in.
+
+    The exit code is the driver's. Ctrl-C leaves the job alone: the same command follows it again, or resumes the run.
+    """
+    from jobs.submit import submit as submit_job
+
+    raise typer.Exit(submit_job(config, overrides or (), address, not no_wait))
+
+
+@app.command("jobs")
+def list_jobs(address: Address = None) -> None:
+    """The jobs of calibprune on a Ray cluster: id, state, exit code, age, output."""
+    from jobs.submit import list_jobs as lines_of_jobs
+
+    for line in lines_of_jobs(address):
+        print(line)
+
+
+@app.command("stop")
+def stop_job(
+    job: Annotated[str, typer.Argument(metavar="ID_OR_RUN_URL")], address: Address = None
+) -> None:
+    """Stop a job of calibprune, by its id or by the URL of its run, and say how to resume it."""
+    from jobs.submit import stop
+
+    print(stop(job, address))
+
+
+@app.command()
 def presets() -> None:
     """Ready settings of generate and curate, taken with preset=NAME or `preset: NAME` in the file."""
     from calibprune.config_file import presets
@@ -221,12 +268,14 @@ def _run(config: str, overrides: list[str] | None, stages: "list[str] | tuple[st
     from calibprune.config_file import load_config
 
     settings = load_config(config, overrides or ())
-    from jobs.pipeline import run_stages
-
     try:
+        from jobs.pipeline import (
+            run_stages,
+        )  # which takes seconds: a signal to stop may come in them
+
         return run_stages(settings, stages)
     except KeyboardInterrupt:
-        _fail("stopped; what is committed is kept, the same command resumes", 130)
+        _leave("stopped; what is committed is kept, the same command resumes", 130)
 
 
 def _read_report(finished: "Run") -> dict:
@@ -252,6 +301,13 @@ def main() -> None:
             _fail(f"error: {cause}", 2, error)
         text = " ".join(str(cause).split())
         _fail(f"failed: {type(cause).__name__}: {text} (--traceback shows where)", 1, error)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    """Ends at once: who stops a job gives it 3 s, and the interpreter may take 2 to put libraries away."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:

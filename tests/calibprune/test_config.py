@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from calibprune.config import Config, VocabularyPrefixes, parse_pattern
-from calibprune.config_file import load_config, presets, read_preset
+from calibprune.config_file import dump_config, load_config, presets, read_preset
 from calibprune.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -21,6 +21,25 @@ def minimal(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path):
     assert isinstance(load_config(str(path)), Config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_what_is_written_out_reads_as_the_same(path, tmp_path):
+    odd = [
+        "prune.pattern=2:4",
+        "prune.sparsity=null",
+        "prune.layers='a${b}\\\\${c}$'",
+        'model.path="1e5"',
+        "evaluate.perplexity=[{name: '007', path: 'null', separator: \"\\n\\t'\"}]",
+        "prune.method={type: sparsegpt, damping: 1e-5}",
+    ]
+    overrides = [one.replace("${", "\\${") for one in odd]
+    for given in ([], overrides):
+        config = load_config(str(path), given)
+        written = tmp_path / "written.yaml"
+        written.write_text(dump_config(config))
+        assert load_config(str(written)) == config
+    assert config.prune.pattern == "2:4" and config.prune.layers == r"a${b}\${c}$"
 
 
 def test_there_are_the_three_promised_configurations():

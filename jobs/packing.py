@@ -1,0 +1,161 @@
+"""What travels with a submitted job: the source tree it is submitted from and its configuration, in one zip file.
+
+Stays behind: what git ignores, caches, runs, model weights, and whatever looks like a credential, by its name or by
+what is in it. A package is stored by the cluster and unpacked on every node, where others can read it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+from calibprune.errors import UserError
+
+CONFIG = "calibprune-submitted.yaml"
+"""The configuration's name in the package."""
+MOST_BYTES = 100 << 20
+"""Of a package before it is compressed: it goes through the cluster's head."""
+SCANNED_BYTES = 1 << 20
+"""Larger files are not searched for credentials."""
+
+NOT_SOURCE = """
+    .git .hg .svn .venv* venv .tox .nox __pycache__ *.py[co] *.egg-info .*_cache .cache .ipynb_checkpoints .DS_Store
+    node_modules /build /dist /runs wandb mlruns *.tmp
+    *.safetensors *.bin *.pt *.pth *.ckpt *.gguf *.onnx *.h5 *.msgpack
+"""
+"""What is no source, in the patterns of .gitignore."""
+CREDENTIALS = """
+    .env .env.* *.env .envrc *.pem *.key *.p12 *.pfx *.jks *.kdbx *.ppk *.keytab id_rsa* id_dsa* id_ecdsa* id_ed25519*
+    .netrc _netrc .pgpass .pypirc .npmrc .htpasswd .git-credentials .boto .s3cfg .dockercfg rclone.conf
+    credentials credentials.* *credentials*.json client_secret*.json *service[-_]account*.json
+    secret.* secrets.* *.secret auth_token *.token kubeconfig* *.tfstate*
+    .aws .azure .config .docker .gcloud .gnupg .huggingface .kube .ray .ssh
+"""
+"""Files and folders that hold credentials by their names."""
+SECRET = re.compile(
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----|aws_secret_access_key\W{1,8}[A-Za-z0-9/+]{30}"
+    rb"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b"
+    rb"|\bgithub_pat_\w{40,}\b|\bxox[abprs]-[\w-]{20,}\b|\bsk-[A-Za-z0-9_-]{40,}\b"
+)
+"""Private keys, and the tokens of well-known services, which have shapes of their own."""
+
+
+_no_source = GitIgnoreSpec.from_lines(NOT_SOURCE.split())
+_credentials = GitIgnoreSpec.from_lines(CREDENTIALS.split())
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files of a source tree that travel."""
+
+    root: Path
+    files: tuple[str, ...] = ()
+    """Paths relative to the root, sorted."""
+    withheld: tuple[str, ...] = ()
+    """Those that stay because they look like credentials."""
+
+    def holds(self, path: str) -> bool:
+        """Whether a file, or all of a folder, travels; the path is relative to the root."""
+        full = (self.root / path).resolve()
+        files = full.rglob("*") if full.is_dir() else [full]
+        inside = [file for file in files if file.is_file()]
+        known = {(self.root / file).resolve() for file in self.files}
+        return bool(inside) and known.issuperset(inside)
+
+
+def source_tree(folder: Path) -> Tree | None:
+    """The files of a checkout of calibprune that travel; None where the folder is no such checkout.
+
+    Raises UserError, naming the largest files, where they are too many bytes.
+    """
+    root = folder.resolve()
+    if not all((root / name).is_file() for name in ("jobs/__main__.py", "calibprune/run.py")):
+        return None
+    files, withheld = [], []
+    for name in sorted(set(_candidates(root))):
+        path = root / name
+        if name == CONFIG or _no_source.match_file(name) or not path.is_file():
+            continue
+        if not path.resolve().is_relative_to(root):  # a link that leads out of the tree
+            continue
+        (withheld if _looks_secret(root, name) else files).append(name)
+    files = _without_runs(files)
+    sizes = {name: (root / name).stat().st_size for name in files}
+    if sum(sizes.values()) > MOST_BYTES:
+        largest = sorted(files, key=lambda name: -sizes[name])[:3]
+        listed = ", ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in largest)
+        raise UserError(
+            f"{root} has {sum(sizes.values()) / 1e6:.0f} MB to send, at most {MOST_BYTES / 1e6:.0f} MB go along: name "
+            f"what the job does not need in .gitignore or .rayignore; the largest files are {listed}"
+        )
+    return Tree(root, tuple(files), tuple(withheld))
+
+
+def write_package(target: Path, tree: Tree | None, config: str) -> None:
+    """Writes the zip file. The same contents give the same bytes, so that the cluster stores them once."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as package:
+
+        def add(name: str, data: bytes, mode: int) -> None:
+            entry = zipfile.ZipInfo(name)  # dated 1980
+            entry.external_attr = (0o100000 | mode) << 16
+            package.writestr(entry, data, zipfile.ZIP_DEFLATED)
+
+        add(CONFIG, config.encode(), 0o600)
+        for path, name in () if tree is None else ((tree.root / name, name) for name in tree.files):
+            add(name, path.read_bytes(), 0o755 if path.stat().st_mode & 0o100 else 0o644)
+
+
+def _candidates(root: Path) -> Iterator[str]:
+    """Files of the tree that are not ignored: by git's own word, else by the root's ignore files."""
+    ignored = GitIgnoreSpec.from_lines(_lines(root, [".rayignore"]))
+    listed = _listed_by_git(root)
+    if listed is None:
+        ignored = GitIgnoreSpec.from_lines(_lines(root, [".gitignore", ".rayignore"]))
+        listed = _walk(root)
+    yield from (name for name in listed if not ignored.match_file(name))
+
+
+def _listed_by_git(root: Path) -> list[str] | None:
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(command, cwd=root, capture_output=True, check=False)
+    if found.returncode:
+        return None
+    return [name.decode(errors="surrogateescape") for name in found.stdout.split(b"\0") if name]
+
+
+def _walk(root: Path) -> Iterator[str]:
+    for folder, subfolders, files in os.walk(root):
+        here = Path(folder).relative_to(root)
+        subfolders[:] = [
+            name for name in subfolders if not _no_source.match_file(f"{here / name}/")
+        ]
+        yield from (str(here / name) for name in files)
+
+
+def _lines(root: Path, names: Sequence[str]) -> list[str]:
+    files = [root / name for name in names]
+    return [
+        line for file in files if file.is_file() for line in file.read_text("utf-8").splitlines()
+    ]
+
+
+def _looks_secret(root: Path, name: str) -> bool:
+    path = root / name
+    real = str(path.resolve().relative_to(root))
+    if _credentials.match_file(name) or _credentials.match_file(real):
+        return True
+    return path.stat().st_size <= SCANNED_BYTES and SECRET.search(path.read_bytes()) is not None
+
+
+def _without_runs(files: list[str]) -> list[str]:
+    """Leaves out folders that are runs of calibprune."""
+    runs = tuple(f"{name.removesuffix('run.json')}" for name in files if name.endswith("/run.json"))
+    return [name for name in files if not name.startswith(runs)] if runs else files

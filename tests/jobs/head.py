@@ -1,0 +1,153 @@
+"""A Ray of one node on this machine that wants a token, and a way to it that can be cut."""
+
+import os
+import secrets
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import requests
+
+from cluster.submission import Client
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Head:
+    """A running head node."""
+
+    folder: Path
+    port: int
+    dashboard: int
+    token: str = field(repr=False)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a shell on somebody's own machine would have: the token, and nothing else of this Ray."""
+        mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        return _plain_environment() | mine
+
+    def client(self, port: int | None = None) -> Client:
+        headers = {"Authorization": f"Bearer {self.token}"}
+        return Client(f"http://127.0.0.1:{port or self.dashboard}", headers=headers)
+
+    def processes(self, *titles: str) -> list[psutil.Process]:
+        """What runs for this Ray and has a command line that begins so."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                mine = process.environ().get("RAY_TMPDIR") == str(self.folder)
+                if mine and " ".join(process.cmdline()).startswith(titles or ""):
+                    found.append(process)
+        return found
+
+    def everything_written(self) -> Iterator[bytes]:
+        """Whatever this Ray keeps in files: logs, packages, what it unpacked of them."""
+        for path in self.folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                yield path.read_bytes()
+
+
+@contextmanager
+def head_with_token(cpus: int = 2) -> Iterator[Head]:
+    """Raises RuntimeError with Ray's own words where it does not come up. Gone afterwards, and nobody else's Ray is."""
+    folder = Path(tempfile.mkdtemp(prefix="head-"))
+    port, dashboard, agent, client = free_ports(4)
+    head = Head(folder, port, dashboard, secrets.token_hex(32))
+    environment = head.environment | {"RAY_TMPDIR": str(folder)}
+    command = [
+        BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}",
+        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+        "--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000",
+    ]  # fmt: skip
+    with (folder / "start.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        _wait_for(head, process)
+        yield head
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        for left in head.processes():
+            with suppress(psutil.Error):
+                left.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+class Line:
+    """A port of this machine behind which another one is, until it is cut."""
+
+    def __init__(self, to: int) -> None:
+        self._to, self._server = to, socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Ends what goes over it now; whoever calls again gets through."""
+        for one in [end for pair in self._pairs for end in pair]:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self._pairs.clear()
+
+    def _accept(self) -> None:
+        while True:
+            here, _ = self._server.accept()
+            there = socket.create_connection(("127.0.0.1", self._to))
+            self._pairs.append((here, there))
+            threading.Thread(target=_carry, args=(here, there), daemon=True).start()
+
+
+def _carry(here: socket.socket, there: socket.socket) -> None:
+    both = selectors.DefaultSelector()
+    both.register(here, selectors.EVENT_READ, there)
+    both.register(there, selectors.EVENT_READ, here)
+    with suppress(OSError), here, there:
+        while True:
+            for key, _ in both.select():
+                data = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                if not data:
+                    return
+                key.data.sendall(data)
+
+
+def _plain_environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path = f"{BIN}{os.pathsep}{kept.get('PATH', '')}"
+    return kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def _wait_for(head: Head, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    headers = {"Authorization": f"Bearer {head.token}"}
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(requests.RequestException):
+            if requests.get(f"{head.address}/api/jobs/", headers=headers, timeout=5).ok:
+                return
+        time.sleep(0.2)
+    raise RuntimeError((head.folder / "start.log").read_text())

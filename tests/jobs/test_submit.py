@@ -1,0 +1,296 @@
+"""Jobs on a real Ray that wants a token: exit codes, one job a run, a log that survives its connection, no secrets."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from calibprune.config_file import load_config
+from calibprune.errors import UserError
+from calibprune.run import Stage
+from cluster.submission import STOPPED, Client, exit_code, follow, reach
+from jobs.packing import Tree, source_tree
+from jobs.submit import check_paths, job_name
+from tests.jobs.command import calibprune_here
+from tests.jobs.head import Head, Line, free_ports, head_with_token
+from tests.tiny import write_tiny_llama
+
+HERE = Path(__file__).parents[2]
+PLANTED = "planted-0123456789"
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with head_with_token() as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """Source of a version of its own, with credentials lying about."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in source_tree(HERE).files:  # type: ignore[union-attr]
+        if name.split("/")[0] in ("calibprune", "cluster", "jobs"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(HERE / name, folder / name)
+    (folder / "calibprune" / "__init__.py").write_text('__version__ = "0.0.0+submitted"\n')
+    for name in (".env", "credentials.json", "id_rsa", ".netrc"):
+        (folder / name).write_text(PLANTED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pool")
+    sequences = [[2 + (7 * row + column) % 250 for column in range(32)] for row in range(4)]
+    pq.write_table(pa.table({"token_ids": sequences}), folder / "pool.parquet")
+    return folder
+
+
+def write_config(folder: Path, model: Path, pool: Path, method: str = "magnitude") -> Path:
+    path = folder / "run.yaml"
+    path.write_text(
+        f"model: {{path: {model}}}\noutput: {folder / 'out'}\n"
+        f"prune: {{method: {method}, pool: {pool}}}\ncluster: {{workers: 1, cpus_per_worker: 1}}\n"
+    )
+    return path
+
+
+def command(
+    head: Head, where: Path, *arguments: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "jobs", *map(str, arguments)]
+    return subprocess.run(
+        line, cwd=where, env=head.environment | environment, capture_output=True, text=True, timeout=240, check=False
+    )  # fmt: skip
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.1)
+
+
+def test_two_submits_at_once_start_one_job_which_a_third_follows_to_its_end(
+    head, checkout, pool, tiny_llama, tmp_path
+):
+    config = write_config(tmp_path, tiny_llama, pool)
+    line = ("submit", config, "--address", head.address)
+    with ThreadPoolExecutor() as both:
+        started = list(both.map(lambda _: command(head, checkout, *line, "--no-wait"), range(2)))
+    assert [one.returncode for one in started] == [0, 0], started
+    assert started[0].stdout == started[1].stdout
+    job_id = started[0].stdout.strip()
+    assert job_id == job_name(str(tmp_path / "out"))
+    assert len(head.client().list_jobs()) == 1
+
+    followed = command(head, checkout, *line, "prune.sparsity=0.6")
+    assert followed.returncode == 0, followed
+    assert "is at it" in followed.stderr and "submitted with other settings" in followed.stderr
+    assert "prune: magnitude takes 50.00%" in followed.stdout
+    assert str(tmp_path / "out" / "report" / "index.html") in followed.stdout
+    assert Stage(str(tmp_path / "out" / "prune")).finished
+    assert '"calibprune": "0.0.0+submitted"' in (tmp_path / "out" / "run.json").read_text()
+
+    kept = tmp_path / "token"
+    kept.write_text(head.token)
+    by_file = {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(kept)}
+    listed = command(head, checkout, "jobs", RAY_API_SERVER_ADDRESS=head.address, **by_file)
+    assert job_id in listed.stdout and "SUCCEEDED  exit 0" in listed.stdout, listed
+    assert str(tmp_path / "out") in listed.stdout
+
+    for told in (followed.stdout, followed.stderr, listed.stdout, str(head.client().list_jobs())):
+        assert PLANTED not in told and head.token not in told
+    for content in head.everything_written():
+        assert PLANTED.encode() not in content and head.token.encode() not in content
+    assert ".env" in started[0].stderr + started[1].stderr
+
+
+def test_the_exit_code_is_the_drivers_and_that_of_a_stopped_job_is_no_success(head):
+    client = head.client()
+    codes = {"exit 7": 7, "kill -9 $$": 137, "sleep 100": STOPPED}
+    started = {client.submit_job(entrypoint=entry): code for entry, code in codes.items()}
+    for job_id, code in started.items():
+        if code == STOPPED:
+            client.stop_job(job_id)
+        assert exit_code(follow(client, job_id, lambda _: None, lambda _: None)) == code
+    assert STOPPED != 0
+
+
+def test_a_log_is_shown_once_though_its_connection_is_lost_again_and_again(head):
+    line = Line(head.dashboard)
+    numbers = "".join(f"{number}\n" for number in range(20))
+    job_id = head.client().submit_job(
+        entrypoint="for i in $(seq 0 19); do echo $i; sleep 0.1; done"
+    )
+    shown: list[str] = []
+    notices: list[str] = []
+
+    def cut() -> None:
+        for count in (3, 9):
+            wait_until(lambda count=count: f"\n{count}\n" in "".join(shown))
+            line.cut()
+
+    cutting = threading.Thread(target=cut)
+    cutting.start()
+    job = follow(head.client(line.port), job_id, shown.append, notices.append)
+    cutting.join()
+    assert exit_code(job) == 0
+    assert "".join(shown).endswith(numbers) and "".join(shown).count("\n12\n") == 1
+    assert notices
+
+
+def test_without_a_token_or_with_a_wrong_one_it_is_said_what_to_set(head, tmp_path):
+    nobody = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}
+    refused = command(head, HERE, "jobs", "--address", head.address, **nobody)
+    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
+    assert "wants a token: set RAY_AUTH_MODE=token" in refused.stderr
+    with pytest.raises(UserError, match="refuses the token"):
+        Client(head.address, headers={"Authorization": f"Bearer {'x' * 64}"})
+
+
+def test_an_address_that_is_no_job_server_is_told_in_one_line(head, monkeypatch):
+    (nobody,) = free_ports(1)
+    for address, told in (
+        (f"http://127.0.0.1:{nobody}", "connection refused"),
+        (f"127.0.0.1:{head.port}", "does not speak HTTP"),
+        ("nosuch://head:1", "is no job server of Ray"),
+        (None, "--address http://HEAD:8265"),
+    ):
+        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(UserError, match=told) as refused:
+            reach(address)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_bad_configuration_is_told_before_the_cluster_is_asked(capsys, tmp_path):
+    path = write_config(tmp_path, tmp_path, tmp_path)
+    for override, told in (
+        ("prune.sparsty=0.5", "did you mean sparsity?"),
+        ("output=runs/a", "output runs/a would be lost"),
+    ):
+        line = ("submit", path, override, "--address", "http://127.0.0.1:1")
+        code, _, errors = calibprune_here(capsys, *line)
+        assert code == 2 and told in errors and len(errors.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("output=runs/a", "output=/"),
+        ("output=~/runs/a", "would be lost"),
+        ("output=file://runs/a", "would be lost"),
+        ("output=memory://a", "would be lost"),
+        ("output=hf://datasets/a/b", "cannot live on the Hugging Face hub"),
+        ("model.path=weights", "model.path=/"),
+        ("evaluate.perplexity=[{name: a, path: texts/held-out.txt}]", "evaluate.perplexity.0.path"),
+    ],
+)
+def test_paths_that_mean_nothing_on_a_cluster_are_refused(tmp_path, monkeypatch, override, told):
+    monkeypatch.chdir(tmp_path)
+    for name in ("weights/model.safetensors", "texts/held-out.txt", "texts/prompts.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    path = write_config(tmp_path, tmp_path / "nowhere", tmp_path / "nowhere")
+    tree = Tree(tmp_path, ("texts/prompts.txt",))
+    with pytest.raises(UserError, match=told):
+        check_paths(load_config(str(path), [override]), tree)
+    travels = (
+        "evaluate.perplexity=[{name: a, path: texts/prompts.txt}, {name: b, path: python-docs}]"
+    )
+    for fine in ("output=s3://bucket/a", "output=/shared/a", "model.path=org/name", travels):
+        check_paths(load_config(str(path), [fine]), tree)
+
+
+def test_a_run_has_one_name_however_its_url_is_written():
+    for same in (
+        ("/data/run", "/data/run/", "/data//run", "file:///data/run", "/data/x/../run"),
+        ("s3://bucket/run", "s3a://bucket/run/"),
+        ("gs://bucket/run", "gcs://bucket/run"),
+    ):
+        assert len({job_name(url) for url in same}) == 1
+    urls = (
+        "/data/run",
+        "s3://data/run",
+        "gs://data/run",
+        "/data/run2",
+        "/other/run",
+        "s3://b/Ü n/x",
+    )
+    assert len({job_name(url) for url in urls}) == len(urls)
+    assert all(name.replace("-", "").isalnum() and name.isascii() for name in map(job_name, urls))
+
+
+@pytest.fixture(scope="module")
+def slow_config(tmp_path_factory, pool) -> Path:
+    """A run whose pruning takes some tens of seconds."""
+    folder = tmp_path_factory.mktemp("slow")
+    model = write_tiny_llama(folder / "model", layers=60, hidden=256, intermediate=640)
+    return write_config(folder, model, pool, "sparsegpt")
+
+
+@pytest.mark.slow
+def test_a_stopped_job_resumes_at_once_under_the_next_name(head, slow_config):
+    done = slow_config.parent / "out" / "prune" / "_done"
+    at = ("--address", head.address)
+    line = [sys.executable, "-m", "jobs", "submit", str(slow_config), *at]
+    detaching = subprocess.Popen(line, env=head.environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: done.is_dir() and len(list(done.iterdir())) > 1)
+    detaching.send_signal(signal.SIGINT)
+    _, told = detaching.communicate(timeout=30)
+    assert detaching.returncode == 130 and "goes on" in told and "calibprune stop" in told
+    with ThreadPoolExecutor() as beside:
+        following = beside.submit(command, head, HERE, "submit", slow_config, *at)
+        wait_until(lambda: len(list(done.iterdir())) > 5)
+        stopped = command(head, HERE, "stop", slow_config.parent / "out", *at)
+        followed = following.result()
+    assert stopped.returncode == 0 and f"calibprune submit {slow_config}" in stopped.stdout
+    assert followed.returncode == STOPPED
+    assert "stopped; what is committed is kept" in followed.stdout  # by the driver, within 3 s
+    assert not (slow_config.parent / "out" / "_lease.json").exists()
+    wait_until(lambda: not head.processes("ray::LayerWorker"), 20)
+
+    resumed = command(head, HERE, "submit", slow_config, *at)
+    assert resumed.returncode == 0, resumed
+    assert f"job {job_name(str(slow_config.parent / 'out'))}-2 on" in resumed.stderr
+    assert "layers and rest done already" in resumed.stdout
+    assert "taking over" not in resumed.stdout
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_is_told_and_its_lease_is_not_in_the_way(head, slow_config):
+    output = slow_config.parent / "killed"
+    line = ("submit", slow_config, f"output={output}", "--address", head.address)
+    with ThreadPoolExecutor() as beside:
+        following = beside.submit(command, head, HERE, *line)
+        wait_until(lambda: len(list((output / "prune").glob("_done/*"))) > 5)
+        for driver in head.processes("python -m jobs run"):
+            driver.kill()
+        assert following.result().returncode == 137
+    resumed = command(head, HERE, *line)
+    assert resumed.returncode == 0, resumed
+    assert "taking over" not in resumed.stdout
+
+
+@pytest.mark.slow
+def test_rays_own_command_submits_a_run_too(head, pool, tiny_llama, tmp_path):
+    config = write_config(tmp_path, tiny_llama, pool)
+    ray = [Path(sys.executable).parent / "ray", "job", "submit", "--address", head.address]
+    line = [*ray, "--working-dir", ".", "--", "python", "-m", "jobs", "run", config]
+    done = subprocess.run(
+        line, cwd=HERE, env=head.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done
+    assert Stage(str(tmp_path / "out" / "prune")).finished
+    assert "-m jobs run" in command(head, HERE, "jobs", "--address", head.address).stdout
