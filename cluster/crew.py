@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 from cluster.session import Bundle, NoRoom, actor_options, capacity, death, none_free, shown
 
 START_FAILURES = 5
@@ -114,7 +115,7 @@ class Crew:
         self.dismiss(member)
         self._failures += 1
         if self._failures >= START_FAILURES and all(m.phase == "placing" for m in self.members):
-            reason = " ".join(str(cause).split())[:300]
+            reason = one_line(cause)
             raise StartFailed(f"{self._failures} starts in a row failed, the last one: {reason}")
         rest = min(RESTART_SECONDS * self._failures, MOST_RESTART_SECONDS)
         self._rest_until = time.monotonic() + rest

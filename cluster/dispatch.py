@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 from calibprune.run import Record
 from cluster.crew import Crew, Member
 from cluster.session import death, node_died
@@ -162,7 +163,7 @@ class Queue:
         for unit in units:
             self._failures[unit] += 1
             if self._failures[unit] >= self._attempts:
-                reason = " ".join(str(cause).split())[:300]
+                reason = one_line(cause)
                 self._set_aside(unit, reason)
             else:
                 self._waiting.appendleft(unit)

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.gang import PeerLost
+from calibprune.plain import one_line
 from calibprune.run import Record
 from cluster.layer_worker import LayerWorker
 from cluster.session import Actors, Bundle, NoRoom, capacity, death
@@ -186,7 +187,10 @@ class WorkerGroup:
         try:
             meeting = None
             if count > 1:
-                meeting = ray.get(handles[0].open_meeting.remote(), timeout=self._start_seconds)
+                meeting = ray.get(
+                    handles[0].open_meeting.remote(len(set(self.nodes)) == 1),
+                    timeout=self._start_seconds,
+                )
             joining = {
                 handle.join.remote(rank, count, meeting): rank
                 for rank, handle in enumerate(handles)
@@ -210,7 +214,7 @@ class WorkerGroup:
             return UserError(str(cause))
         where = self._named(rank) if rank is not None else "a worker"
         at = f" at {_place(self._at[rank])}" if rank is not None else ""
-        reason = " ".join(str(cause).split())[:400] or type(cause).__name__
+        reason = one_line(cause, 400)
         if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
             return WorkFailed(f"{where}{at}: {reason}")
         return WorkerLost(f"{where} was lost{at}: {reason}")

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -104,10 +105,11 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def status(run_url: Annotated[str, typer.Argument(metavar="RUN_URL")]) -> None:
     """What a run has done, its pace, and the time left."""
+    from calibprune.plain import plain
     from jobs.status import describe
 
     for line in describe(run_url):
-        print(line)
+        print(plain(line))
 
 
 @app.command()
@@ -133,10 +135,11 @@ def publish(
 ) -> None:
     """Copy a finished stage, verified, to a folder, a bucket or the Hugging Face hub; of prune, the checkpoint."""
     from calibprune.publish import publish as publish_stage
+    from calibprune.retry import shown
 
     done = publish_stage(run_url, stage, target, lambda line: progress.say(f"publish: {line}"))
     print(
-        f"{target}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
+        f"{shown(target)}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
     )
 
 
@@ -205,9 +208,12 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
+    from calibprune.plain import plain, plain_lines
+
     if error is not None and os.environ.get("CALIBPRUNE_TRACEBACK"):
-        raise error
-    print(message, file=sys.stderr)
+        print(plain_lines("".join(traceback.format_exception(error))), file=sys.stderr)
+    else:
+        print(plain(message), file=sys.stderr)
     raise SystemExit(code)
 
 

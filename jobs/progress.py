@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from calibprune.plain import plain
 
 LOG_SECONDS = 15.0
 stop_asked = False
@@ -37,7 +40,8 @@ def tick() -> None:
 
 
 def say(text: str) -> None:
-    console.print(text, markup=False)
+    """A line; what files, servers or models have named in it cannot steer the terminal, nor tell a secret."""
+    console.print(plain(text), markup=False)
 
 
 class Steps:
@@ -83,7 +87,7 @@ class Steps:
         tick()
         self._done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, detail=detail)
+            self._bar.update(self._task, completed=done, detail=escape(plain(detail)))
         elif time.monotonic() - self._said_at >= LOG_SECONDS or done == self._total:
             self._said_at = time.monotonic()
             say(

@@ -13,6 +13,7 @@ from calibprune.calibration.sources import first_tokens
 from calibprune.calibration.texts import Message, documents, prompts
 from calibprune.config import DatasetPrefixes, PromptPrefixes
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,9 +74,9 @@ def _prompt_tokens(
             tokens = tokenizer.apply_chat_template(
                 asked, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-    except TemplateError as error:
+    except (TemplateError, OverflowError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
-            f"the chat template of {name} refuses a prompt of {settings.path}: {error}"
+            f"the chat template of {name} refuses a prompt of {settings.path}: {one_line(error)}"
         ) from None
     tokens = iter(tokens)
     for chat in chats:
