@@ -127,8 +127,6 @@ def read_config(settings: ModelSettings, url: str) -> Any:
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust, local_files_only=True
             )
-    except (UserError, MemoryError):
-        raise
     except Exception as error:  # of a file that others wrote: anything
         raise UserError(f"cannot use the model at {settings.path}: {_hint(error)}") from None
     architectures = list(config.architectures or ())
@@ -158,8 +156,11 @@ def build_skeleton(
     checkpoint = Checkpoint(settings.path, hashes)
     config = read_config(settings, checkpoint.url)
     dtype = forward_dtype(settings, config, checkpoint)
-    with init_empty_weights(include_buffers=False):
-        model = _from_config(config, dtype, settings.trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = _from_config(config, dtype, settings.trust_remote_code)
+    except Exception as error:  # of a config that others wrote: anything
+        raise UserError(f"cannot build the model at {settings.path}: {_hint(error)}") from None
     model.eval()
     model.tie_weights()
     for module in model.modules():  # rotary tables and the like; parameters stay on meta
@@ -201,20 +202,21 @@ def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except (UserError, MemoryError):
-        raise
     except Exception as error:  # of a file that others wrote: anything
         raise UserError(f"cannot read the tokenizer of {url}: {_hint(error)}") from None
 
 
 def _hint(error: Exception) -> str:
-    text = one_line(error)
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
         return (
             "it brings Python code of its own, which is not run; set model.trust_remote_code=true if you have read "
             "that code and trust it"
         )
-    return text
+    return (
+        f"{type(error).__name__}: {one_line(error)}"
+        if isinstance(error, LookupError)
+        else one_line(error)
+    )
 
 
 def context_tokens(config: Any) -> int | None:

@@ -70,15 +70,13 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         signal.signal(
             signal.SIGTERM, on_terminate
         )  # Ray put its own there, which ends without cleaning up
+    went_well = False
     try:
         yield
-        failed = False
-    except BaseException:
-        failed = True
-        raise
+        went_well = True
     finally:
         ray.shutdown()
-        if "_temp_dir" in ours and not failed:  # else the workers' logs in it may say why
+        if "_temp_dir" in ours and went_well:  # else the workers' logs in it may say why
             shutil.rmtree(Path(ours["_temp_dir"]).parent, ignore_errors=True)
 
 
