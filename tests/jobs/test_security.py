@@ -167,18 +167,17 @@ with connect(ClusterSettings()):
 
 
 @pytest.mark.parametrize("traceback", [False, True])
-def test_a_failing_store_tells_no_secret(config, traceback):
-    """The libraries' own errors hold the address: here one with a password, and one that is signed."""
-    flags = ["--traceback"] if traceback else []
-    refused = {
-        "AWS_ENDPOINT_URL": f"http://{USER}:{PASSWORD}@127.0.0.1:9",
-        "AWS_ACCESS_KEY_ID": "tester",
-    }
-    done = calibprune(
-        *flags, "status", "s3://runs/one", **PLANTED, **refused, CALIBPRUNE_RETRY_SECONDS="1"
-    )
-    assert done.returncode in (1, 2) and done.stderr
-    check_clean(done.stdout, done.stderr)
+def test_a_failing_store_tells_no_secret(capsys, monkeypatch, traceback):
+    """The library's own error holds the address with its password, and is among the causes of ours."""
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("calibprune.retry.RETRY_SECONDS", 0.1)
+    monkeypatch.setenv("CALIBPRUNE_TRACEBACK", "1" if traceback else "")
+    with s3_at(f"http://{USER}:{PASSWORD}@127.0.0.1:9"):
+        code, out, errors = calibprune_here(capsys, "status", "s3://runs/one")
+    assert code == 1 and ("HTTPClientError" in errors or "EndpointConnectionError" in errors)
+    assert not traceback or "***@127.0.0.1:9" in errors
+    check_clean(out, errors)
 
 
 @pytest.mark.parametrize("traceback", [False, True])
@@ -233,7 +232,6 @@ def test_credentials_have_no_place_in_a_configuration(config, monkeypatch, overr
         "${oc.decode:${oc.env:HOME}}",
         "${oc.env:HOME,/tmp}",
         "${ oc.env:HOME }",
-        "${oc.create:{a: 1}}",
     ],
 )
 def test_a_configuration_reads_nothing_from_the_environment(tmp_path, config, monkeypatch, text):
