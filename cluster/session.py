@@ -29,6 +29,8 @@ from calibprune.errors import UserError
 from calibprune.plain import one_line, plain
 
 CONNECT_SECONDS = 10
+LONGEST_ROOT = 28
+"""Characters of a folder for temporary files below which the paths of Ray's sockets stay within what Linux allows."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def _own_ray(settings: ClusterSettings) -> dict[str, str]:
         os.getuid(),
     }:
         return {}
-    return {"address": "local", "_temp_dir": f"{tempfile.mkdtemp(prefix='ray-')}/ray"}
+    root = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="ray-", dir=root if len(root) <= LONGEST_ROOT else "/tmp")
+    return {"address": "local", "_temp_dir": f"{folder}/r"}
 
 
 def _check_reachable(address: str | None) -> None:

@@ -166,7 +166,7 @@ def _rows_of_one_length(column: pa.ChunkedArray, url: str) -> np.ndarray:
         raise UserError(
             f"{url}: a pool's columns hold lists of whole numbers, here: {one_line(kind)}"
         )
-    if column.null_count or pa.compute.list_flatten(column).null_count:
+    if column.null_count or pyarrow.compute.list_flatten(column).null_count:
         raise UserError(f"{url}: a pool has no empty values")
     rows = column.combine_chunks()
     lengths = set(rows.value_lengths().to_pylist())
