@@ -32,7 +32,7 @@ model: {{path: {model}}}
 output: {output}
 cluster: {{workers: 2, cpus_per_worker: 1}}
 prune: {{method: magnitude, batch_sequences: 2, pool: {pool}}}
-evaluate: {{perplexity: []}}
+evaluate: {{perplexity: [], sequence_tokens: 32}}
 """
 
 
