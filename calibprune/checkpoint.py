@@ -4,9 +4,12 @@ Only safetensors: a pickle can run code when it is opened. Nothing here knows a 
 """
 
 import json
+import math
+import posixpath
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from calibprune import storage
 from calibprune.errors import CorruptionError, UserError
+from calibprune.plain import one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,6 +33,7 @@ _DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NO_PICKLE = "save it as safetensors first (model.save_pretrained does), calibprune opens no pickle"
 _SIDE_FILE = re.compile(r".+\.(json|jinja|txt|model|tiktoken|py)|LICENSE.*|NOTICE.*|USE_POLICY.*")
 _NOT_A_SIDE_FILE = re.compile(r".+\.index\.json|pruning\.json")
 
@@ -71,12 +76,7 @@ class Checkpoint:
         for file, (header, offset) in headers.items():
             for name, entry in header.items():
                 if name != "__metadata__":
-                    start, stop = (offset + position for position in entry["data_offsets"])
-                    dtype = _DTYPES.get(entry["dtype"])
-                    if dtype is None:
-                        raise UserError(f"{file}: tensor {name} has the dtype {entry['dtype']}")
-                    shape = tuple(entry["shape"])
-                    self.locations[name] = Location(file, dtype, shape, start, stop)
+                    self.locations[name] = _location(f"{self.url}/{file}", name, entry, offset)
         self._headers = {file: header for file, (header, _) in headers.items()}
 
     @property
@@ -134,19 +134,18 @@ class Checkpoint:
     def _files(self) -> list[str]:
         present = storage.names(self.url)
         if INDEX in present:
-            index = storage.read_json(storage.join(self.url, INDEX))
-            files = sorted(set(index["weight_map"].values()))
+            files = _indexed(storage.join(self.url, INDEX))
+            pickled = [file for file in files if not file.endswith(".safetensors")]
+            if pickled:
+                raise UserError(f"{self.url}: the index names {pickled[0]}, {_NO_PICKLE}")
             missing = [file for file in files if file not in present]
             if missing:
                 raise UserError(f"{self.url}: the index names {missing[0]}, which is not there")
             return files
         if SINGLE in present:
             return [SINGLE]
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
-            raise UserError(
-                f"{self.url} holds pickled weights only; save it as safetensors first "
-                f"(model.save_pretrained does), calibprune opens no pickle"
-            )
+        if any(name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")) for name in present):
+            raise UserError(f"{self.url} holds pickled weights only; {_NO_PICKLE}")
         raise UserError(f"{self.url} is no model folder: no {INDEX} and no {SINGLE} in it")
 
     def _header(self, file: str) -> tuple[dict[str, Any], int]:
@@ -156,9 +155,43 @@ class Checkpoint:
             raise CorruptionError(f"{url} is not a safetensors file")
         self.bytes_read += 8 + length
         try:
-            return json.loads(storage.read_range(url, 8, 8 + length)), 8 + length
-        except ValueError:
-            raise CorruptionError(f"{url} is not a safetensors file") from None
+            header = json.loads(storage.read_range(url, 8, 8 + length))
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict):
+            raise CorruptionError(f"{url} is not a safetensors file")
+        return header, 8 + length
+
+
+def _location(url: str, name: str, entry: Any, offset: int) -> Location:
+    """Where a header says that a tensor lies. Raises CorruptionError where that cannot be, UserError for its dtype."""
+    try:
+        start, stop = (int(position) for position in entry["data_offsets"])
+        shape, named = tuple(map(int, entry["shape"])), str(entry["dtype"])
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise CorruptionError(
+            f"{url} is damaged: its header does not say where {name} is"
+        ) from None
+    dtype = _DTYPES.get(named)
+    if dtype is None:
+        raise UserError(f"{url}: tensor {name} has the dtype {named}")
+    if start < 0 or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+        raise CorruptionError(
+            f"{url} is damaged: {name} of shape {shape} cannot be bytes {start} to {stop}"
+        )
+    return Location(posixpath.basename(url), dtype, shape, offset + start, offset + stop)
+
+
+def _indexed(url: str) -> list[str]:
+    """The files that an index names, sorted. Raises CorruptionError where it is none."""
+    try:
+        index = storage.read_json(url)
+        files = set(index["weight_map"].values())
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        files = set[Any]()
+    if not files or not all(isinstance(file, str) for file in files):
+        raise CorruptionError(f"{url} is damaged: it does not say which files hold the weights")
+    return sorted(files)
 
 
 def _waves(locations: Mapping[str, Location]) -> Iterator[list[tuple[str, int, int]]]:
@@ -193,7 +226,10 @@ def model_url(path: str) -> str:
 
 
 def side_files(url: str) -> list[str]:
-    """Names of the small files beside the weights: config, generation config, tokenizer, licence."""
+    """Names of the small files beside the weights: config, generation config, tokenizer, licence.
+
+    Links are no files here: one could carry a file of this machine into what is made.
+    """
     return [
         name
         for name in storage.names(url)
@@ -201,14 +237,17 @@ def side_files(url: str) -> list[str]:
     ]
 
 
-def local_side_files(url: str) -> str:
+@contextmanager
+def local_side_files(url: str) -> Iterator[str]:
     """A local folder with the small files of a checkpoint, for transformers' own loaders to read."""
+    names = side_files(url)
     if storage.is_local(url):
-        return url
-    folder = Path(tempfile.mkdtemp(prefix="calibprune-"))
-    for name in side_files(url):
-        (folder / name).write_bytes(storage.read_bytes(storage.join(url, name)))
-    return str(folder)
+        yield url
+        return
+    with tempfile.TemporaryDirectory(prefix="calibprune-") as folder:
+        for name in names:
+            Path(folder, name).write_bytes(storage.read_bytes(storage.join(url, name)))
+        yield folder
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -241,7 +280,7 @@ def _unreadable(path: str, error: Exception) -> UserError:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     if "gated" in text.lower() or "401" in text or "403" in text:
         return f"access denied; for a gated model accept its terms and run `hf auth login` ({text[:200]})"
-    return text[:300]
+    return text

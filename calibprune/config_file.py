@@ -17,6 +17,14 @@ from calibprune import storage
 from calibprune.config import Config
 from calibprune.config.base import named
 from calibprune.errors import UserError
+from calibprune.plain import without_secrets
+
+_REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
+"""To another setting. OmegaConf knows more, such as `${oc.env:NAME}`: a stranger's file must not read what is in the
+environment, nor send it anywhere."""
+
+
+MOST_VALUES = 100_000
 
 
 class _PlainNumbers(yaml.SafeLoader):
@@ -86,13 +94,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     try:
-        return Config.model_validate(content)
+        config = Config.model_validate(content)
     except ValidationError as error:
         told = explain(error, content)
         problem = error.errors()[0]
         if problem["type"] == "missing" and problem["loc"][0] in preset:
             told += f": the preset {preset_name} leaves it to you, as in {told.split()[0]}=..."
         raise UserError(f"{path}: {told}") from None
+    for key, text in _texts(content):
+        if without_secrets(text) != text:
+            raise UserError(
+                f"{path}: {key} holds no credentials: settings stand in records and reports; give them to the store's "
+                f"own library instead"
+            )
+    return config
 
 
 def presets() -> dict[str, str]:
@@ -117,9 +132,12 @@ def read_preset(name: object) -> dict[str, Any]:
 def _read(path: str) -> DictConfig:
     try:
         content = yaml.load(storage.read_bytes(path).decode(), _PlainNumbers) or {}
+        _only_references(path, content)
         tree = OmegaConf.create(content)
     except FileNotFoundError:
         raise UserError(f"no configuration at {path}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, DictConfig):
@@ -131,7 +149,33 @@ def _parse(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"an override is key.path=value, not {override!r}")
-    return key, yaml.load(value, _PlainNumbers)
+    content = yaml.load(value, _PlainNumbers)
+    _only_references(key, content)
+    return key, content
+
+
+def _only_references(where: str, content: Any) -> None:
+    for count, (key, text) in enumerate(_texts(content)):
+        if count > MOST_VALUES:
+            raise UserError(
+                f"{where} holds more than {MOST_VALUES} values: that is no configuration"
+            )
+        if "${" in _REFERENCE.sub("", text):
+            raise UserError(
+                f"{where}: {key or 'its value'} holds ${{...}} that is no reference to a setting: the environment is "
+                f"not read from a file; let the shell put it into an override, such as output=$HOME/run"
+            )
+
+
+def _texts(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a tree of settings with its dotted key; lists and sections as empty texts."""
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, Mapping | list):
+        yield key, ""
+        items = content.items() if isinstance(content, Mapping) else enumerate(content)
+        for name, value in items:
+            yield from _texts(value, f"{key}.{name}".removeprefix("."))
 
 
 def _over(below: Any, above: Any) -> Any:

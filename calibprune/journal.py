@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from calibprune import storage
-from calibprune.redaction import redacted
+from calibprune.plain import one_line
 
 FOLDER = "_failures"
 MOST = 2000
@@ -43,7 +43,7 @@ class Failure:
         units = f"{'' if alone else ' with'} {', '.join(self.units)}" if self.units else ""
         place = f" on {self.node}" if self.node and self.node not in self.message else ""
         attempt = f", attempt {self.attempt}" if self.attempt else ""
-        return redacted(f"{self.kind}{units}{place}{attempt}: {self.message}")
+        return one_line(f"{self.kind}{units}{place}{attempt}: {self.message}", 2 * MOST_CHARACTERS)
 
 
 def nobody(failure: Failure) -> None:
@@ -69,14 +69,14 @@ class Journal:
                 storage.remove(storage.join(self.url, self._names.pop(0)), PATIENCE_SECONDS)
             self._written += 1
             name = f"{int(1000 * failure.at):013d}-{self._written:05d}-{uuid.uuid4().hex[:4]}.json"
-            content = asdict(failure) | {"message": redacted(failure.message)[:MOST_CHARACTERS]}
+            content = asdict(failure) | {"message": one_line(failure.message, MOST_CHARACTERS)}
             storage.write(
                 storage.join(self.url, name), storage.json_bytes(content), PATIENCE_SECONDS
             )
             self._names.append(name)
         except Exception as error:  # whatever it is, the run is worth more than its journal
             self._rest_until = time.monotonic() + REST_SECONDS
-            self._tell(f"cannot write to {self.url}: {redacted(str(error))[:200]}")
+            self._tell(f"cannot write to {self.url}: {one_line(error, 200)}")
 
 
 def read_failures(stage_url: str, last: int = 1) -> tuple[int, list[Failure]]:

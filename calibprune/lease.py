@@ -22,6 +22,8 @@ from calibprune import storage
 from calibprune.errors import LeaseLost, UserError
 
 FILE = "_lease.json"
+MOST_EXPIRE_SECONDS = 3600.0
+"""Waited for a holder, whatever its lease asks for."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Lease:
     def _watch(self, found: bytes) -> bytes | None:
         """Waits until a lease has expired; None if it went away meanwhile. Raises UserError if it is renewed."""
         holder = _parse(found)
-        expire = max(self._expire, float(holder.get("expire_seconds") or 0))
+        expire = min(max(self._expire, _number(holder, "expire_seconds")), MOST_EXPIRE_SECONDS)
         self._tell(
             f"{_named(holder)} holds {self._run_url}: taking over unless it shows life within {expire:.0f} s"
         )
@@ -164,7 +166,8 @@ class Lease:
                     self._write()
                 elif found is None:
                     self._create()
-                elif owner == self._superseded:  # woke up between its reading and its writing
+                elif owner in (self._superseded, None):
+                    # woke up between its reading and its writing; or emptied or damaged, which no driver does
                     self._write()
                 else:
                     self._lost.set()
@@ -241,7 +244,7 @@ def _is_dead_here(holder: dict[str, Any]) -> bool:
     here = _this_process()
     if not here["boot"] or (holder.get("host"), holder.get("boot")) != (here["host"], here["boot"]):
         return False
-    found = _state_and_start(int(holder.get("pid", 0)))
+    found = _state_and_start(int(_number(holder, "pid")))
     return found is None or found[0] in "ZX" or found[1] != holder.get("process_start")
 
 
@@ -249,16 +252,23 @@ def _parse(data: bytes) -> dict[str, Any]:
     """An unreadable lease is nobody's: it is watched by its bytes."""
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    readable = isinstance(found, dict) and isinstance(found.get("owner"), str)
+    return found if readable else {}
 
 
 def _owner(data: bytes | None) -> str | None:
     return None if data is None else _parse(data).get("owner")
 
 
+def _number(holder: dict[str, Any], key: str) -> float:
+    """A finite number of zero or more; 0 for anything else."""
+    value = holder.get(key)
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1 << 53 else 0.0
+
+
 def _named(holder: dict[str, Any]) -> str:
-    if "owner" not in holder:
+    if not holder.keys() >= {"owner", "pid", "host", "at"}:
         return "another driver"
     return f"the driver with process id {holder['pid']} on {holder['host']}, at it since {holder['at']},"

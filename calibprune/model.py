@@ -17,10 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from calibprune.checkpoint import Checkpoint, local_side_files
 from calibprune.config import ModelSettings
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 
 _TORCH_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
 }  # fmt: skip
+
+
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -117,16 +121,14 @@ def read_config(settings: ModelSettings, url: str) -> Any:
 
     Raises UserError for a missing or unreadable config, an encoder, or an unknown architecture.
     """
-    folder = local_side_files(url)
+    trust = settings.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        hint = " ".join(str(error).split())[:300]
-        if "trust_remote_code" in hint:
-            hint = "it needs code of its own; set model.trust_remote_code=true if you trust it"
-        raise UserError(f"cannot use the model at {settings.path}: {hint}") from None
+        with local_side_files(url) as folder:
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust, local_files_only=True
+            )
+    except Exception as error:  # of a file that others wrote: anything
+        raise UserError(f"cannot use the model at {settings.path}: {_hint(error)}") from None
     architectures = list(config.architectures or ())
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
@@ -136,6 +138,9 @@ def read_config(settings: ModelSettings, url: str) -> Any:
             f"{settings.path} is not a causal language model that can be pruned here: its "
             f"architecture is {', '.join(architectures) or config.model_type}"
         )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise UserError(f"{settings.path}: its config.json speaks of {layers} layers")
     return config
 
 
@@ -151,8 +156,11 @@ def build_skeleton(
     checkpoint = Checkpoint(settings.path, hashes)
     config = read_config(settings, checkpoint.url)
     dtype = forward_dtype(settings, config, checkpoint)
-    with init_empty_weights(include_buffers=False):
-        model = _from_config(config, dtype, settings.trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = _from_config(config, dtype, settings.trust_remote_code)
+    except Exception as error:  # of a config that others wrote: anything
+        raise UserError(f"cannot build the model at {settings.path}: {_hint(error)}") from None
     model.eval()
     model.tie_weights()
     for module in model.modules():  # rotary tables and the like; parameters stay on meta
@@ -190,12 +198,25 @@ def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) 
 def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside a checkpoint. Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(
-            local_side_files(url), trust_remote_code=trust_remote_code, local_files_only=True
+        with local_side_files(url) as folder:
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except Exception as error:  # of a file that others wrote: anything
+        raise UserError(f"cannot read the tokenizer of {url}: {_hint(error)}") from None
+
+
+def _hint(error: Exception) -> str:
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return (
+            "it brings Python code of its own, which is not run; set model.trust_remote_code=true if you have read "
+            "that code and trust it"
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot read the tokenizer of {url}: {reason}") from None
+    return (
+        f"{type(error).__name__}: {one_line(error)}"
+        if isinstance(error, LookupError)
+        else one_line(error)
+    )
 
 
 def context_tokens(config: Any) -> int | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from calibprune import storage
@@ -63,6 +64,7 @@ def listing(run_url: str, stage_name: str) -> tuple[list[Item], list[Item]]:
         raise UserError(f"there is no stage {stage_name}: it is one of {', '.join(STAGES)}")
     url = storage.join(run_url, stage_name)
     sizes = storage.tree(url)
+    _check_no_links(url, sizes)
     if stage_name == "report":
         if "report.json" not in sizes:
             raise UserError(f"{url} is not finished: run the stage report first")
@@ -89,6 +91,17 @@ def listing(run_url: str, stage_name: str) -> tuple[list[Item], list[Item]]:
         if path in sizes
     ]
     return body, last
+
+
+def _check_no_links(url: str, paths: Iterable[str]) -> None:
+    """Raises UserError for a link: it would carry a file from elsewhere on this machine into what others read."""
+    if storage.is_local(url):
+        folder = Path(storage.resolve(url)[1]).resolve()
+        for path in paths:
+            if (folder / path).resolve() != folder / path:
+                raise UserError(
+                    f"{url}/{path} is a link: only what the run itself made is published"
+                )
 
 
 def batches(

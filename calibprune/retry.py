@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import tenacity
 
 from calibprune.errors import UserError
+from calibprune.plain import without_secrets
 
 RETRY_SECONDS = 120.0
 """No attempt starts later than this after the first one."""
@@ -123,7 +124,7 @@ def reason(error: BaseException) -> str:
 def shown(url: str) -> str:
     """A URL without the password or signature it may hold."""
     if not url.startswith(("http://", "https://")):
-        return url
+        return without_secrets(url)
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}{parts.path}"
 

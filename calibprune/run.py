@@ -11,32 +11,16 @@ _failures/           what went wrong on the way (journal.py)
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from calibprune import storage
 from calibprune.errors import CorruptionError, DriftError, UserError
 from calibprune.failpoint import failpoint
 from calibprune.process import node
+from calibprune.records import Record, parse_manifest, parse_plan, parse_record
 
 SHOWN = 60
 """Characters of a value in a message."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """The done record of one unit."""
-
-    unit: str
-    file: str | None
-    """Path of the unit's data file relative to the stage folder; None for a unit without data."""
-    bytes: int
-    sha256: str | None
-    facts: dict[str, Any] = field(default_factory=dict)
-    finished_at: float = 0.0
-    """Seconds since the epoch."""
-    node: str = field(default="", compare=False)
-    """The machine that made it. For who looks for a fault: it stands in no manifest."""
 
 
 class Published(NamedTuple):
@@ -90,7 +74,7 @@ class Stage:
     def read_plan(self) -> dict[str, Any]:
         url = storage.join(self.url, "_plan.json")
         try:
-            return storage.read_json(url)
+            return parse_plan(storage.read_bytes(url))
         except ValueError:
             raise CorruptionError(
                 f"{url} is damaged: remove the folder {self.url} to make it again"
@@ -166,13 +150,20 @@ class Stage:
         return storage.exists(storage.join(self.url, "_SUCCESS"))
 
     def manifest(self) -> dict[str, Any]:
-        """Raises UserError when the stage is not finished."""
+        """Records and facts. Raises UserError when the stage is not finished, CorruptionError when it is damaged."""
         if not self.finished:
             raise UserError(f"{self.url} is not finished: run the stage {self.name} first")
-        return storage.read_json(storage.join(self.url, "manifest.json"))
+        url = storage.join(self.url, "manifest.json")
+        try:
+            records, facts = parse_manifest(storage.read_bytes(url))
+        except (ValueError, FileNotFoundError):
+            raise CorruptionError(
+                f"{url} is damaged or missing: remove it and {self.url}/_SUCCESS, then run the same command"
+            ) from None
+        return {"records": records, "facts": facts}
 
     def records(self) -> list[Record]:
-        return [Record(**record) for record in self.manifest()["records"]]
+        return self.manifest()["records"]
 
     def content_id(self) -> str:
         """Hash of the hashes of all data of a finished stage: what the next stage is made from."""
@@ -197,8 +188,8 @@ class Stage:
 
     def _parse(self, unit: str, data: bytes) -> Record:
         try:
-            record = Record(**json.loads(data))
-        except (ValueError, TypeError):
+            record = parse_record(data)
+        except ValueError:
             record = None
         if record is None or record.unit != unit:
             raise CorruptionError(

@@ -24,7 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from calibprune.errors import UserError
 from calibprune.failpoint import failpoint
-from calibprune.retry import passes, retrying, status
+from calibprune.plain import one_line
+from calibprune.retry import passes, retrying, shown, status
 
 READS_AT_ONCE = 64
 T = TypeVar("T")
@@ -36,7 +37,7 @@ def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **_options(scheme))
     except (ValueError, ImportError) as error:
-        raise UserError(f"cannot open {url}: {error}") from None
+        raise UserError(f"cannot open {shown(url)}: {one_line(error)}") from None
     if scheme in ("s3", "s3a"):
         filesystem.retries = 2  # type: ignore[attr-defined]
     return filesystem, path
@@ -267,7 +268,7 @@ def check_writable(url: str) -> None:
         write(probe, b"")
         remove(probe)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write to {url}: {error}") from None
+        raise UserError(f"cannot write to {shown(url)}: {one_line(error)}") from None
 
 
 def _options(scheme: str) -> dict[str, Any]:
@@ -349,7 +350,7 @@ def _stage(path: str, data: bytes) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with staged.open("wb") as file:
+        with staged.open("xb") as file:
             middle = len(data) // 2
             file.write(memoryview(data)[:middle])
             failpoint(f"writing-{target.name.rsplit('-', 1)[0]}")

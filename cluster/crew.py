@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
 from calibprune.journal import Failure, nobody
+from calibprune.plain import one_line
 from cluster.label import Label
 from cluster.room import Bundle, Waiting, check_fits
 from cluster.session import actor_options, death
@@ -124,7 +125,7 @@ class Crew:
             raise cause from None
         self.dismiss(member)
         self._failures += 1
-        reason = " ".join(str(cause).split())[:300]
+        reason = one_line(cause)
         self.failed(Failure("engine", f"did not start: {reason}", attempt=self._failures))
         if self._failures >= START_FAILURES and all(m.phase == "placing" for m in self.members):
             raise StartFailed(f"{self._failures} starts in a row failed, the last one: {reason}")

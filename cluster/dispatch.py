@@ -14,6 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
 from calibprune.journal import Failure
+from calibprune.plain import one_line
 from calibprune.run import Record
 from cluster.crew import Crew, Member
 from cluster.metrics import QueueMetrics
@@ -184,7 +185,7 @@ class Queue:
         for unit in units:
             self._failures[unit] += 1
             if self._failures[unit] >= self._attempts:
-                reason = " ".join(str(cause).split())[:300]
+                reason = one_line(cause)
                 self._set_aside(unit, reason)
             else:
                 self._waiting.appendleft(unit)

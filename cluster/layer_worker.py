@@ -16,6 +16,7 @@ from torch import Tensor
 
 from calibprune.calibration.pool import read_pool, read_positions
 from calibprune.config import ModelSettings, PruneSettings
+from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import Perplexity, sweep_perplexity
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
@@ -25,6 +26,8 @@ from calibprune.pruning.memory import offload_needed
 from calibprune.run import Record, Stage
 from cluster.label import label_of
 from cluster.metrics import LayerMetrics
+
+LOOPBACK = "127.0.0.1"
 
 
 class LayerWorker:
@@ -38,19 +41,24 @@ class LayerWorker:
         self._metrics: LayerMetrics | None = None
         self._at = "starting"
 
-    def open_meeting(self) -> tuple[str, int]:
-        """Address and port at which the others find the gang; called on the worker that becomes the first."""
-        address = ray.util.get_node_ip_address()
+    def open_meeting(self, one_node: bool) -> tuple[str, int]:
+        """Address and port at which the others find the gang; called on the worker that becomes the first.
+
+        Workers of one node meet where no other machine can reach them.
+        """
+        address = LOOPBACK if one_node else ray.util.get_node_ip_address()
         self._meeting = Meeting(address, self._timeout)
         return address, self._meeting.port
 
     def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> None:
         """Takes its place in the gang."""
+        alone = meeting is None or meeting[0] == LOOPBACK
+        address = LOOPBACK if alone else ray.util.get_node_ip_address()
         torch.set_num_threads(self._cpus)
         store = None
         if meeting is not None:
             store = self._meeting.store if self._meeting else meet(*meeting, self._timeout)
-        self._gang = join(rank, size, self._device, store, ray.util.get_node_ip_address())
+        self._gang = join(rank, size, self._device, store, address)
         self._at = "ready"
 
     def prune(
@@ -65,6 +73,12 @@ class LayerWorker:
         skeleton = build_skeleton(model, self._device)
         stage, pool, positions = Stage(stage_url), read_pool(pool_url), read_positions(pool_url)
         sequences, tokens = pool.shape
+        vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+        if pool.min() < 0 or pool.max() >= vocabulary:
+            raise UserError(
+                f"{pool_url} holds token ids from {pool.min()} to {pool.max()}, the model has {vocabulary}: it was "
+                f"made with another model's tokenizer"
+            )
         reason = offload_needed(skeleton, settings, sequences, tokens, self._gang.size)
         if reason and self._gang.rank == 0:
             yield reason

@@ -3,14 +3,18 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_ray_address_file
 from ray._private.worker import global_worker
 from ray.exceptions import RayError
 from ray.util.placement_group import (
@@ -22,11 +26,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
+from calibprune.plain import one_line, plain
 from cluster.label import Label
 from cluster.room import Bundle, Waiting, check_fits
 
 CONNECT_SECONDS = 10
 POLL_SECONDS = 1.0
+LONGEST_ROOT = 28
+"""Characters of a folder for temporary files below which the paths of Ray's sockets stay within what Linux allows."""
 
 
 @contextmanager
@@ -41,24 +48,51 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _check_reachable(settings.address or os.environ.get("RAY_ADDRESS"))
     on_terminate = signal.getsignal(signal.SIGTERM)
+    token = Path.home() / ".ray" / "auth_token"
+    had_token, ours = token.exists(), _own_ray(settings)
     try:
         ray.init(
-            address=settings.address,
+            **{"address": settings.address, **ours},
             include_dashboard=False if settings.address is None else None,
             logging_level=logging.INFO if settings.verbose else logging.ERROR,
             log_to_driver=settings.verbose,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = settings.address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise UserError(f"cannot reach Ray at {where}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot reach Ray at {where}: {one_line(error)}") from None
+    if not had_token and token.exists():
+        token.chmod(0o600)  # Ray made it for all to read
     if threading.current_thread() is threading.main_thread():
         signal.signal(
             signal.SIGTERM, on_terminate
         )  # Ray put its own there, which ends without cleaning up
+    went_well = False
     try:
         yield global_worker.node is not None and global_worker.node.is_head()
+        went_well = True
     finally:
         ray.shutdown()
+        if "_temp_dir" in ours and went_well:  # else the workers' logs in it may say why
+            shutil.rmtree(Path(ours["_temp_dir"]).parent, ignore_errors=True)
+
+
+def _own_ray(settings: ClusterSettings) -> dict[str, str]:
+    """What starts a Ray in a folder that nobody else can enter, since Ray opens its sockets and logs to everybody;
+    nothing where there is a Ray to join, or where RAY_TMPDIR says where to put one.
+
+    An address that somebody else left in the folder for temporary files is not followed: he would get our code to run.
+    """
+    if settings.address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_TMPDIR"):
+        return {}
+    running = Path(get_ray_address_file(None))
+    if running.exists() and {running.stat().st_uid, running.parent.stat().st_uid} <= {
+        0,
+        os.getuid(),
+    }:
+        return {}
+    root = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="ray-", dir=root if len(root) <= LONGEST_ROOT else "/tmp")
+    return {"address": "local", "_temp_dir": f"{folder}/r"}
 
 
 def _check_reachable(address: str | None) -> None:
@@ -191,5 +225,5 @@ def death(error: RayError) -> Exception:
     for line in reversed(lines):
         kind, colon, text = line.partition(": ")
         if colon and kind.rsplit(".", 1)[-1] in ("UserError", "CorruptionError", "DriftError"):
-            return UserError(text)
-    return RuntimeError(last)
+            return UserError(plain(text))
+    return RuntimeError(plain(last))

@@ -15,6 +15,7 @@ from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.gang import PeerLost
 from calibprune.journal import Failure, nobody
+from calibprune.plain import one_line
 from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record
 from cluster.label import Label
@@ -208,7 +209,10 @@ class WorkerGroup:
         try:
             meeting = None
             if count > 1:
-                meeting = ray.get(handles[0].open_meeting.remote(), timeout=self._start_seconds)
+                meeting = ray.get(
+                    handles[0].open_meeting.remote(len(set(self.nodes)) == 1),
+                    timeout=self._start_seconds,
+                )
             joining = {
                 handle.join.remote(rank, count, meeting): rank
                 for rank, handle in enumerate(handles)
@@ -232,7 +236,7 @@ class WorkerGroup:
             return UserError(str(cause))
         where = self._named(rank) if rank is not None else "a worker"
         at = f" at {_place(self._at[rank])}" if rank is not None else ""
-        reason = " ".join(str(cause).split())[:400] or type(cause).__name__
+        reason = one_line(cause, 400)
         if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
             return WorkFailed(f"{where}{at}: {reason}")
         host = self._actors.hosts[rank] if rank is not None else None

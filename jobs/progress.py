@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from calibprune.plain import plain
 from jobs import log
 
 LOG_SECONDS = 15.0
@@ -39,10 +41,11 @@ def tick() -> None:
 
 
 def say(text: str) -> None:
+    """A line; what files, servers or models have named in it cannot steer the terminal, nor tell a secret."""
     if log.is_json():
         log.line(text)
         return
-    console.print(text, markup=False)
+    console.print(plain(text), markup=False)
 
 
 class Steps:
@@ -88,7 +91,7 @@ class Steps:
         tick()
         self._done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, detail=detail)
+            self._bar.update(self._task, completed=done, detail=escape(plain(detail)))
         elif time.monotonic() - self._said_at >= LOG_SECONDS or done == self._total:
             self._said_at = time.monotonic()
             say(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from calibprune import storage
 from calibprune.config import TrackingSettings
 from calibprune.errors import UserError
-from calibprune.redaction import redacted
+from calibprune.plain import one_line
 from calibprune.run import flat
 from jobs.progress import say
 from jobs.run_folder import Run
@@ -118,7 +118,7 @@ def _start(run: Run, settings: TrackingSettings, known: dict[str, Any] | None) -
         with contextlib.redirect_stdout(sys.stderr):  # what a command prints is its result
             return kinds[settings.type](settings.project, name, config, known and known["id"])
     except Exception as error:
-        reason = redacted(f"{type(error).__name__}: {error}")[:300]
+        reason = one_line(f"{type(error).__name__}: {error}")
         if known is None:
             raise UserError(
                 f"{settings.type} cannot be started: {reason}; report.tracking=null goes without"
@@ -134,7 +134,7 @@ def _forgiven(verb: str) -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except Exception as error:
-        say(f"tracking: cannot {verb} it: {redacted(f'{type(error).__name__}: {error}')[:300]}")
+        say(f"tracking: cannot {verb} it: {one_line(f'{type(error).__name__}: {error}')}")
 
 
 class Mlflow:

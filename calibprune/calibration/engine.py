@@ -90,6 +90,7 @@ class Engine:
             model=model,
             dtype=_checkpoint_dtype(model, trust_remote_code) if dtype == "auto" else dtype,  # type: ignore[arg-type]
             trust_remote_code=trust_remote_code,
+            load_format="safetensors",  # by itself it would take pickled weights too
             tensor_parallel_size=settings.tensor_parallel,
             distributed_executor_backend="mp" if settings.tensor_parallel > 1 else one_process,
             gpu_memory_utilization=settings.gpu_memory_utilization,

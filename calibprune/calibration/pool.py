@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from calibprune import storage
-from calibprune.errors import UserError
+from calibprune.errors import CorruptionError, UserError
+from calibprune.plain import one_line
 from calibprune.run import Record, Stage
 
 SAMPLE_SCHEMA = pa.schema(
@@ -77,7 +79,7 @@ def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
     """
     parts = []
     for data in _pool_data(url):
-        table = read_parquet(data)
+        table = _read_foreign(data, url)
         if "token_ids" not in table.column_names:
             raise UserError(f"{url}: a pool needs a column token_ids, it has {table.column_names}")
         parts.append(_rows_of_one_length(table["token_ids"], url))
@@ -96,10 +98,10 @@ def read_positions(url: str) -> Bool[Tensor, "sequences tokens"] | None:
     """
     parts, without = [], 0
     for data in _pool_data(url):
-        if GENERATED.name not in pq.read_schema(io.BytesIO(data)).names:
+        table = _read_foreign(data, url)
+        if GENERATED.name not in table.column_names:
             without += 1
             continue
-        table = read_parquet(data, [GENERATED.name])
         parts.append(_rows_of_one_length(table[GENERATED.name], url))
     if parts and without:
         raise UserError(f"{url}: only some of the pool's files have the column {GENERATED.name}")
@@ -123,8 +125,11 @@ def pool_shape(url: str) -> tuple[int, int]:
     stage = Stage(url)
     if stage.finished:
         facts = [record.facts for record in _pool_records(stage)]
-        sequences = sum(one["sequences"] for one in facts)
-        return sequences, sum(one["tokens"] for one in facts) // max(1, sequences)
+        counts = [(one.get("sequences"), one.get("tokens")) for one in facts]
+        if not all(isinstance(n, int) and 0 < n < 1 << 53 for count in counts for n in count):
+            raise CorruptionError(f"{url} is damaged: its records do not say how large the pool is")
+        sequences, tokens = map(sum, zip(*counts, strict=True))
+        return sequences, tokens // sequences
     sequences, tokens = read_pool(url).shape
     return sequences, tokens
 
@@ -139,7 +144,30 @@ def _pool_data(url: str) -> Iterator[bytes]:
             yield storage.read_bytes(storage.join(url, name))
 
 
+def _read_foreign(data: bytes, url: str) -> pa.Table:
+    """The columns of a pool that somebody else may have made. Raises UserError for what is no parquet file."""
+    try:
+        names = [
+            n for n in pq.read_schema(io.BytesIO(data)).names if n in ("token_ids", GENERATED.name)
+        ]
+        return read_parquet(data, names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"{url}: one of its parquet files cannot be read: {one_line(error)}"
+        ) from None
+
+
 def _rows_of_one_length(column: pa.ChunkedArray, url: str) -> np.ndarray:
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not lists or not (
+        pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type)
+    ):
+        raise UserError(
+            f"{url}: a pool's columns hold lists of whole numbers, here: {one_line(kind)}"
+        )
+    if column.null_count or pyarrow.compute.list_flatten(column).null_count:
+        raise UserError(f"{url}: a pool has no empty values")
     rows = column.combine_chunks()
     lengths = set(rows.value_lengths().to_pylist())
     if len(lengths) != 1 or not all(lengths):

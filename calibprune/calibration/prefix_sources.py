@@ -13,6 +13,7 @@ from calibprune.calibration.sources import first_tokens
 from calibprune.calibration.texts import Message, documents, prompts
 from calibprune.config import DatasetPrefixes, PromptPrefixes
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +58,6 @@ def _prompt_tokens(
     tokenizer: "PreTrainedTokenizerBase",
     batch: Sequence[str | list[Message]],
 ) -> Iterator[np.ndarray]:
-    from jinja2 import TemplateError
-
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise UserError(
@@ -73,9 +72,9 @@ def _prompt_tokens(
             tokens = tokenizer.apply_chat_template(
                 asked, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-    except TemplateError as error:
+    except Exception as error:  # of a program that came with the model: anything
         raise UserError(
-            f"the chat template of {name} refuses a prompt of {settings.path}: {error}"
+            f"the chat template of {name} refuses a prompt of {settings.path}: {one_line(error)}"
         ) from None
     tokens = iter(tokens)
     for chat in chats:

@@ -12,6 +12,7 @@ import fsspec
 
 from calibprune.config import HeldOutText
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 
 PYTHON_DOCS = "python-docs"
 _TEXT = (".txt",)
@@ -174,7 +175,7 @@ def _json_rows(
         where = f"line {number} of {file}"
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object: one object per line is read")
@@ -182,13 +183,13 @@ def _json_rows(
 
 
 def _parquet_rows(stream: BinaryIO, file: str, column: str, take: _Take[Cell]) -> Iterator[Cell]:
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         parquet = ParquetFile(stream)
-    except ArrowInvalid as error:
-        raise UserError(f"{file} is not a parquet file: {error}") from None
+    except (ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file} is not a parquet file: {one_line(error)}") from None
     names = parquet.schema_arrow.names
     if column not in names:
         raise _no_column(column, file, names)
@@ -202,8 +203,11 @@ def _hub_rows(
 ) -> Iterator[Cell]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as formats
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    if path in formats:  # which would read whatever lies in the working directory, pickles among it
+        raise UserError(f"no text at {path}: that is a format of the datasets library, no dataset")
     try:
         rows = load_dataset(path, name, split=split, streaming=True)
     except DatasetNotFoundError:
@@ -217,7 +221,7 @@ def _hub_rows(
             "and the Hugging Face hub cannot be reached for a dataset of that name"
         ) from None
     except ValueError as error:  # no such configuration or split
-        raise UserError(f"dataset {path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"dataset {path}: {one_line(error)}") from None
     return (_cell(row, column, f"dataset {path}", take) for row in rows)
 
 

@@ -8,9 +8,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 def _without_credentials(url: str) -> str:
     """Refuses passwords, and in web addresses tokens and signatures."""
-    password = re.match(r"[\w+.-]+://[^/@]*:[^/@]*@|https?://[^/@]*@", url)
+    password = re.search(r"[\w+.-]+://[^/@]*:[^/@]*@|https?://[^/@]*@", url)
     if password or re.search(
-        r"^https?://.*[?&][^=&]*(sig|token|key|secret|credential|password)", url, re.I
+        r"://.*[?&][^=&]*(sig|token|key|secret|credential|password)", url, re.I
     ):
         raise ValueError("no credentials in URLs: give them to the store's own library instead")
     return url

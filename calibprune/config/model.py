@@ -17,7 +17,7 @@ class ModelSettings(Section):
 class ClusterSettings(Section):
     """What to ask of Ray. Without an address: RAY_ADDRESS if set, else a Ray of its own on this machine."""
 
-    address: str | None = None
+    address: Url | None = None
     workers: PositiveInt = 1
     gpus_per_worker: NonNegativeInt | None = None
     """None: one where the cluster has GPUs, else none."""

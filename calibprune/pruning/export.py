@@ -35,7 +35,7 @@ def finish_checkpoint(stage: Stage, source_url: str, settings: PruneSettings) ->
     folder = storage.join(stage.url, FOLDER)
     weight_map, total = {}, 0
     layers, allocation = [], None
-    for record in stage.done().values():
+    for record in stage.done(stage.read_plan()["units"]).values():
         if record.unit == ALLOCATION:
             allocation = record.facts
             continue

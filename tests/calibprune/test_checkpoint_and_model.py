@@ -45,8 +45,8 @@ def test_sharded_and_remote_checkpoints_read_alike(tiny_llama):
     skeleton = build_skeleton(ModelSettings(path="memory://sharded"))
     layer = skeleton.checkpoint.read(skeleton.layer_tensors(1))
     assert len(layer) == 9 and all(torch.equal(layer[name], tensors[name]) for name in layer)
-    config = Path(local_side_files("memory://sharded")) / "config.json"
-    assert json.loads(config.read_text())["vocab_size"] == 258
+    with local_side_files("memory://sharded") as folder:
+        assert json.loads(Path(folder, "config.json").read_text())["vocab_size"] == 258
     storage.remove("memory://sharded/b.safetensors")
     with pytest.raises(UserError, match=r"the index names b\.safetensors, which is not there"):
         Checkpoint("memory://sharded")

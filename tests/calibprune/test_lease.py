@@ -208,3 +208,72 @@ def test_on_a_store_without_conditional_writes(tmp_path):
         assert len(holding) == 1
         test_a_living_holder_is_named_and_kept(f"{bucket}/alive")
         test_a_stopped_holder_is_replaced_and_stops_when_it_wakes(f"{bucket}/stopped")
+
+
+@pytest.mark.parametrize("content", [b"", b"{half", b"[]", b'{"owner": 3}', b"[" * 100_000])
+def test_a_damaged_lease_is_written_again_by_its_holder(tmp_path, content):
+    """Also by one that took over from somebody: only another driver's name ends a lease."""
+    make_foreign(str(tmp_path), host=os.uname().nodename, pid=os.getpid(), process_start="1")
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=3.0) as lease:
+        owner = content_of(tmp_path)
+        (tmp_path / FILE).write_bytes(content)
+        with pytest.raises(UserError, match="is refused while it lives"):
+            Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=3.0).__enter__()
+        lease.check()
+        assert content_of(tmp_path) == owner
+
+
+def content_of(folder):
+    return content(str(folder))["owner"]
+
+
+def test_a_removed_lease_is_made_again_by_its_holder(tmp_path):
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=3.0) as lease:
+        owner = content_of(tmp_path)
+        (tmp_path / FILE).unlink()
+        wait_for((tmp_path / FILE).exists)
+        lease.check()
+        assert content_of(tmp_path) == owner
+
+
+def test_a_clock_that_jumps_ends_no_lease(tmp_path, monkeypatch):
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=2.0) as lease:
+        for jump in (1e9, -1e9):
+            now = time.time()
+            monkeypatch.setattr(time, "time", lambda now=now, jump=jump: now + jump)
+            os.utime(tmp_path / FILE, (1, 1))
+            time.sleep(0.25)
+            lease.check()
+            with pytest.raises(UserError, match="is refused while it lives"):
+                Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=2.0).__enter__()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pid": "x"}, {"pid": [1]}, {"pid": -1}, {"pid": 10**30}, {"pid": None}, {"expire_seconds": "soon"},
+        {"expire_seconds": -5}, {"expire_seconds": [1]}, {"host": None}, {"boot": {}}, {"process_start": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_lease_of_nonsense_is_waited_for_and_then_taken(tmp_path, changes):
+    make_foreign(str(tmp_path), **{"expire_seconds": 0.3} | changes)
+    started = time.monotonic()
+    with Lease(str(tmp_path), heartbeat_seconds=0.05, expire_seconds=0.3) as lease:
+        assert time.monotonic() - started >= 0.3
+        lease.check()
+
+
+@pytest.mark.parametrize("seconds", [1e300, 10**40, "Infinity", "NaN"])
+def test_nobody_waits_for_ever(tmp_path, monkeypatch, seconds):
+    monkeypatch.setattr("calibprune.lease.MOST_EXPIRE_SECONDS", 0.5)
+    make_foreign(str(tmp_path))
+    text = (
+        (tmp_path / FILE)
+        .read_text()
+        .replace('"expire_seconds": 2.0', f'"expire_seconds": {seconds}')
+    )
+    (tmp_path / FILE).write_text(text)
+    started = time.monotonic()
+    with Lease(str(tmp_path), heartbeat_seconds=0.05, expire_seconds=0.2):
+        assert 0.2 <= time.monotonic() - started < 2

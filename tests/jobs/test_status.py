@@ -15,7 +15,6 @@ from calibprune import storage
 from calibprune.config import Config
 from calibprune.journal import MOST, SET_ASIDE, Failure, Journal, read_failures
 from calibprune.lease import FILE, Lease
-from calibprune.redaction import redacted
 from calibprune.run import Stage
 from jobs.run_status import run_status, seconds_each
 from jobs.status import describe
@@ -127,7 +126,7 @@ def test_failures_and_units_set_aside_are_told_the_last_one_with_its_age(tmp_pat
     assert generate["last_failure"]["units"] == ("00004",)
     text = "\n".join(describe(status))
     assert "4 failures, set aside: 00003 00004" in text
-    assert "last failure 50 s ago: driver: OSError: [2Jno space left" in text
+    assert "last failure 50 s ago: driver: OSError: \\x1b[2Jno space left" in text
     assert status["stages"]["prune"]["state"] == "not started"
     count, (engine, *_) = read_failures(stage.url, 10)[0], read_failures(stage.url, 10)[1][::-1]
     assert (
@@ -144,26 +143,6 @@ def test_the_journal_keeps_the_newest(tmp_path):
     count, (last,) = read_failures(str(tmp_path / "stage"))
     assert (count, last.message) == (MOST, "the newest")
     assert not (folder / "0000000000000-aaaaaa.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("GET https://user:pa55word@store.example/a?X-Amz-Signature=5EC2E7&b=1 failed", "store.example/a failed"),
-        ("s3://key:5EC2E7@bucket/x", "s3://bucket/x"),
-        ("Authorization: Bearer 5EC2E7.5EC2E7", "Authorization"),
-        ("no access for hf_5EC2E75EC2E75EC2E7 there", "no access for"),
-        ("AKIA5EC2E75EC2E75EC2 was refused", "was refused"),
-        ("aws_secret_access_key=5EC2E7/+ab in the profile", "in the profile"),
-        ('{"session_token": "5EC2E7", "region": "here"}', '"region": "here"'),
-        ("value of the environment: 0rd1nary-5EC2E7-t3xt", "value of the environment"),
-        ("2 tokens of 512 tokens/s, 3 failures", "2 tokens of 512 tokens/s, 3 failures"),
-    ],
-)  # fmt: skip
-def test_nothing_like_a_credential_is_written_down(monkeypatch, text, kept):
-    monkeypatch.setenv("SOME_API_KEY", "0rd1nary-5EC2E7-t3xt")
-    found = redacted(text)
-    assert kept in found and "5EC2E7" not in found and "pa55word" not in found
 
 
 def test_stages_that_are_not_needed_are_done_with(tmp_path, capsys):
