@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Int
@@ -166,7 +165,7 @@ def _rows_of_one_length(column: pa.ChunkedArray, url: str) -> np.ndarray:
         raise UserError(
             f"{url}: a pool's columns hold lists of whole numbers, here: {one_line(kind)}"
         )
-    if column.null_count or pyarrow.compute.list_flatten(column).null_count:
+    if column.null_count or column.combine_chunks().flatten().null_count:
         raise UserError(f"{url}: a pool has no empty values")
     rows = column.combine_chunks()
     lengths = set(rows.value_lengths().to_pylist())
