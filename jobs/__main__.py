@@ -183,10 +183,11 @@ def submit(
 @app.command("jobs")
 def list_jobs(address: Address = None) -> None:
     """The jobs of calibprune on a Ray cluster: id, state, exit code, age, output."""
+    from calibprune.plain import plain
     from jobs.submit import list_jobs as lines_of_jobs
 
     for line in lines_of_jobs(address):
-        print(line)
+        print(plain(line))
 
 
 @app.command("stop")
@@ -194,9 +195,10 @@ def stop_job(
     job: Annotated[str, typer.Argument(metavar="ID_OR_RUN_URL")], address: Address = None
 ) -> None:
     """Stop a job of calibprune, by its id or by the URL of its run, and say how to resume it."""
+    from calibprune.plain import plain
     from jobs.submit import stop
 
-    print(stop(job, address))
+    print(plain(stop(job, address)))
 
 
 @app.command()

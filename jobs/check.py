@@ -1,5 +1,6 @@
 """Bad input gets a clear error before work starts; and what a run will need, told in advance."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from calibprune.errors import UserError
 from calibprune.run import Stage
 from jobs.run_folder import Run
 
+STREAMED = ("s3", "gs", "az")
+"""Object stores that vLLM loads models from, with the package of its extra `runai`."""
 CONTACT_SECONDS = 10.0
 """Of a first contact with the model. Later failures are sat out for longer: it was there once."""
 
@@ -43,7 +46,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         and run.no_samples_because is None
         and not run.stage("generate").finished
     ):
-        check_vllm("generate")
+        check_vllm("generate", run.skeleton.checkpoint.url)
         check_prefixes(run.config.generate, run.tokenizer)
     if "curate" in stages and run.config.prune.pool is None and not run.stage("curate").finished:
         _check_texts(run)
@@ -129,11 +132,25 @@ def _check_pattern(run: Run) -> None:
                 )
 
 
-def check_vllm(stage: str) -> None:
+def check_vllm(stage: str, model_url: str) -> None:
+    """Raises UserError where vLLM is missing, or what it needs to read the model."""
     if vllm_version() is None:
         raise UserError(
             f'vLLM is not installed, {stage} needs it: pip install "calibprune[cuda]" on a machine with '
             f'NVIDIA GPUs, "calibprune[cpu]" on one without'
+        )
+    scheme = model_url.partition("://")[0] if "://" in model_url else "file"
+    if scheme in ("file", "hf"):
+        return
+    if scheme not in STREAMED:
+        raise UserError(
+            f"vLLM, which {stage} needs, does not read {model_url}: give a folder that every node mounts, a hub id, or "
+            f"a URL of {', '.join(STREAMED)}"
+        )
+    if importlib.util.find_spec("runai_model_streamer") is None:
+        raise UserError(
+            f"vLLM, which {stage} needs, reads {model_url} by its streamer, which is not installed: pip install "
+            f'"vllm[runai]", or give a folder that every node mounts'
         )
 
 
@@ -147,7 +164,7 @@ def _check_texts(run: Run) -> None:
         if isinstance(source, GeneratedSource) and source.path is not None:
             Stage(source.path).manifest()
     if natural and needs_scoring(settings):
-        check_vllm("a perplexity filter of curate")
+        check_vllm("a perplexity filter of curate", run.skeleton.checkpoint.url)
 
 
 def kept_at_most(config: Config, samples: int) -> int:

@@ -1,5 +1,6 @@
 """The command line's help, and bad input: one clear line, exit code 2, nothing half-written."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -7,7 +8,9 @@ import sys
 
 import pytest
 
+from calibprune import storage
 from tests.jobs.command import calibprune, calibprune_here
+from tests.servers import s3_server
 
 BASE = """
 model: {{path: {model}}}
@@ -148,6 +151,17 @@ def test_without_vllm_the_message_says_what_to_install(config, tmp_path):
     )
     result = calibprune("run", config, PYTHONPATH=str(blocked))
     assert result.returncode == 2 and "vLLM is not installed" in result.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("runai_model_streamer") is not None, reason="the streamer is there"
+)
+def test_a_model_in_a_bucket_wants_what_vllm_reads_it_by(capsys, config, tiny_llama):
+    with s3_server("models") as bucket:
+        for file in tiny_llama.iterdir():
+            storage.write(f"{bucket}/tiny/{file.name}", file.read_bytes())
+        code, _, errors = calibprune_here(capsys, "check", config, f"model.path={bucket}/tiny")
+    assert code == 2 and 'pip install "vllm[runai]"' in errors, errors
 
 
 def test_a_hub_that_cannot_be_reached_is_told(config):
