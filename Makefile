@@ -35,11 +35,11 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip uv
 ifneq ($(CUDA),)
-	$(BIN)/pip install --quiet --editable ".[cuda,dev]"
+	$(BIN)/pip install --quiet --no-compile --editable ".[cuda,dev]"
 else
-	$(BIN)/pip install --quiet "$(TORCH_CPU)+cpu" \
+	$(BIN)/pip install --quiet --no-compile "$(TORCH_CPU)+cpu" \
 	  || $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu "$(TORCH_CPU)"
-	$(BIN)/pip install --quiet --editable ".[cpu,dev]"
+	$(BIN)/pip install --quiet --no-compile --editable ".[cpu,dev]"
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	touch $@

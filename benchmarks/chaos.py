@@ -55,7 +55,7 @@ model: {{path: {ROOT / "model"}}}
 output: {ROOT / "run"}
 cluster: {{address: "{address}", workers: 2, cpus_per_worker: 1, start_timeout_seconds: 180}}
 generate: {{samples: {options.samples}, max_tokens: 128, min_tokens: 128, shard_rows: 50, cpu_kvcache_gib: 1,
-  engines: 2, attempts: 10, shard_timeout_seconds: 60}}
+  engines: 2, attempts: 10, shard_timeout_seconds: 120}}
 curate: {{sequences: 128, sequence_tokens: 128}}
 prune: {{method: sparsegpt, batch_sequences: 8, layer_timeout_seconds: 120}}
 evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: 16, sequence_tokens: 128}}
@@ -111,7 +111,7 @@ def main() -> None:
         print(
             f"the driver gave up by itself {gave_up} times; a kill cost {lost / max(1, made):.1f} s"
         )
-        print(f"left behind: {leaks.found(outputs)}")
+        print(f"left behind: {leaks.found(outputs) or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ START_FAILURES = 5
 RESTART_SECONDS = 5.0
 """How long a place rests after a failed start, longer with every further one."""
 MOST_RESTART_SECONDS = 60.0
-STOP_SECONDS = 2.0
-"""For an actor to end in order; a driver that is told to stop has three."""
+STOP_SECONDS, HASTY_STOP_SECONDS = 15.0, 1.0
+"""For actors to end in order: after the work, and when it is broken off. A driver that is told to stop has three."""
 
 
 class StartFailed(RuntimeError):
@@ -80,9 +80,11 @@ class Crew:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         stopping = [member.handle.stop.remote() for member in self.ready]
-        ray.wait(stopping, num_returns=len(stopping), timeout=STOP_SECONDS) if stopping else None
+        seconds = STOP_SECONDS if kind is None else HASTY_STOP_SECONDS
+        if stopping:
+            ray.wait(stopping, num_returns=len(stopping), timeout=seconds)
         for member in self.members:
             ray.kill(member.handle)
         self.members = []

@@ -190,22 +190,23 @@ class Leaks:
     temporary: Path
     shared_memory: frozenset[str] = field(default_factory=lambda: frozenset(_shared_memory()))
 
-    def found(self, outputs: Sequence[str]) -> dict[str, int]:
-        """Numbers of things left, by kind; all zero where nothing leaks. For runs that have ended."""
+    def found(self, outputs: Sequence[str]) -> dict[str, list[str]]:
+        """Names of things left, by kind; empty where nothing leaks. For runs that have ended."""
         actors, groups, missing = self._in_cluster()
         files = [path for output in outputs for path in _files(output)]
-        return {
-            "processes": len(_ours((*ACTORS, "VLLM::"))),
+        left = {
+            "processes": [" ".join(one.cmdline())[:60] for one in _ours((*ACTORS, *ENGINES))],
             "actors": actors,
             "placement groups": groups,
             "CPUs": missing,
-            "shared memory": len(set(_shared_memory()) - self.shared_memory),
-            "temporary files": len(list(self.temporary.iterdir())),
-            "files half written": sum(path.endswith((".tmp", "_lease.json")) for path in files),
-            "multipart uploads": sum(_multipart_uploads(output) for output in outputs),
+            "shared memory": sorted(set(_shared_memory()) - self.shared_memory),
+            "temporary files": [path.name for path in self.temporary.iterdir()],
+            "half written": [path for path in files if path.endswith((".tmp", "_lease.json"))],
+            "multipart uploads": [one for output in outputs for one in _multipart_uploads(output)],
         }
+        return {kind: names for kind, names in left.items() if names}
 
-    def _in_cluster(self) -> tuple[int, int, int]:
+    def _in_cluster(self) -> tuple[list[str], list[str], list[str]]:
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
         try:
             for _ in range(50):  # deaths take a moment to be seen
@@ -216,7 +217,7 @@ class Leaks:
                 if not (alive or groups or missing):
                     break
                 time.sleep(0.2)
-            return len(alive), len(groups), missing
+            return alive, groups, missing
         finally:
             ray.shutdown()
 
@@ -262,12 +263,13 @@ def _shared_memory() -> list[str]:
     ]
 
 
-def _multipart_uploads(output: str) -> int:
+def _multipart_uploads(output: str) -> list[str]:
     if not output.startswith("s3://"):
-        return 0
+        return []
     filesystem = fsspec.filesystem("s3")
     bucket = output.removeprefix("s3://").split("/")[0]
-    return len(filesystem.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", []))
+    found = filesystem.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+    return [upload["Key"] for upload in found]
 
 
 def command(config: Path, output: str, through: str = "run") -> list[str]:

@@ -24,3 +24,8 @@ from tests.tiny import write_tiny_llama
 def tiny_llama(tmp_path_factory) -> Path:
     """A 3-layer float32 random Llama checkpoint with a byte-level tokenizer."""
     return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that the others run beside it and not before."""
+    items.sort(key=lambda item: "test_pipeline" not in item.nodeid)

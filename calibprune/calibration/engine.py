@@ -120,8 +120,7 @@ class Engine:
                 f"calibprune.calibration.temperature:{fitting}"
             ]
         self._folder = EngineFolder()
-        os.environ["VLLM_RPC_BASE_PATH"] = str(self._folder.path)
-        with self._folder.noting():
+        with self._folder.lent():
             self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
     async def complete(

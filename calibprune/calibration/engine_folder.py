@@ -1,7 +1,8 @@
-"""A private folder for an engine's sockets, and the names of the shared memory that it holds: gone when the engine is.
+"""A private folder for an engine's sockets and temporary files, and the names of the shared memory that it holds: gone
+when the engine is.
 
-vLLM makes both in places that all share, and a process that is killed removes nothing. Here every engine that starts
-or stops also removes what dead ones of the same machine left; a lock on the folder tells the living from the dead.
+vLLM makes all of that in places that all share, and a process that is killed removes nothing. Here every engine that
+starts or stops also removes what dead ones of the same machine left; a lock tells the living from the dead.
 """
 
 import contextlib
@@ -36,8 +37,11 @@ class EngineFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     @contextlib.contextmanager
-    def noting(self) -> Iterator[None]:
-        """While this process starts others: writes down the shared memory that they come to hold."""
+    def lent(self) -> Iterator[None]:
+        """While this process starts others: they take the folder for temporary files, and the shared memory that they
+        come to hold is written down."""
+        before = os.environ.get("TMPDIR")
+        os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = str(self.path)
         over = threading.Event()
 
         def note() -> None:
@@ -52,6 +56,9 @@ class EngineFolder:
             over.set()
             thread.join()
             self._note()
+            os.environ.pop("TMPDIR")
+            if before is not None:
+                os.environ["TMPDIR"] = before
 
     def remove(self) -> None:
         _remove(self.path)

@@ -53,6 +53,9 @@ class Worker:
         LayerMetrics(label_of(self._stage.url)).record(Record("layer-00000", None, 0, None, LAYER))
         return node()
 
+    def stop(self) -> None:
+        pass
+
     def work(self, unit: str) -> Record:
         if unit == "1" and not self._failed:
             self._failed = True

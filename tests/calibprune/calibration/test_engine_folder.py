@@ -23,7 +23,7 @@ def hold(said):
 
 if __name__ == "__main__":
     folder = EngineFolder()
-    with folder.noting():
+    with folder.lent():
         here, there = multiprocessing.get_context("spawn").Pipe()
         multiprocessing.get_context("spawn").Process(target=hold, args=(there,)).start()
         name = here.recv().removeprefix("/")
