@@ -67,7 +67,7 @@ def perplexities(models):
     ("size", "on_nodes"),
     [
         pytest.param(1, {1}, marks=pytest.mark.slow),
-        (2, {1, 2}),
+        pytest.param(2, {1, 2}, marks=pytest.mark.slow),
         pytest.param(3, {2, 3}, marks=pytest.mark.slow),
         (4, {3}),
     ],

@@ -81,6 +81,7 @@ def wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_two_submits_at_once_start_one_job_which_a_third_follows_to_its_end(
     head, checkout, pool, tiny_llama, tmp_path
 ):
