@@ -132,7 +132,7 @@ class Checkpoint:
             raise CorruptionError(f"{self.url}/{file} is damaged: its sha256 is not {expected}")
 
     def _files(self) -> list[str]:
-        present = storage.names(self.url)
+        present = storage.names(self.url, links=True)
         if INDEX in present:
             files = _indexed(storage.join(self.url, INDEX))
             pickled = [file for file in files if not file.endswith(".safetensors")]
@@ -146,7 +146,9 @@ class Checkpoint:
             return [SINGLE]
         if any(name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")) for name in present):
             raise UserError(f"{self.url} holds pickled weights only; {_NO_PICKLE}")
-        raise UserError(f"{self.url} is no model folder: no {INDEX} and no {SINGLE} in it")
+        raise UserError(
+            f"{self.url} is no model folder: no {INDEX} and no {SINGLE} in it (links to other folders are not followed)"
+        )
 
     def _header(self, file: str) -> tuple[dict[str, Any], int]:
         url = storage.join(self.url, file)
@@ -228,11 +230,11 @@ def model_url(path: str) -> str:
 def side_files(url: str) -> list[str]:
     """Names of the small files beside the weights: config, generation config, tokenizer, licence.
 
-    Links are no files here: one could carry a file of this machine into what is made.
+    Links that lead elsewhere are no files here: see storage.names.
     """
     return [
         name
-        for name in storage.names(url)
+        for name in storage.names(url, links=True)
         if _SIDE_FILE.fullmatch(name) and not _NOT_A_SIDE_FILE.fullmatch(name)
     ]
 

@@ -17,7 +17,7 @@ from calibprune import storage
 from calibprune.config import Config
 from calibprune.config.base import named
 from calibprune.errors import UserError
-from calibprune.plain import without_secrets
+from calibprune.plain import holds_credential
 
 _REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
 """To another setting. OmegaConf knows more, such as `${oc.env:NAME}`: a stranger's file must not read what is in the
@@ -102,7 +102,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
             told += f": the preset {preset_name} leaves it to you, as in {told.split()[0]}=..."
         raise UserError(f"{path}: {told}") from None
     for key, text in _texts(content):
-        if without_secrets(text) != text:
+        if holds_credential(text):
             raise UserError(
                 f"{path}: {key} holds no credentials: settings stand in records and reports; give them to the store's "
                 f"own library instead"

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from calibprune.plain import one_line
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 """Hangs are for the driver to see and end: it alone knows how long a layer may take."""
 
@@ -168,4 +170,4 @@ class _peers:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, PeerLost):
-            raise PeerLost(" ".join(str(error).split())[:300]) from error
+            raise PeerLost(one_line(error)) from error

@@ -92,11 +92,19 @@ def read_failures(stage_url: str, last: int = 1) -> tuple[int, list[Failure]]:
                     str(content["kind"]),
                     str(content["message"]),
                     tuple(map(str, content.get("units") or ())),
-                    content.get("attempt"),
-                    content.get("node"),
+                    attempt if isinstance(attempt := content.get("attempt"), int) else None,
+                    str(content["node"]) if content.get("node") else None,
                     float(content["at"]),
                 )
             )
-        except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError):
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            FileNotFoundError,
+            ArithmeticError,
+            RecursionError,
+        ):
             continue
     return len(names), found

@@ -15,21 +15,30 @@ LEAST_SECRET = 8
 """Characters of a secret; a shorter value of the environment would be found in words."""
 
 _SECRET_NAME = re.compile(
-    r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SIGNATURE|CONNECTION_STRING", re.I
+    r"SECRET|TOKEN(?!IZ|S\b|S_)|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SIGNATURE|CONNECTION_STRING", re.I
 )  # fmt: skip
-_USER = re.compile(r"(?<=://)[^/@\s'\"<>]+@")
+_USER = re.compile(
+    r"(?<=://)[^/@:\s'\"<>]*:[^/@\s'\"<>]+@|(?:(?<=http://)|(?<=https://))[^/@\s'\"<>]+@"
+)
+"""With a password, or to a web server, where a name alone may be a token; in others it is a container or a user."""
 _PARAMETER = re.compile(
     r"([?&;][^=&;\s'\"<>]*(?:sig|token|key|secret|credential|password)[^=&;\s'\"<>]*=)[^&;\s'\"<>)]+", re.I
 )  # fmt: skip
-_AUTHORIZATION = re.compile(r"\b((?:bearer|basic)\s+|signature=)[\w+/=.~-]{16,}", re.I)
+_AUTHORIZATION = re.compile(
+    r"\b(bearer\s+|authorization['\"]?\s*[:=]\s*['\"]?(?:basic|token)\s+|signature=)[\w+/=.~-]{16,}", re.I
+)  # fmt: skip
 _ASSIGNED = re.compile(
-    r"(\w*(?:secret|password|passwd|session_?token|access_?key|api_?key|private_?key)\w*['\"]?\s*[=:]\s*['\"]?)"
+    r"(\w*(?:secret|password|passwd|(?:session|security)[_-]?token|access_?key|api_?key|account_?key|private_?key)\w*['\"]?\s*[=:]\s*['\"]?)"
     r"[^\s,;&'\")}<]+",
     re.I,
 )  # fmt: skip
+_TOKEN_ASSIGNED = re.compile(r"(?<![a-z])((?:\w+_)?token['\"]?\s*=\s*['\"]?)[\w+/=.~-]{8,}", re.I)
+_PRIVATE_KEY = re.compile(
+    r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(-----END [A-Z ]*PRIVATE KEY-----|$)", re.S
+)
 _KNOWN_SHAPE = re.compile(
     r"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{24,}|gh[pousr]_[A-Za-z0-9]{24,}|github_pat_\w{24,}|"
-    r"sk-[A-Za-z0-9_-]{32,}|AIza[\w-]{35})\b"
+    r"sk-[A-Za-z0-9_-]{32,}|AIza[\w-]{35}|xox[abprs]-[\w-]{20,}|glpat-[\w-]{20,})\b"
 )
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -46,7 +55,16 @@ def without_secrets(text: str) -> str:
     text = _PARAMETER.sub(rf"\1{HIDDEN}", text)
     text = _AUTHORIZATION.sub(rf"\1{HIDDEN}", text)
     text = _ASSIGNED.sub(rf"\1{HIDDEN}", text)
+    text = _TOKEN_ASSIGNED.sub(rf"\1{HIDDEN}", text)
+    text = _PRIVATE_KEY.sub(rf"\1{HIDDEN}", text)
     return _KNOWN_SHAPE.sub(HIDDEN, text)
+
+
+def holds_credential(text: str) -> bool:
+    """Whether there is a password or signature in an address, a token of a well-known kind, or a secret variable's
+    value in it; what merely reads as if a key were named is let pass."""
+    patterns = (_USER, _PARAMETER, _KNOWN_SHAPE, _PRIVATE_KEY)
+    return any(one.search(text) for one in patterns) or any(one in text for one in _secrets())
 
 
 def plain(text: str) -> str:

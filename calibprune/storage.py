@@ -68,13 +68,19 @@ def exists(url: str) -> bool:
         return False
 
 
-def names(url: str, patience_seconds: float | None = None) -> list[str]:
-    """Sorted names of the files directly in a folder; empty where there is no such folder."""
-    found = [posixpath.basename(entry["name"]) for entry in _listed(url, patience_seconds)]
+def names(url: str, patience_seconds: float | None = None, links: bool = False) -> list[str]:
+    """Sorted names of the files directly in a folder; empty where there is no such folder.
+
+    Links are no files, for one could carry a file of this machine into what is made; with `links` those are that
+    stay in the folder, or lead into the `blobs` two levels up, as in the cache of the Hugging Face hub.
+    """
+    found = [posixpath.basename(entry["name"]) for entry in _listed(url, patience_seconds, links)]
     return sorted(name for name in found if not name.endswith(".tmp"))
 
 
-def _listed(url: str, patience_seconds: float | None = None) -> list[dict[str, Any]]:
+def _listed(
+    url: str, patience_seconds: float | None = None, links: bool = False
+) -> list[dict[str, Any]]:
     """What the store says of the files directly in a folder."""
     filesystem, path = resolve(url)
 
@@ -86,7 +92,17 @@ def _listed(url: str, patience_seconds: float | None = None) -> list[dict[str, A
         entries = _patiently(filesystem, url, "list", look, patience_seconds)
     except FileNotFoundError:
         return []
-    return [entry for entry in entries if entry["type"] == "file"]
+    return [
+        entry
+        for entry in entries
+        if entry["type"] == "file" or (links and entry.get("islink") and _stays(entry["name"]))
+    ]
+
+
+def _stays(link: str) -> bool:
+    path = Path(link)
+    target, folder = path.resolve(), path.parent.resolve()
+    return target.is_file() and target.parent in (folder, folder.parent.parent / "blobs")
 
 
 def times(url: str) -> dict[str, float | None]:

@@ -24,7 +24,7 @@ RESTART_SECONDS = 5.0
 """How long a place rests after a failed start, longer with every further one."""
 MOST_RESTART_SECONDS = 60.0
 STOP_SECONDS, HASTY_STOP_SECONDS = 15.0, 1.0
-"""For actors to end in order: after the work, and when it is broken off. A driver that is told to stop has three."""
+"""For actors to end in order; and when the driver is told to stop, which leaves it three in all."""
 
 
 class StartFailed(RuntimeError):
@@ -82,7 +82,8 @@ class Crew:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         stopping = [member.handle.stop.remote() for member in self.ready]
-        seconds = STOP_SECONDS if kind is None else HASTY_STOP_SECONDS
+        hasty = kind is not None and not issubclass(kind, Exception)
+        seconds = HASTY_STOP_SECONDS if hasty else STOP_SECONDS
         if stopping:
             ray.wait(stopping, num_returns=len(stopping), timeout=seconds)
         for member in self.members:

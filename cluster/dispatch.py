@@ -71,7 +71,7 @@ def dispatch(
         lost: list[str], cause: Exception, member: Member, kind: str, counted: bool = True
     ) -> None:
         if not isinstance(cause, UserError):
-            reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+            reason = one_line(cause)
             attempt = 1 + max(map(queue.failures, lost), default=0)
             crew.failed(
                 Failure(kind if counted else "node", reason, tuple(lost), attempt, member.node)

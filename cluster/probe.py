@@ -168,7 +168,12 @@ def _error(work: Any) -> str | None:
 def _in_a_line(error: Exception) -> str:
     """A store's library may put a signed address into its errors: of those the kind only."""
     kind, module = type(error).__name__, type(error).__module__
-    text = " ".join(str(error).split())[:300]
+    try:
+        from calibprune.plain import one_line
+
+        text = one_line(error)
+    except ImportError:  # calibprune is missing there, or another version
+        text = " ".join(str(error).split())[:300]
     if kind in ("UserError", "OSError"):
         return text
     if module == "builtins":

@@ -1,6 +1,6 @@
 """Places for actors: what one asks for, how many the cluster has, words for what does not fit: never, or not yet."""
 
-import sys
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ from ray.util import client
 
 from calibprune.errors import UserError
 
-FIRST_LINE_SECONDS, NEXT_LINE_SECONDS = 10.0, 30.0
+FIRST_LINE_SECONDS, NEXT_LINE_SECONDS = 8.0, 30.0
 """Of waiting, until a line says so."""
 NODES_NAMED = 4
 COUNTED = ("CPU", "GPU")
+logger = logging.getLogger("calibprune.log")
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,9 @@ class Waiting:
         free = sum(self._bundle.fits_in(node.free) for node in cluster)
         busy = sum(self._bundle.fits_in(node.total) for node in cluster) - free
         if free < self._count:  # else a place is found, and a process is starting in it
-            print(
+            logger.warning(  # which comes to stderr as it is, or as JSON
                 f"waiting for {wanted(self._count, self._bundle)}: {free} free, {busy} busy{_held(cluster)}, "
-                f"{now - self._since:.0f} of {self._limit:g} s",
-                file=sys.stderr,
-                flush=True,
+                f"{now - self._since:.0f} of {self._limit:g} s"
             )
 
     def _given_up(self) -> NoRoom:

@@ -85,14 +85,26 @@ def _own_ray(settings: ClusterSettings) -> dict[str, str]:
     if settings.address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_TMPDIR"):
         return {}
     running = Path(get_ray_address_file(None))
-    if running.exists() and {running.stat().st_uid, running.parent.stat().st_uid} <= {
-        0,
-        os.getuid(),
-    }:
+    owners = {0, os.getuid()}
+    if (
+        running.exists()
+        and {running.stat().st_uid, running.parent.stat().st_uid} <= owners
+        and _listens(running.read_text().strip())
+    ):
         return {}
     root = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="ray-", dir=root if len(root) <= LONGEST_ROOT else "/tmp")
     return {"address": "local", "_temp_dir": f"{folder}/r"}
+
+
+def _listens(address: str) -> bool:
+    """Whether the Ray of that address is alive; what it wrote down outlives one that was killed."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _check_reachable(address: str | None) -> None:

@@ -15,8 +15,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 120.0
+SENDING_SECONDS = 900.0
 LOOK_SECONDS = 1.0
 """Of silence, after which it is asked whether the job has ended."""
 SILENT_SECONDS = 60.0
@@ -38,7 +40,8 @@ class Client(JobSubmissionClient):
     """Ray's own client, with time limits, and with errors in one line."""
 
     def _do_request(self, method: str, endpoint: str, **more: Any) -> requests.Response:
-        limits = (CONNECT_SECONDS, ANSWER_SECONDS)
+        # until a request is sent the first limit counts, and a package may go over a slow line
+        limits = (SENDING_SECONDS if more.get("data") else CONNECT_SECONDS, ANSWER_SECONDS)
         try:
             return super()._do_request(method, endpoint, timeout=limits, **more)
         except AuthenticationError as error:
@@ -67,7 +70,7 @@ def reach(address: str | None) -> Client:
     except AuthenticationError as error:
         raise UserError(_about_token(named, error)) from None
     except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error, 150)
         raise UserError(
             f"{named} is no job server of Ray: give the address of its dashboard, as in http://HEAD:8265 ({reason})"
         ) from None

@@ -9,10 +9,12 @@ from typing import Any
 import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
+from ray.util import client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from calibprune import storage
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 from cluster import probe
 from cluster.room import Node, nodes
 
@@ -63,7 +65,8 @@ def take_survey(
     """
     cloudpickle.register_pickle_by_value(probe)
     look = ray.remote(num_cpus=0, max_retries=0)(probe.look)
-    temp = ray.get_runtime_context().get_temp_dir()
+    ours = not client.ray.is_connected()  # a client outside the cluster does not know its folders
+    temp = ray.get_runtime_context().get_temp_dir() if ours else "/tmp"
     cluster = nodes()
     with _seen_by_all(output) as seen:
         wanted = {"output": output, "seen": seen, "model": tuple(model)}
@@ -82,7 +85,7 @@ def take_survey(
             answered.append(Surveyed(asked[task], ray.get(task)))
         except RayError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            silent.append((asked[task], lines[-1][:200]))
+            silent.append((asked[task], one_line(lines[-1], 200)))
     answered.sort(key=lambda one: one.name)
     return Survey(tuple(answered), tuple(silent), probe.look(temp, {}))
 

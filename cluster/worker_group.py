@@ -223,7 +223,9 @@ class WorkerGroup:
                 ready, _ = ray.wait(list(joining), num_returns=1, timeout=left)
                 if not ready:
                     rank = min(joining.values())
-                    raise WorkerLost(f"{self._named(rank)} did not start within {left:.0f} s")
+                    raise WorkerLost(
+                        f"{self._named(rank)} did not start within {self._start_seconds:.0f} s"
+                    )
                 rank = joining.pop(ready[0])
                 ray.get(ready[0])
         except (RayActorError, RayTaskError, GetTimeoutError) as error:

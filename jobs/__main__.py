@@ -137,8 +137,10 @@ def check(
         notes = advice(needed, checked.config.cluster.workers)
         print("the configuration is fine")
         print("no cluster was looked at: --cluster does, and so do cluster.address and RAY_ADDRESS")
+    from calibprune.plain import plain
+
     for line in notes:
-        typer.echo(f"note: {line}", err=True)
+        typer.echo(f"note: {plain(line)}", err=True)
 
 
 @app.command()
@@ -303,13 +305,19 @@ def main() -> None:
         cause = getattr(error, "cause", None) or error  # Ray wraps what a worker raised
         if isinstance(cause, UserError):
             _fail(f"error: {cause}", 2, error)
-        text = " ".join(str(cause).split())
-        _fail(f"failed: {type(cause).__name__}: {text} (--traceback shows where)", 1, error)
+        _fail(
+            f"failed: {type(cause).__name__}: {' '.join(str(cause).split())} (--traceback shows where)",
+            1,
+            error,
+        )
 
 
 def _leave(message: str, code: int) -> NoReturn:
     """Ends at once: who stops a job gives it 3 s, and the interpreter may take 2 to put libraries away."""
-    print(message, file=sys.stderr, flush=True)
+    if log.is_json():
+        log.line(message)
+    else:
+        print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 

@@ -21,6 +21,7 @@ from calibprune.errors import DriftError
 from calibprune.model import build_skeleton, load_tokenizer
 from calibprune.run import Stage
 from cluster.label import label_of
+from cluster.room import Bundle, check_fits
 from cluster.session import worker_bundle
 from jobs.progress import say, tick
 from jobs.run_folder import Run
@@ -55,6 +56,7 @@ def run(run: Run, curation: Curation) -> None:
         num_cpus=bundle.cpus if needs_model else 1, num_gpus=bundle.gpus if needs_model else 0, max_retries=2,
         name=label.task(FOLDER),
     )  # fmt: skip
+    check_fits(1, bundle if needs_model else Bundle(1, 0))
     reference = task.remote(curation, run.config.model, run.skeleton.checkpoint.url)
     while not ray.wait([reference], timeout=1.0)[0]:
         tick()

@@ -8,7 +8,7 @@ from typing import Any
 
 from calibprune import storage
 from calibprune.calibration.curation import needs_scoring
-from calibprune.calibration.engine import vllm_version
+from calibprune.calibration.engine import STREAMED, vllm_version
 from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.pool import pool_shape
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
@@ -20,8 +20,6 @@ from calibprune.errors import UserError
 from calibprune.run import Stage
 from jobs.run_folder import Run
 
-STREAMED = ("s3", "gs", "az")
-"""Object stores that vLLM loads models from, with the package of its extra `runai`."""
 CONTACT_SECONDS = 10.0
 """Of a first contact with the model. Later failures are sat out for longer: it was there once."""
 
@@ -139,13 +137,12 @@ def check_vllm(stage: str, model_url: str) -> None:
             f'vLLM is not installed, {stage} needs it: pip install "calibprune[cuda]" on a machine with '
             f'NVIDIA GPUs, "calibprune[cpu]" on one without'
         )
-    scheme = model_url.partition("://")[0] if "://" in model_url else "file"
-    if scheme in ("file", "hf"):
+    if storage.is_local(model_url) or model_url.startswith("hf://"):
         return
-    if scheme not in STREAMED:
+    if not model_url.startswith(STREAMED):
         raise UserError(
             f"vLLM, which {stage} needs, does not read {model_url}: give a folder that every node mounts, a hub id, or "
-            f"a URL of {', '.join(STREAMED)}"
+            f"a URL that begins with {', '.join(STREAMED)}"
         )
     if importlib.util.find_spec("runai_model_streamer") is None:
         raise UserError(

@@ -63,16 +63,16 @@ def bytes_read(run: Run, engines: int) -> int:
 
 
 def bytes_stored(run: Run) -> int:
-    """At most, in the run's folder: samples, pool, snapshots and the pruned checkpoint."""
+    """At most, in the run's folder: samples, pool, snapshots and the pruned checkpoint, if they are not there yet."""
     sequences, tokens = pool_to_prune_with(run)
     generate = run.config.generate
     samples = 0
-    if run.no_samples_because is None:
+    if run.no_samples_because is None and not run.stage("generate").finished:
         samples = generate.samples * (generate.max_tokens + longest_prefix(generate.prefixes))
     hidden = run.skeleton.model.config.get_text_config().hidden_size
     snapshots = 2 if run.config.prune.snapshot_layers else 0
     return (
-        run.skeleton.checkpoint.bytes
+        run.skeleton.checkpoint.bytes * (not run.stage("prune").finished)
         + TOKEN_BYTES
         * (2 * samples + sequences * tokens)  # what is dropped is kept with its reason
         + snapshots * sequences * tokens * hidden * run.skeleton.dtype.itemsize

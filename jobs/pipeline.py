@@ -4,7 +4,7 @@ Every stage reads files and writes files in its own folder of the run; the same 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from calibprune import storage
 from calibprune.config import Config
@@ -39,11 +39,13 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     """
     run = Run(config)
     check_before_work(run, stages)
+    working = set(stages) != {"report"}
     with only_driver(run, stages), connect(config.cluster) as started_here:
-        if not started_here and set(stages) != {"report"}:
+        if working and not started_here:
             look_before_work(run)
-        run.open()
-        with tracking(run) as track:
+        if working:
+            run.open()
+        with tracking(run) if working else nullcontext(lambda: None) as track:
             for stage in stages:
                 progress.still_ours()
                 with journaled(run, stage):

@@ -82,7 +82,7 @@ def _joined(settings: ClusterSettings) -> Iterator[None]:
 def judged(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
     """(what is missing for a stage, what may turn out badly), one line each."""
     missing, notes = [], []
-    cluster = [one.node for one in survey.nodes]
+    cluster = [*(one.node for one in survey.nodes), *(node for node, _ in survey.silent)]
     never = never_fits(need.least, need.bundle, cluster)
     if never is not None:
         return [f"{need.stage}: {never}"], []
@@ -108,7 +108,7 @@ def judged(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
         else:
             host_bytes = (host_bytes or 0) + need.movable_bytes
             notes.append(f"{need.stage}: {per_gpu}: {gib(need.movable_bytes)} move to host memory")
-    if host_bytes is not None:
+    if host_bytes is not None and not survey.silent:
         placed = sum(
             min(need.bundle.fits_in(one.node.total), int(one.facts["memory_bytes"] // host_bytes))
             for one in survey.nodes
@@ -135,7 +135,11 @@ def _n(noun: str) -> str:
 
 
 def _smallest_gpu(survey: Survey) -> int | None:
-    sizes = [gpu["bytes"] for one in survey.nodes for gpu in one.facts["gpus"] or ()]
+    """Of those that Ray gives out: where a machine has more, its largest."""
+    sizes = []
+    for one in survey.nodes:
+        here = sorted((gpu["bytes"] for gpu in one.facts["gpus"] or ()), reverse=True)
+        sizes += here[: int(one.node.total.get("GPU", 0))]
     return min(sizes, default=None)
 
 

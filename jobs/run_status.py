@@ -12,6 +12,7 @@ from typing import Any
 from calibprune import lease, storage
 from calibprune.errors import UserError
 from calibprune.journal import SET_ASIDE, read_failures
+from calibprune.plain import one_line
 from calibprune.retry import shown
 from calibprune.run import Stage
 
@@ -151,7 +152,7 @@ def _opened(url: str) -> tuple[float | None, set[str]]:
             one["type"] == "generated" and one.get("path") is None
             for one in config["curate"]["sources"]
         )
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None, set()
     unneeded = {"generate", "curate"} if pool else (set() if own else {"generate"})
     return (opened if isinstance(opened, int | float) else None), unneeded
@@ -164,6 +165,14 @@ def _guarded(look: Any) -> Any:
     except UserError as error:
         if "access denied" in str(error):
             raise
-        return str(error)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return one_line(error)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        return one_line(f"{type(error).__name__}: {error}")

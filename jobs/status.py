@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 from jobs.progress import duration
 from jobs.run_status import Status, run_status
 
@@ -42,7 +43,7 @@ def _looks(url: str, every: float | None) -> Iterator[tuple[Status, str]]:
         try:
             status, trouble = run_status(url), ""
         except (OSError, UserError) as error:
-            trouble = f"cannot look: {error}"
+            trouble = f"cannot look: {one_line(error)}"
 
 
 def _show_in_place(url: str, every: float) -> None:

@@ -4,6 +4,7 @@ The job is `python -m jobs run CONFIG` and nothing more, so that every other way
 """
 
 import hashlib
+import os
 import posixpath
 import re
 import shlex
@@ -20,7 +21,9 @@ from calibprune import __version__, storage
 from calibprune.config import Config
 from calibprune.config_file import dump_config, load_config
 from calibprune.errors import UserError
+from calibprune.plain import one_line
 from cluster.submission import Client, already_used, describe, exit_code, follow, reach
+from jobs import log
 from jobs.packing import CONFIG, Tree, source_tree, write_package
 from jobs.progress import Steps, console, duration, say, tick
 
@@ -56,7 +59,7 @@ def submit(path: str, overrides: Sequence[str], address: str | None, wait: bool)
         return DETACHED
     code = exit_code(job)
     if job.status == JobStatus.FAILED and job.driver_exit_code is None:
-        say(f"submit: {' '.join((job.message or 'Ray gives no reason').split())[:500]}")
+        say(f"submit: {one_line(job.message or 'Ray gives no reason', 500)}")
     say(
         f"submit: job {job_id} {_outcome(job)}{'; the same command resumes the run' if code else ''}"
     )
@@ -174,17 +177,22 @@ def _start(client: Client, config: Config, tree: Tree | None, metadata: dict[str
                 client.submit_job(
                     entrypoint=ENTRYPOINT,
                     submission_id=job_id,
-                    runtime_env={"working_dir": str(package)},
+                    runtime_env={"working_dir": str(package), "env_vars": _ways_to_tell()},
                     metadata=metadata,
                 )
         except RuntimeError as error:
             if already_used(error):  # another submit was quicker
                 continue
-            raise UserError(
-                f"the cluster refuses the job: {' '.join(str(error).split())[:500]}"
-            ) from None
+            raise UserError(f"the cluster refuses the job: {one_line(error, 500)}") from None
         say(f"submit: job {job_id} on {client.get_address()}")
         return job_id
+
+
+def _ways_to_tell() -> dict[str, str]:
+    """How this command was asked to log, for the driver to do the same."""
+    names = ("CALIBPRUNE_LOG_FORMAT", "CALIBPRUNE_TRACEBACK")
+    asked = {name: os.environ[name] for name in names if os.environ.get(name)}
+    return asked | ({"CALIBPRUNE_LOG_FORMAT": "json"} if log.is_json() else {})
 
 
 def _attach(job: JobDetails, metadata: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ settings, the seconds of each stage, and what the report found. A tracker that f
 import contextlib
 import importlib.util
 import logging
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -73,9 +74,19 @@ def tracking(run: Run) -> Iterator[Callable[[], None]]:
     try:
         yield track
         succeeded = True
-    finally:
-        with _forgiven("close"):
-            tracker.close(succeeded)
+    except (
+        KeyboardInterrupt
+    ):  # there is no time to wait for a server; a resumed run goes on with this one there
+        raise
+    except BaseException:
+        _close(tracker, succeeded)
+        raise
+    _close(tracker, succeeded)
+
+
+def _close(tracker: Any, succeeded: bool) -> None:
+    with _forgiven("close"):
+        tracker.close(succeeded)
 
 
 def results(run: Run) -> tuple[dict[str, float], dict[str, str]]:
@@ -141,6 +152,8 @@ class Mlflow:
     """Finds its server by MLFLOW_TRACKING_URI."""
 
     def __init__(self, project: str, name: str, config: dict[str, Any], known: str | None) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own would hold
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # the run up for many minutes
         from mlflow import MlflowClient
         from mlflow.entities import Param
 

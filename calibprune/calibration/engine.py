@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SCHEDULE_START, SCHEDULE_TOKENS = "calibprune_temperature_start", "calibprune_temperature_tokens"
 """What a request's extra arguments tell the logits processors of temperature.py."""
+STREAMED = ("s3://", "gs://", "az://")
+"""Object stores that vLLM loads models from, with the package of its extra `runai`."""
 _SCORED_AT_A_TIME = 32
 """Enough to fill an engine's steps; log-probabilities of every waiting text are kept until it is done."""
 Answer = TypeVar("Answer")
@@ -90,7 +92,7 @@ class Engine:
             model=model,
             dtype=_checkpoint_dtype(model, trust_remote_code) if dtype == "auto" else dtype,  # type: ignore[arg-type]
             trust_remote_code=trust_remote_code,
-            load_format="safetensors",  # by itself it would take pickled weights too
+            load_format=_load_format(model),
             tensor_parallel_size=settings.tensor_parallel,
             distributed_executor_backend="mp" if settings.tensor_parallel > 1 else one_process,
             gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -258,6 +260,11 @@ def _set_environment(settings: GenerateSettings, cpu_threads: int | None) -> Non
         os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
         # vLLM's own choice binds to fixed cores: all engines of a machine to the same ones.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+def _load_format(model: str) -> str:
+    """Of safetensors only: by itself vLLM takes pickled weights too. Its streamer from buckets knows nothing else."""
+    return "runai_streamer" if model.startswith(STREAMED) else "safetensors"
 
 
 def _checkpoint_dtype(model: str, trust_remote_code: bool) -> str:

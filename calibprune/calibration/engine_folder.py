@@ -20,6 +20,8 @@ PREFIX = "calibprune-engine-"
 LOCK, SHARED_MEMORY = "lock", "shared-memory"
 YOUNG_SECONDS = 5.0
 """A folder so new may not be locked yet."""
+LONGEST_ROOT = 40
+"""Characters."""
 NOTE_SECONDS = 0.5
 SHM = Path("/dev/shm")
 _NAME = re.compile(r"(?:sem\.mp-|psm_)\w+")
@@ -32,7 +34,7 @@ class EngineFolder:
 
     def __init__(self) -> None:
         remove_leftovers()
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_root()))
         self._lock = (self.path / LOCK).open("ab")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
@@ -73,7 +75,7 @@ class EngineFolder:
 
 def remove_leftovers() -> None:
     """Of engines of this user that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in Path(_root()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # of a living engine, or being removed by another
             status = folder.lstat()
             young = time.time() - status.st_mtime < YOUNG_SECONDS
@@ -82,6 +84,12 @@ def remove_leftovers() -> None:
             with (folder / LOCK).open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(folder)
+
+
+def _root() -> str:
+    """The folder for temporary files, unless sockets in it had names longer than Linux allows."""
+    root = tempfile.gettempdir()
+    return root if len(root) <= LONGEST_ROOT else "/tmp"
 
 
 def _remove(folder: Path) -> None:

@@ -148,3 +148,15 @@ def test_a_damaged_file_is_told(copy, damage):
 def test_the_forward_dtype_is_the_checkpoints_unless_told(copy):
     assert build(copy).dtype == torch.float32
     assert build(copy, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_snapshot_in_the_hubs_cache_is_a_model_folder(tiny_llama, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(tiny_llama.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs", str(number)))
+    linked, plain = Checkpoint(str(snapshot)), Checkpoint(str(tiny_llama))
+    assert linked.identity() == plain.identity()
+    assert side_files(str(snapshot)) == side_files(str(tiny_llama)) != []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from calibprune.plain import one_line, plain, plain_lines, without_secrets
+from calibprune.plain import holds_credential, one_line, plain, plain_lines, without_secrets
 
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCY"
 
@@ -37,10 +37,25 @@ def test_what_is_no_secret_stays(monkeypatch, tmp_path):
         ("aws_secret_access_key=5EC2E7/+ab in the profile", "aws_secret_access_key=*** in the profile"),
         ('{"session_token": "5EC2E7", "region": "here"}', '{"session_token": "***", "region": "here"}'),
         ("2 tokens: 512 tokens/s, token: 3", "2 tokens: 512 tokens/s, token: 3"),
+        ("HF_TOKEN=abcdefgh12345678 x", "HF_TOKEN=*** x"),
+        ("DefaultEndpoints;AccountKey=abc/def==;x", "DefaultEndpoints;AccountKey=***;x"),
+        ("-----BEGIN PRIVATE KEY----- MIIabc -----END PRIVATE KEY----- y", "-----BEGIN PRIVATE KEY-----*** y"),
+        ("abfss://container@account.dfs.core.windows.net/a", "abfss://container@account.dfs.core.windows.net/a"),
+        ("the basic responsibilities of", "the basic responsibilities of"),
     ],
 )  # fmt: skip
 def test_addresses_and_known_tokens(text, shown):
     assert plain(text) == shown
+
+
+def test_a_tokenizer_is_no_secret(monkeypatch):
+    monkeypatch.setenv("TOKENIZER_NAME", "meta-llama/Meta-Llama-3-8B")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    assert plain("model meta-llama/Meta-Llama-3-8B") == "model meta-llama/Meta-Llama-3-8B"
+    assert not holds_credential(
+        "meta-llama/Meta-Llama-3-8B, the password: ask the basic responsibilities"
+    )
+    assert holds_credential(f"a {SECRET} b") and holds_credential("s3://k:pa55@b/x")
 
 
 def test_nothing_steers_the_terminal():

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from calibprune.calibration.engine import Engine, EngineDied, vllm_version
+from calibprune.calibration.engine import Engine, EngineDied, _load_format, vllm_version
 from calibprune.calibration.pool import SAMPLE_SCHEMA
 from calibprune.calibration.prefixes import PrefixReader, row_seed
 from calibprune.calibration.samples import sample_facts, write_rows
@@ -277,3 +277,19 @@ def test_a_dead_engine_says_so(engine, loop):
         loop.run(engine.complete([[0]], [0]))
     with pytest.raises(EngineDied):
         loop.run(engine.score([[0, 5]], [1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "format"),
+    [
+        ("/models/a", "safetensors"),
+        ("org/name", "safetensors"),
+        ("s3://bucket/a", "runai_streamer"),
+    ],
+)
+def test_weights_are_read_in_a_format_that_vllm_takes_from_there_and_that_is_no_pickle(
+    model, format
+):
+    from vllm.config.load import LoadConfig
+
+    assert LoadConfig(load_format=_load_format(model)).load_format == format
