@@ -114,11 +114,12 @@ def check_survey(survey: Survey) -> None:
 
 def version_skew(survey: Survey) -> str | None:
     """Which versions differ between the nodes, and where, in one line; None where all agree."""
-    told = [
-        f"{what} is {' and '.join(f'{version} on {_names(names)}' for version, names in groups.items())}"
-        for what, groups in _versions(survey).items()
-        if len(groups) > 1
-    ]
+    told = []
+    for what, groups in _versions(survey).items():
+        if len(groups) > 1:  # that of most machines first
+            ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+            places = " and ".join(f"{version} on {_names(names)}" for version, names in ordered)
+            told.append(f"{what} is {places}")
     if not told:
         return None
     return f"versions differ: {', '.join(told)}: give every machine the same, such as one image"
