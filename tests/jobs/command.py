@@ -17,7 +17,7 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0
 
 
 def calibprune(
-    *arguments: object, timeout: float = 240, **environment: str
+    *arguments: object, timeout: float = 280, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs", *map(str, arguments)]
     return subprocess.run(

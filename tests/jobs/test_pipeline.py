@@ -22,6 +22,7 @@ from tests import chaos
 from tests.jobs.command import ENVIRONMENT, calibprune, done, stop_when
 from tests.tiny import write_tiny_llama
 
+pytestmark = pytest.mark.timeout(600)
 LAYERS = 8
 CONFIG = """
 model: {{path: {model}, dtype: float32}}
@@ -189,7 +190,7 @@ def test_engine_driver_and_node_are_killed_and_the_same_command_ends_with_the_sa
         layers = committed("prune")
         assert 5 <= len(layers) < LAYERS + 1 and not (run / "prune" / "_SUCCESS").exists()
         with driver_until("evaluate", 1) as driver:
-            assert driver.wait(timeout=200) == 0, log.read_text()
+            assert driver.wait(timeout=300) == 0, log.read_text()
         for records, stage in ((samples, "generate"), (layers, "prune")):  # none was made again
             assert records.items() <= committed(stage).items()
         assert chaos.digest(str(run)) == chaos.digest(str(finished))
