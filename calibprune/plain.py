@@ -27,6 +27,7 @@ _PARAMETER = re.compile(
 _AUTHORIZATION = re.compile(
     r"\b(bearer\s+|authorization['\"]?\s*[:=]\s*['\"]?(?:basic|token)\s+|signature=)[\w+/=.~-]{16,}", re.I
 )  # fmt: skip
+_BEARER = re.compile(r"\bbearer\s+(?=[\w+/=.~-]*\d)[\w+/=.~-]{16,}", re.I)
 _ASSIGNED = re.compile(
     r"(\w*(?:secret|password|passwd|(?:session|security)[_-]?token|access_?key|api_?key|account_?key|private_?key)\w*['\"]?\s*[=:]\s*['\"]?)"
     r"[^\s,;&'\")}<]+",
@@ -63,7 +64,7 @@ def without_secrets(text: str) -> str:
 def holds_credential(text: str) -> bool:
     """Whether there is a password or signature in an address, a token of a well-known kind, or a secret variable's
     value in it; what merely reads as if a key were named is let pass."""
-    patterns = (_USER, _PARAMETER, _KNOWN_SHAPE, _PRIVATE_KEY)
+    patterns = (_USER, _PARAMETER, _BEARER, _KNOWN_SHAPE, _PRIVATE_KEY)
     return any(one.search(text) for one in patterns) or any(one in text for one in _secrets())
 
 
