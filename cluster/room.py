@@ -1,6 +1,7 @@
 """Places for actors: what one asks for, how many the cluster has, words for what does not fit: never, or not yet."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ FIRST_LINE_SECONDS, NEXT_LINE_SECONDS = 8.0, 30.0
 """Of waiting, until a line says so."""
 NODES_NAMED = 4
 COUNTED = ("CPU", "GPU")
-logger = logging.getLogger("calibprune.log")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Waiting:
         free = sum(self._bundle.fits_in(node.free) for node in cluster)
         busy = sum(self._bundle.fits_in(node.total) for node in cluster) - free
         if free < self._count:  # else a place is found, and a process is starting in it
-            logger.warning(  # which comes to stderr as it is, or as JSON
+            _say(
                 f"waiting for {wanted(self._count, self._bundle)}: {free} free, {busy} busy{_held(cluster)}, "
                 f"{now - self._since:.0f} of {self._limit:g} s"
             )
@@ -146,6 +146,14 @@ class Waiting:
             f"{shown(total)}, free now {shown(free)}, busy {shown(_sum(n.busy for n in cluster))}{_held(cluster)}: "
             + (gone or "others hold them; wait for them, or raise cluster.start_timeout_seconds")
         )
+
+
+def _say(line: str) -> None:
+    """On stderr, as it is or where the log is JSON as such."""
+    if logging.getLogger("calibprune").handlers:
+        logging.getLogger("calibprune.log").info(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 def wanted(count: int, bundle: Bundle) -> str:

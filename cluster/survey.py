@@ -117,7 +117,7 @@ def version_skew(survey: Survey) -> str | None:
     told = []
     for what, groups in _versions(survey).items():
         if len(groups) > 1:  # that of most machines first
-            ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+            ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
             places = " and ".join(f"{version} on {_names(names)}" for version, names in ordered)
             told.append(f"{what} is {places}")
     if not told:
