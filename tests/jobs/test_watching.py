@@ -84,6 +84,7 @@ def served() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow  # what nodes serve comes late, or within minutes not at all
 def test_all_that_the_dashboard_shows_is_served_and_the_log_and_the_journal_say_what_failed(
     cluster, tmp_path, capfd
 ):
