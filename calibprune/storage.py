@@ -74,14 +74,13 @@ def names(url: str, patience_seconds: float | None = None, links: bool = False) 
     Links are no files, for one could carry a file of this machine into what is made; with `links` those are that
     stay in the folder, or lead into the `blobs` two levels up, as in the cache of the Hugging Face hub.
     """
-    found = [posixpath.basename(entry["name"]) for entry in _listed(url, patience_seconds, links)]
-    return sorted(name for name in found if not name.endswith(".tmp"))
+    return list(_listed(url, patience_seconds, links))
 
 
 def _listed(
     url: str, patience_seconds: float | None = None, links: bool = False
-) -> list[dict[str, Any]]:
-    """What the store says of the files directly in a folder."""
+) -> dict[str, dict[str, Any]]:
+    """What the store says of the files directly in a folder, by name, sorted; of temporary ones nothing."""
     filesystem, path = resolve(url)
 
     def look() -> list[dict[str, Any]]:
@@ -91,12 +90,13 @@ def _listed(
     try:
         entries = _patiently(filesystem, url, "list", look, patience_seconds)
     except FileNotFoundError:
-        return []
-    return [
-        entry
+        return {}
+    found = {
+        posixpath.basename(entry["name"]): entry
         for entry in entries
         if entry["type"] == "file" or (links and entry.get("islink") and _stays(entry["name"]))
-    ]
+    }
+    return {name: found[name] for name in sorted(found) if not name.endswith(".tmp")}
 
 
 def _stays(link: str) -> bool:
@@ -110,9 +110,7 @@ def times(url: str) -> dict[str, float | None]:
 
     None where a store does not say; empty where there is no such folder.
     """
-    entries = _listed(url)
-    found = {posixpath.basename(entry["name"]): _written_at(entry) for entry in entries}
-    return {name: found[name] for name in sorted(found) if not name.endswith(".tmp")}
+    return {name: _written_at(entry) for name, entry in _listed(url).items()}
 
 
 def written_at(url: str) -> float | None:

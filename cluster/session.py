@@ -99,12 +99,11 @@ def _own_ray(settings: ClusterSettings) -> dict[str, str]:
 
 def _listens(address: str) -> bool:
     """Whether the Ray of that address is alive; what it wrote down outlives one that was killed."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, ValueError):
+        _check_reachable(address)
+    except UserError:
         return False
-    return True
+    return ":" in address
 
 
 def _check_reachable(address: str | None) -> None:

@@ -107,9 +107,13 @@ def _seen_by_all(output: str | None) -> Iterator[tuple[str, str] | None]:
 
 def check_survey(survey: Survey) -> None:
     """Raises UserError where versions differ, or a node does not reach the run's folder or the model."""
-    problems = [skew for skew in (version_skew(survey),) if skew] + unreachable(survey)
-    if problems:
-        raise UserError("; ".join(problems))
+    if found := problems(survey):
+        raise UserError("; ".join(found))
+
+
+def problems(survey: Survey) -> list[str]:
+    """Versions that differ, then what nodes do not reach, one line each."""
+    return [skew for skew in (version_skew(survey),) if skew] + unreachable(survey)
 
 
 def version_skew(survey: Survey) -> str | None:

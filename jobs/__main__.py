@@ -12,6 +12,7 @@ import typer
 
 from calibprune import __version__
 from calibprune.errors import UserError
+from calibprune.plain import plain, plain_lines
 from jobs import log, progress
 
 if TYPE_CHECKING:
@@ -137,8 +138,6 @@ def check(
         notes = advice(needed, checked.config.cluster.workers)
         print("the configuration is fine")
         print("no cluster was looked at: --cluster does, and so do cluster.address and RAY_ADDRESS")
-    from calibprune.plain import plain
-
     for line in notes:
         typer.echo(f"note: {plain(line)}", err=True)
 
@@ -185,7 +184,6 @@ def submit(
 @app.command("jobs")
 def list_jobs(address: Address = None) -> None:
     """The jobs of calibprune on a Ray cluster: id, state, exit code, age, output."""
-    from calibprune.plain import plain
     from jobs.submit import list_jobs as lines_of_jobs
 
     for line in lines_of_jobs(address):
@@ -197,7 +195,6 @@ def stop_job(
     job: Annotated[str, typer.Argument(metavar="ID_OR_RUN_URL")], address: Address = None
 ) -> None:
     """Stop a job of calibprune, by its id or by the URL of its run, and say how to resume it."""
-    from calibprune.plain import plain
     from jobs.submit import stop
 
     print(plain(stop(job, address)))
@@ -323,8 +320,6 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
-    from calibprune.plain import plain, plain_lines
-
     if error is not None and os.environ.get("CALIBPRUNE_TRACEBACK"):
         print(plain_lines("".join(traceback.format_exception(error))), file=sys.stderr)
     elif log.is_json():

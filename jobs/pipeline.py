@@ -39,8 +39,9 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     """
     run = Run(config)
     check_before_work(run, stages)
-    working = set(stages) != {"report"}
-    with only_driver(run, stages), connect(config.cluster) as started_here:
+    working = set(stages) != {"report"}  # a report may be made beside a driver that works
+    driving = only_driver(run) if working else nullcontext()
+    with driving, connect(config.cluster) as started_here:
         if working and not started_here:
             look_before_work(run)
         if working:
@@ -70,11 +71,8 @@ def journaled(run: Run, stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def only_driver(run: Run, stages: Sequence[str]) -> Iterator[None]:
-    """Keeps other drivers away from the run. A report may be made beside one that works."""
-    if set(stages) == {"report"}:
-        yield
-        return
+def only_driver(run: Run) -> Iterator[None]:
+    """Keeps other drivers away from the run."""
     expire = LEASE_SECONDS if storage.is_local(run.config.output) else REMOTE_LEASE_SECONDS
     with Lease(run.config.output, expire_seconds=expire, tell=say) as lease:
         progress.still_ours = lease.check

@@ -13,7 +13,7 @@ from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from cluster.room import never_fits, shown, wanted
 from cluster.session import connect
-from cluster.survey import Survey, Surveyed, check_survey, take_survey, unreachable, version_skew
+from cluster.survey import Survey, Surveyed, check_survey, problems, take_survey
 from jobs.needs import Need, bytes_read, bytes_stored, needs
 from jobs.progress import say
 from jobs.run_folder import Run
@@ -56,11 +56,11 @@ def check_cluster(run: Run, settings: ClusterSettings) -> list[str]:
     with _joined(settings):
         survey, needed = _surveyed(run), needs(run)
         _show(run, survey, needed)
-    missing = [skew for skew in (version_skew(survey),) if skew] + unreachable(survey)
+    missing = problems(survey)
     notes = [f"no answer from {node.name}: {reason}" for node, reason in survey.silent]
     for need in needed:
-        problems, remarks = judged(need, survey)
-        missing += problems
+        lacking, remarks = judged(need, survey)
+        missing += lacking
         notes += remarks
     missing += _disks(run, survey)
     notes += _small_disks(needed, survey)

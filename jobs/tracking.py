@@ -70,18 +70,13 @@ def tracking(run: Run) -> Iterator[Callable[[], None]]:
                 logged.update(news)
                 storage.write_json(url, state | {"logged": logged})
 
-    succeeded = False
     try:
         yield track
-        succeeded = True
-    except (
-        KeyboardInterrupt
-    ):  # there is no time to wait for a server; a resumed run goes on with this one there
+    except Exception:
+        _close(tracker, succeeded=False)
         raise
-    except BaseException:
-        _close(tracker, succeeded)
-        raise
-    _close(tracker, succeeded)
+    # a driver that is told to stop has no time to wait for a server: the resumed run goes on with this one there
+    _close(tracker, succeeded=True)
 
 
 def _close(tracker: Any, succeeded: bool) -> None:
