@@ -30,7 +30,7 @@ setup: $(VENV)/.ready
 
 # With an NVIDIA GPU: the CUDA builds. Without: torch's CPU build first, from pip's own sources or else from
 # PyTorch's, then the rest; torchvision and its kin come along as CUDA builds that cannot be imported, and with them
-# neither could transformers: out again.
+# neither could transformers: out again. No bytecode beforehand: most of what is installed is never imported.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip uv
@@ -42,7 +42,6 @@ else
 	$(BIN)/pip install --quiet --no-compile --editable ".[cpu,dev]"
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true  # pip would, on one core
 	touch $@
 
 $(MODEL)/model.safetensors: | setup

@@ -15,7 +15,7 @@ from calibprune.errors import UserError
 from calibprune.journal import Failure, nobody
 from calibprune.plain import one_line
 from cluster.label import Label
-from cluster.room import Bundle, Waiting, check_fits
+from cluster.room import Bundle, Waiting
 from cluster.session import actor_options, death
 
 START_FAILURES = 5
@@ -51,7 +51,7 @@ class Crew:
 
     `start()` returns the name of its machine. `failed` is told of every start that fails, `label` names the actors.
     A context manager that on leaving has them `stop()`, and kills them. Raises NoRoom, saying what was asked, what is
-    free and what is busy, when not even one could ever be placed, or none is within `start_seconds`.
+    free and what is busy, when not even one finds a place within `start_seconds`.
     """
 
     def __init__(
@@ -66,7 +66,6 @@ class Crew:
         label: Label | None = None,
         failed: Callable[[Failure], None] = nobody,
     ) -> None:
-        check_fits(1, bundle)
         self.count, self._start_seconds = count, float(start_seconds)
         self._class = ray.remote(max_restarts=0)(actor_class)
         self._options = actor_options(bundle) | {"max_concurrency": concurrency}

@@ -10,8 +10,6 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.util import client
 
-from calibprune.errors import UserError
-
 FIRST_LINE_SECONDS, NEXT_LINE_SECONDS = 8.0, 30.0
 """Of waiting, until a line says so."""
 NODES_NAMED = 4
@@ -51,8 +49,8 @@ class Node:
         return {name: amount for name, amount in held.items() if amount > 0}
 
 
-class NoRoom(UserError):
-    """The actors asked for did not find their places, or did not in time."""
+class NoRoom(RuntimeError):
+    """The actors asked for did not find their places in time."""
 
 
 def nodes() -> list[Node]:
@@ -79,13 +77,6 @@ def _available() -> dict[str, dict[str, float]]:
 def capacity(bundle: Bundle) -> int:
     """How many such workers the nodes that are alive have room for, were they idle."""
     return sum(bundle.fits_in(node["Resources"]) for node in ray.nodes() if node["Alive"])
-
-
-def check_fits(count: int, bundle: Bundle) -> None:
-    """Raises NoRoom where `count` workers could not be placed were the whole cluster idle; says what would help."""
-    problem = never_fits(count, bundle, nodes())
-    if problem is not None:
-        raise NoRoom(problem)
 
 
 def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:

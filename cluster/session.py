@@ -28,7 +28,7 @@ from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.plain import one_line, plain
 from cluster.label import Label
-from cluster.room import Bundle, Waiting, check_fits
+from cluster.room import Bundle, Waiting
 
 CONNECT_SECONDS = 10
 POLL_SECONDS = 1.0
@@ -139,7 +139,7 @@ def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) 
 class Actors:
     """`count` actors of one class, each on a bundle of its own; killed and their places freed on leaving.
 
-    Raises NoRoom, saying what was asked, what is free and what is busy, when they never fit or do not come in time.
+    Raises NoRoom, saying what was asked, what is free and what is busy, when they do not come in time.
     """
 
     def __init__(
@@ -155,7 +155,6 @@ class Actors:
         label: Label | None = None,
     ) -> None:
         self._bundle, self._label = bundle, label
-        check_fits(count, bundle)
         self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
         waiting = Waiting(count, bundle, timeout_seconds)
         try:

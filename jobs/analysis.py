@@ -4,12 +4,11 @@ A small stage of its own inside curate's folder, so that other references can be
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from calibprune import storage
@@ -19,10 +18,11 @@ from calibprune.calibration.sources import flat_tokens, read_shard
 from calibprune.config import ModelSettings
 from calibprune.errors import DriftError
 from calibprune.model import build_skeleton, load_tokenizer
-from calibprune.run import Stage
+from calibprune.run import Record, Stage
 from cluster.label import label_of
-from cluster.room import Bundle, check_fits
+from cluster.room import Bundle
 from cluster.session import worker_bundle
+from cluster.tasks import run_tasks
 from jobs.progress import say, tick
 from jobs.run_folder import Run
 from jobs.watching import Watch
@@ -50,19 +50,20 @@ def run(run: Run, curation: Curation) -> None:
     started = time.monotonic()
     label = replace(label_of(curation.stage_url), stage=FOLDER)
     watch = Watch(stage, 1, 0, label)
-    bundle = worker_bundle(run.config.cluster)
-    needs_model = settings.analysis.min_k is not None
-    task = ray.remote(_analyse).options(
-        num_cpus=bundle.cpus if needs_model else 1, num_gpus=bundle.gpus if needs_model else 0, max_retries=2,
-        name=label.task(FOLDER),
-    )  # fmt: skip
-    check_fits(1, bundle if needs_model else Bundle(1, 0))
-    reference = task.remote(curation, run.config.model, run.skeleton.checkpoint.url)
-    while not ray.wait([reference], timeout=1.0)[0]:
+    for done in run_tasks(
+        _analyse, (curation, run.config.model, run.skeleton.checkpoint.url, stage), [[FOLDER]], task_bundle(run),
+        start_seconds=run.config.cluster.start_timeout_seconds, label=label, failed=watch.lost,
+    ):  # fmt: skip
         tick()
-    facts: Any = ray.get(reference)
-    watch.committed(stage.commit(FOLDER, None, facts), time.monotonic() - started)
+        if done is not None:
+            watch.committed(*done)
     stage.finish({"seconds": time.monotonic() - started})
+
+
+def task_bundle(run: Run) -> Bundle:
+    """What the comparison asks of the cluster: a worker's place where the model is asked, else a core."""
+    needs_model = run.config.curate.analysis.min_k is not None
+    return worker_bundle(run.config.cluster) if needs_model else Bundle(1, 0)
 
 
 def compared(run: Run) -> dict[str, Any]:
@@ -70,7 +71,9 @@ def compared(run: Run) -> dict[str, Any]:
     return run.config.curate.model_dump(mode="json", include={"references", "analysis"})
 
 
-def _analyse(curation: Curation, model: ModelSettings, folder: str) -> Mapping[str, Any]:
+def _analyse(
+    curation: Curation, model: ModelSettings, folder: str, stage: Stage, units: Sequence[str]
+) -> Iterator[Record]:
     settings = curation.settings
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
     most = settings.analysis.documents, settings.sequence_tokens
@@ -80,7 +83,7 @@ def _analyse(curation: Curation, model: ModelSettings, folder: str) -> Mapping[s
     if settings.analysis.min_k is not None:
         skeleton = build_skeleton(model, "cuda" if torch.cuda.is_available() else "cpu")
         scores = min_k_scores(skeleton, settings.analysis, sources, references)
-    return analyse(settings, sources, references, scores)
+    yield stage.commit(FOLDER, None, analyse(settings, sources, references, scores))
 
 
 def _documents(curation: Curation, source: int) -> list[np.ndarray]:

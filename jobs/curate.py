@@ -7,12 +7,10 @@ units there are.
 import importlib.metadata
 import os
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from calibprune.calibration.curation import (
     SELECTION,
@@ -29,10 +27,10 @@ from calibprune.calibration.prefixes import start_token
 from calibprune.calibration.sources import scored_tokens, write_documents
 from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
 from calibprune.errors import UserError
-from calibprune.journal import Failure
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
-from cluster.session import death
+from cluster.room import Bundle, capacity
+from cluster.tasks import run_tasks
 from jobs import analysis, progress
 from jobs.generate import dispatched, engines
 from jobs.progress import Steps, say
@@ -43,8 +41,6 @@ NOT_IN_THE_RESULT = {"references", "analysis"}
 BATCHES_PER_CPU = 4
 """Of units given to one task: few enough that a task's start costs little, many enough that none ends late."""
 MOST_IN_BATCH = 16
-IN_FLIGHT_PER_CPU = 2
-ATTEMPTS = 3
 
 
 def run(run: Run) -> None:
@@ -115,17 +111,18 @@ def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
 def _make(run: Run, curation: Curation, missing: Sequence[str], watch: Watch) -> Iterator[Record]:
     """Has the missing units made, in the order in which they need each other; yields their records."""
     handle, left = ray.put(curation), set(missing)
-    texts = [
-        (handle, source, run.skeleton.checkpoint.url, run.config.model.trust_remote_code, units)
-        for source in curation.natural_sources()
-        if (units := [unit for unit in curation.text_units(source) if unit in left])
-    ]
-    yield from _tasks(_read_documents, texts, watch)
+    texts = [curation.text_units(source) for source in curation.natural_sources()]
+    texts = [units for source in texts if (units := [unit for unit in source if unit in left])]
+    model = run.skeleton.checkpoint.url, run.config.model.trust_remote_code
+    yield from _tasks(run, _read_documents, (handle, *model), texts, watch)
     yield from _score_documents(run, curation, _of_kind(missing, "scored"), watch)
-    yield from _in_batches(_score, handle, _of_kind(missing, "scores"), watch)
-    if SELECTION in left:
-        yield from _tasks(_select, [(handle, [SELECTION])], watch)
-    yield from _in_batches(_write_files, handle, _of_kind(missing, "dropped", "pool"), watch)
+    for function, kinds in (
+        (_score, ["scores"]),
+        (_select, [SELECTION]),
+        (_write_files, ["dropped", "pool"]),
+    ):
+        batches = _batches(_of_kind(missing, *kinds))
+        yield from _tasks(run, function, (handle,), batches, watch)
 
 
 def _score_documents(
@@ -152,72 +149,45 @@ def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
     return [unit for unit in units if unit.partition("-")[0] in kinds]
 
 
-def _in_batches(function: Any, handle: Any, units: Sequence[str], watch: Watch) -> Iterator[Record]:
+def _batches(units: Sequence[str]) -> list[Sequence[str]]:
     """Consecutive units together: they are of neighbouring shards."""
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cpus)))
-    batches = [units[first : first + size] for first in range(0, len(units), size)]
-    yield from _tasks(function, [(handle, batch) for batch in batches], watch)
+    size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * capacity(Bundle(1, 0)))))
+    return [units[first : first + size] for first in range(0, len(units), size)]
 
 
-def _tasks(function: Any, arguments: Sequence[tuple], watch: Watch) -> Iterator[Record]:
-    """Runs the function as a task of one core for each of the arguments, the last of which are its units.
-
-    A bounded number at a time. Tasks that went down with their process or node are run again; what a task raises ends
-    the stage, others' commits stay.
-    """
-    named = watch.label.task(function.__name__.strip("_"))
-    task = ray.remote(function).options(num_cpus=1, max_retries=0, name=named)
-    limit = max(2, IN_FLIGHT_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
-    waiting = deque((each, 1) for each in arguments)
-    running: dict[Any, tuple[tuple, int, float]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < limit:
-                each, attempt = waiting.popleft()
-                running[task.remote(*each)] = each, attempt, time.monotonic()
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-            progress.tick()
-            for reference in ready:
-                each, attempt, since = running.pop(reference)
-                try:
-                    records: Any = ray.get(reference)
-                except RayTaskError:
-                    raise
-                except RayError as error:  # its process or its node is gone
-                    failure = Failure("task", str(death(error)), tuple(each[-1]), attempt)
-                    say(f"curate: lost {failure.in_words}")
-                    watch.failed(failure)
-                    if attempt == ATTEMPTS:
-                        raise
-                    waiting.append((each, attempt + 1))
-                    continue
-                seconds = (time.monotonic() - since) / max(1, len(records))
-                for record in records:
-                    watch.committed(record, seconds)
-                    yield record
-    finally:
-        for reference in running:
-            ray.cancel(reference)
+def _tasks(
+    run: Run, function: Any, arguments: tuple, batches: Sequence[Sequence[str]], watch: Watch
+) -> Iterator[Record]:
+    """Tasks of one core each, one for every batch of units."""
+    for done in run_tasks(
+        function, arguments, batches, Bundle(1, 0),
+        start_seconds=run.config.cluster.start_timeout_seconds, label=watch.label, failed=watch.lost,
+    ):  # fmt: skip
+        progress.tick()
+        if done is not None:
+            watch.committed(*done)
+            yield done.record
 
 
 def _read_documents(
-    curation: Curation, source: NaturalSource, model: str, trust: bool, units: list[str]
-) -> list[Record]:
+    curation: Curation, model: str, trust: bool, units: Sequence[str]
+) -> Iterator[Record]:
+    """All of one source: a text is read from its start."""
+    (source,) = (s for s in curation.natural_sources() if units[0] in curation.text_units(s))
     tokenizer = load_tokenizer(model, trust)
     start = start_token(tokenizer) if source.bos else None
     tokens = curation.settings.sequence_tokens
-    return list(write_documents(curation.stage, source, tokens, tokenizer, start, set(units)))
+    yield from write_documents(curation.stage, source, tokens, tokenizer, start, set(units))
 
 
-def _score(curation: Curation, units: list[str]) -> list[Record]:
+def _score(curation: Curation, units: Sequence[str]) -> Iterator[Record]:
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # MinHash would take all cores of the node
-    return list(make_scores(curation, units))
+    yield from make_scores(curation, units)
 
 
-def _select(curation: Curation, units: list[str]) -> list[Record]:
-    return [make_selection(curation)]
+def _select(curation: Curation, units: Sequence[str]) -> Iterator[Record]:
+    yield make_selection(curation)
 
 
-def _write_files(curation: Curation, units: list[str]) -> list[Record]:
-    return list(make_files(curation, units))
+def _write_files(curation: Curation, units: Sequence[str]) -> Iterator[Record]:
+    yield from make_files(curation, units)

@@ -1,10 +1,8 @@
 """generate: vLLM engines continue prefixes in shards; every shard commits on its own."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-import ray
 
 from calibprune.calibration.engine import EngineDied, vllm_version
 from calibprune.calibration.prefixes import cut_prefixes, longest_prefix, prefix_units
@@ -17,6 +15,7 @@ from cluster.dispatch import dispatch
 from cluster.generator import Generator, shard_rows
 from cluster.room import Bundle, capacity
 from cluster.session import worker_bundle
+from cluster.tasks import run_tasks
 from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run
 from jobs.watching import Watch
@@ -62,31 +61,28 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str], watch: Watch) -> No
     """Has the missing files of prefixes committed, by one task that reads the source from its start."""
     if not missing:
         return
-    task = ray.remote(_cut).options(
-        num_cpus=1, max_retries=2, num_returns="streaming", name=watch.label.task("prefixes")
-    )
     folder = run.skeleton.checkpoint.url.removeprefix("hf://")
     with Steps("prefixes", "files", len(missing)) as steps:
-        arguments = (run.config.model, folder, run.config.generate, stage.url, missing)
-        stream: Any = task.remote(*arguments)
-        while True:
-            ready, _ = ray.wait([stream], timeout=1.0)
+        for done in run_tasks(
+            _cut, (run.config.model, folder, run.config.generate, stage.url), [sorted(missing)], Bundle(1, 0),
+            start_seconds=run.config.cluster.start_timeout_seconds,
+            label=watch.label, failed=watch.lost,
+        ):  # fmt: skip
             tick()
-            if not ready:
-                continue
-            try:
-                record: Any = ray.get(next(stream))
-            except StopIteration:
-                return
-            watch.committed(record)
-            steps.add(f"{record.facts['prefixes']} prefixes")
+            if done is not None:
+                watch.committed(*done)
+                steps.add(f"{done.record.facts['prefixes']} prefixes")
 
 
 def _cut(
-    model: ModelSettings, folder: str, settings: GenerateSettings, stage_url: str, missing: set[str]
+    model: ModelSettings,
+    folder: str,
+    settings: GenerateSettings,
+    stage_url: str,
+    missing: Sequence[str],
 ) -> Iterator[Record]:
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
-    yield from cut_prefixes(Stage(stage_url), settings, tokenizer, missing)
+    yield from cut_prefixes(Stage(stage_url), settings, tokenizer, set(missing))
 
 
 def _generate(
@@ -137,11 +133,6 @@ def engines(
     run: Run, stage: Stage, units: int, watch: Watch, most_tokens: int | None = None
 ) -> Crew:
     """vLLM engines that commit to the stage, no more of them than there are units of work."""
-
-    def failed(failure: Failure) -> None:
-        say(f"{stage.name}: lost {failure.in_words}")
-        watch.failed(failure)
-
     settings, cluster = run.config.generate, run.config.cluster
     bundle = worker_bundle(cluster, engine_gpus=settings.tensor_parallel)
     count = min(settings.engines or wanted_engines(run, bundle), units)
@@ -157,7 +148,7 @@ def engines(
         start_seconds=cluster.start_timeout_seconds,
         concurrency=settings.shards_in_flight + 1,
         label=watch.label,
-        failed=failed,
+        failed=watch.lost,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def choose(name: str) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonLines())
         logger.addHandler(handler)
-        logger.propagate = False
+    logger.propagate = name != "json"
     logger.setLevel(logging.INFO if name == "json" else logging.NOTSET)
 
 

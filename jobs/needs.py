@@ -3,7 +3,7 @@
 All of it is worked out from settings and from the headers of the checkpoint; nothing is started.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from calibprune.process import host_memory
 from calibprune.pruning.memory import GPU_SHARE, WorkerMemory, worker_memory
 from cluster.room import Bundle
 from cluster.session import worker_bundle
+from jobs.analysis import task_bundle
 from jobs.generate import wanted_engines
 from jobs.run_folder import Run
 
@@ -44,9 +45,17 @@ class Need:
     work: str
 
 
-def needs(run: Run) -> list[Need]:
-    """The stages that still have work to do, in order. Needs a connection to Ray: some settings follow the cluster."""
-    return [*_generate(run), *_curate(run), *_prune(run), *_evaluate(run)]
+def needs(run: Run, stages: Collection[str] | None = None) -> list[Need]:
+    """Those of the given stages, or of all, that still have work to do, in order.
+
+    Needs a connection to Ray: some settings follow the cluster.
+    """
+    return [
+        need
+        for stage, of_stage in NEEDS.items()
+        if stages is None or stage in stages
+        for need in of_stage(run)
+    ]
 
 
 def pool_to_prune_with(run: Run) -> tuple[int, int]:
@@ -139,6 +148,9 @@ def _curate(run: Run) -> Iterator[Need]:
         yield _engines(run, "curate", documents, settings.sequence_tokens + 1, tokens)
     work = f"{settings.pool_sequences} sequences of {settings.sequence_tokens} tokens"
     yield Need("curate", "task", 1, 1, Bundle(1, 0), None, 0, 0, 1.0, work)
+    if settings.references:
+        work = f"sources beside {len(settings.references)} texts"
+        yield Need("curate", "task", 1, 1, task_bundle(run), None, 0, 0, 1.0, work)
 
 
 def _prune(run: Run) -> Iterator[Need]:
@@ -171,3 +183,11 @@ def _evaluate(run: Run) -> Iterator[Need]:
     work = f"{tokens:,} tokens, dense and pruned"
     bundle = worker_bundle(run.config.cluster)
     yield Need("evaluate", "worker", count, count, bundle, None, 0, 0, 1.0, work)
+
+
+NEEDS: dict[str, Callable[[Run], Iterator[Need]]] = {
+    "generate": _generate,
+    "curate": _curate,
+    "prune": _prune,
+    "evaluate": _evaluate,
+}

@@ -14,7 +14,7 @@ from cluster.label import label_of
 from cluster.session import connect
 from jobs import curate, evaluate, generate, log, progress, prune, report
 from jobs.check import check_before_work
-from jobs.preflight import look_before_work
+from jobs.preflight import check_room, look_before_work
 from jobs.progress import say
 from jobs.run_folder import Run
 from jobs.tracking import tracking
@@ -45,6 +45,7 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
         if working and not started_here:
             look_before_work(run)
         if working:
+            check_room(run, stages)
             run.open()
         with tracking(run) if working else nullcontext(lambda: None) as track:
             for stage in stages:

@@ -11,7 +11,7 @@ from rich.text import Text
 from calibprune import storage
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
-from cluster.room import never_fits, shown, wanted
+from cluster.room import never_fits, nodes, shown, wanted
 from cluster.session import connect
 from cluster.survey import Survey, Surveyed, check_survey, problems, take_survey
 from jobs.needs import Need, bytes_read, bytes_stored, needs
@@ -34,6 +34,15 @@ def look_before_work(run: Run) -> None:
     for node, reason in survey.silent:
         say(f"note: no answer from {node.name}: {reason}")
     check_survey(survey)
+
+
+def check_room(run: Run, stages: Sequence[str]) -> None:
+    """Raises UserError where the places that a stage asks for would not be there were the whole cluster idle."""
+    cluster = nodes()
+    for need in needs(run, stages):
+        never = never_fits(need.least, need.bundle, cluster)
+        if never is not None:
+            raise UserError(f"{need.stage}: {never}")
 
 
 def cluster_to_look_at(settings: ClusterSettings, wanted: bool | None) -> ClusterSettings | None:

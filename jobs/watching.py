@@ -52,6 +52,11 @@ class Watch:
         self._metrics.failed(failure)
         log.failure(self.label.tags, failure)
 
+    def lost(self, failure: Failure) -> None:
+        """As `failed`, with a line of it."""
+        self._say(f"lost {failure.in_words}")
+        self.failed(failure)
+
     def failed_at(self, unit: str) -> Any:
         """As `failed`, of work that is all for one unit."""
         return lambda failure: self.failed(replace(failure, units=(unit,)))

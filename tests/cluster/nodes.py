@@ -1,5 +1,7 @@
 """A Ray cluster of several nodes on this machine: real raylets, each with as many CPUs as asked for."""
 
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,8 +16,11 @@ DEATHS_SEEN_SOON = {
 
 
 @contextmanager
-def cluster_of(*cpus: int) -> Iterator[Cluster]:
-    """Nodes with so many CPUs; this process is connected to them as a driver."""
+def cluster_of(*cpus: int, metrics: bool = False) -> Iterator[Cluster]:
+    """Nodes with so many CPUs; this process is connected to them as a driver.
+
+    `metrics`: not before the head serves them, since a process that finds no agent within seconds sends it none ever.
+    """
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -27,8 +32,27 @@ def cluster_of(*cpus: int) -> Iterator[Cluster]:
     try:
         for count in cpus[1:]:
             cluster.add_node(num_cpus=count)
+        if metrics:
+            _wait_for_metrics(cluster)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def _wait_for_metrics(cluster: Cluster, seconds: float = 120) -> None:
+    (head,) = cluster.global_state.node_table()
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(metrics_url(head), timeout=10).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def metrics_url(node: dict) -> str:
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -131,9 +131,14 @@ def test_starts_that_fail_again_and_again_end_the_stage(cluster, tmp_path, monke
         run(tmp_path, {"start": "user"})
 
 
-def test_an_actor_that_fits_no_node_says_what_was_asked_and_what_is_there(cluster):
-    with pytest.raises(NoRoom, match=r"no node has room for 1000 CPU, the cluster has \d+ CPU"):
-        Crew(Worker, 2, Bundle(1000, 0), [], start_seconds=5, concurrency=1)
+def test_an_actor_that_fits_no_node_says_what_was_asked_and_what_is_there(cluster, tmp_path):
+    with (
+        Crew(
+            Worker, 2, Bundle(1000, 0), [str(tmp_path), {}], start_seconds=2, concurrency=1
+        ) as crew,
+        pytest.raises(NoRoom, match=r"no node has room for 1000 CPU, the cluster has \d+ CPU"),
+    ):
+        list(dispatch(crew, "work", ["0"], in_flight=1, attempts=3, set_aside=print))
 
 
 def test_a_place_that_others_hold_is_told_while_waiting_and_after(

@@ -12,7 +12,6 @@ import ray
 import torch
 
 from calibprune.config import ModelSettings, PruneSettings
-from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
 from calibprune.process import node
@@ -225,15 +224,13 @@ def test_snapshots_spare_the_sweep_through_finished_layers(nodes, failpoints, al
     assert kept == {"00002", "00004"}
 
 
-def test_more_workers_than_the_cluster_has_room_for(nodes, run):
-    with pytest.raises(
-        UserError, match=r"5 x \(1 CPU\) were asked for, the cluster has 4 CPU in all, room for 4"
+def test_more_workers_than_the_cluster_has_room_for(nodes):
+    for count, bundle, reason in (
+        (5, BUNDLE, r"5 x \(1 CPU\) were asked for, the cluster has 4 CPU in all, room for 4"),
+        (3, Bundle(2, 0), r"3 x \(2 CPU\) .* the cluster has 4 CPU in all, room for 1 of them"),
     ):
-        run(workers=5)
-    with pytest.raises(
-        NoRoom, match=r"3 x \(2 CPU\) .* the cluster has 4 CPU in all, room for 1 of them"
-    ):
-        Actors(object, 3, Bundle(2, 0), [], timeout_seconds=60)
+        with pytest.raises(NoRoom, match=reason):
+            Actors(Idle, count, bundle, [], timeout_seconds=2)
 
 
 def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeypatch, capfd):

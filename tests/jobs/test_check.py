@@ -6,8 +6,12 @@ import sys
 
 import pytest
 import ray
+import yaml
 from ray.cluster_utils import Cluster
 
+from calibprune.config import Config
+from calibprune.errors import UserError
+from jobs.pipeline import run_stages
 from tests.jobs.command import ENVIRONMENT, calibprune_here
 
 CONFIG = """
@@ -95,6 +99,17 @@ def test_what_is_missing_is_named(check, overrides, message):
     code, out, errors = check("--cluster", *overrides)
     assert code == 2 and re.search(message, errors), errors
     assert "what the run needs" in out and len(errors.splitlines()) == 1
+
+
+def test_a_run_that_never_fits_is_refused_before_its_first_stage(cluster, tmp_path, tiny_llama):
+    config = yaml.safe_load(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
+    config["cluster"]["workers"] = config["curate"]["sequences"] = 5
+    config["prune"]["batch_sequences"] = 1
+    with pytest.raises(
+        UserError, match=r"prune: 5 x \(1 CPU, 1 GPU\) were asked for, .* room for 4"
+    ):
+        run_stages(Config.model_validate(config), ["generate", "curate", "prune"])
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def test_what_is_merely_busy_is_a_note(check):

@@ -84,6 +84,7 @@ def test_tasks_make_what_one_process_makes_though_one_dies(run, cluster, failpoi
     curate.run(with_curate(run, analysis={"documents": 3}))  # says nothing about the pool
 
 
+@pytest.mark.slow
 def test_documents_beside_samples_are_scored_where_a_filter_asks(run, cluster, tmp_path):
     model = write_tiny_llama(tmp_path / "model", hidden=128)  # which the engine's CPU kernels know
     lines = {"type": "text", "name": "lines", "path": str(tmp_path / "lines.txt"), "weight": 0.25,

@@ -23,7 +23,7 @@ from cluster.metrics import LayerMetrics, SampleMetrics
 from cluster.session import Bundle
 from jobs import log
 from jobs.watching import Watch
-from tests.cluster.nodes import cluster_of
+from tests.cluster.nodes import cluster_of, metrics_url
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "calibprune.json"
 LAYER = {
@@ -36,7 +36,7 @@ LAYER = {
 def cluster():
     os.environ["RAY_metrics_report_interval_ms"] = "500"  # noqa: SIM112
     try:
-        with cluster_of(2):
+        with cluster_of(2, metrics=True):
             yield
     finally:
         del os.environ["RAY_metrics_report_interval_ms"]  # noqa: SIM112
@@ -77,14 +77,14 @@ def served() -> dict[str, list[str]]:
     """The lines of every metric that the nodes serve, by name."""
     found: dict[str, list[str]] = {}
     for one in ray.nodes():
-        url = f"http://{one['NodeManagerAddress']}:{one['MetricsExportPort']}/metrics"
-        for line in urllib.request.urlopen(url, timeout=10).read().decode().splitlines():
+        for line in (
+            urllib.request.urlopen(metrics_url(one), timeout=10).read().decode().splitlines()
+        ):
             if not line.startswith("#"):
                 found.setdefault(re.split(r"[{ ]", line)[0], []).append(line)
     return found
 
 
-@pytest.mark.slow  # what nodes serve comes late, or within minutes not at all
 def test_all_that_the_dashboard_shows_is_served_and_the_log_and_the_journal_say_what_failed(
     cluster, tmp_path, capfd
 ):

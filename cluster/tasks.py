@@ -1,0 +1,115 @@
+"""Work that any process can do, as Ray tasks: enough at a time to keep every core busy, again where one was lost."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from calibprune.journal import Failure, nobody
+from calibprune.plain import one_line
+from calibprune.run import Record
+from cluster.label import Label
+from cluster.room import Bundle, Waiting, capacity
+from cluster.session import death
+
+IN_FLIGHT_PER_PLACE = 2
+ATTEMPTS = 3
+"""Losses in a row, without a unit in between, before the work is given up."""
+POLL_SECONDS = 1.0
+
+
+class TaskLost(RuntimeError):
+    """A task went down with its process or node too often; names its units and the last cause."""
+
+
+class Done(NamedTuple):
+    record: Record
+    seconds: float
+    """That the task took for it."""
+
+
+class _Call(NamedTuple):
+    units: tuple[str, ...]
+    """Those that are missing."""
+    attempt: int = 1
+    started: bool = False
+
+
+def run_tasks(
+    function: Callable[..., Iterator[Record]],
+    arguments: Sequence[Any],
+    batches: Sequence[Sequence[str]],
+    bundle: Bundle,
+    *,
+    start_seconds: float,
+    label: Label,
+    failed: Callable[[Failure], None] = nobody,
+) -> Iterator[Done | None]:
+    """Calls `function(*arguments, units)`, a generator, for every batch of units; yields what they commit as it comes.
+
+    None about once a second in between. A call that is lost with its process or its node, which `failed` is told, is
+    made again for the units that are missing. What a call raises ends the work, as RayTaskError with its `cause`;
+    others' commits stay. Raises TaskLost, and NoRoom where no call finds a place within `start_seconds`.
+    """
+    task: Any = ray.remote(_timed).options(
+        num_cpus=bundle.cpus, num_gpus=bundle.gpus, max_retries=0, num_returns="streaming",
+        name=label.task(function.__name__.strip("_")),
+    )  # fmt: skip
+    queue = deque(_Call(tuple(units)) for units in batches)
+    running: dict[Any, _Call] = {}
+    waiting = Waiting(1, bundle, start_seconds)
+    try:
+        while queue or running:
+            most = max(2, IN_FLIGHT_PER_PLACE * capacity(bundle))
+            while queue and len(running) < most:
+                call = queue.popleft()
+                running[task.remote(function, *arguments, call.units)] = call
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            for stream in ready:
+                call = running[stream]
+                try:
+                    item: Any = ray.get(next(stream))  # type: ignore[arg-type]
+                except StopIteration:
+                    del running[stream]
+                except RayTaskError:
+                    raise
+                except RayError as error:
+                    del running[stream]
+                    queue.append(_again(call, error, failed))
+                else:
+                    if item is None:
+                        running[stream] = call._replace(started=True)
+                        continue
+                    left = tuple(unit for unit in call.units if unit != item.record.unit)
+                    running[stream] = _Call(left, started=True)
+                    yield item
+            if not running or any(call.started for call in running.values()):
+                waiting.restart()
+            waiting.go_on()
+            if not ready:
+                yield None
+    finally:
+        for stream in running:
+            ray.cancel(stream)
+
+
+def _timed(function: Callable[..., Iterator[Record]], *arguments: Any) -> Iterator[Done | None]:
+    """None as soon as there is a process for it, then its records."""
+    yield None
+    since = time.monotonic()
+    for record in function(*arguments):
+        now = time.monotonic()
+        yield Done(record, now - since)
+        since = now
+
+
+def _again(call: _Call, error: RayError, failed: Callable[[Failure], None]) -> _Call:
+    reason = one_line(death(error))
+    failed(Failure("task", reason, call.units, call.attempt))
+    if call.attempt == ATTEMPTS:
+        units = ", ".join(call.units)
+        raise TaskLost(f"the task of {units} was lost {ATTEMPTS} times: {reason}") from None
+    return _Call(call.units, call.attempt + 1)
