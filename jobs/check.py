@@ -176,26 +176,16 @@ def kept_at_most(config: Config, samples: int) -> int:
 
 def requirements(run: Run) -> dict[str, Any]:
     """What a run will need: parameters, bytes to move, memory of one pruning worker, part by part."""
-    from calibprune.process import host_memory
     from calibprune.pruning.allocation import foreseen, shapes_of
-    from calibprune.pruning.memory import worker_memory
     from calibprune.pruning.selection import chosen_linears
+    from jobs.needs import pool_to_prune_with, pruning_memory
 
     skeleton, config = run.skeleton, run.config
     linears = [
         linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
     ]
-    settings = config.curate
-    tokens = settings.pool_sequences * settings.sequence_tokens
-    workers = config.cluster.workers
-    memory = worker_memory(
-        skeleton,
-        config.prune,
-        settings.pool_sequences,
-        settings.sequence_tokens,
-        workers,
-        host_memory(),
-    )
+    sequences, tokens = pool_to_prune_with(run)
+    memory = pruning_memory(run, config.cluster.workers, on_gpu=False)
     picked = chosen_linears(skeleton, config.prune)
     pruned = sum(
         skeleton.linears(index)[name].weight.numel()
@@ -213,7 +203,7 @@ def requirements(run: Run) -> dict[str, Any]:
         "sparsity_of_prunable": asked["sparsity"] * pruned / prunable,
         "dtype": run.dtype,
         "generated_tokens_at_most": config.generate.samples * config.generate.max_tokens,
-        "calibration_tokens": tokens,
+        "calibration_tokens": sequences * tokens,
         "checkpoint_bytes": skeleton.checkpoint.bytes,
         "bytes_written": skeleton.checkpoint.bytes,
         "worker_memory_bytes": memory.bytes,
@@ -223,11 +213,13 @@ def requirements(run: Run) -> dict[str, Any]:
 
 def advice(needed: dict[str, Any], workers: int) -> list[str]:
     """What to change where a worker would not fit this machine, were its workers to run here."""
+    from jobs.preflight import gib
+
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed["worker_memory_bytes"] * workers <= available:
         return []
     told = [
-        f"{workers} workers of {_gib(needed['worker_memory_bytes'])} do not fit the {_gib(available)} of this "
+        f"{workers} workers of {gib(needed['worker_memory_bytes'])} do not fit the {gib(available)} of this "
         f"machine; on GPUs, what paused forwards hold moves to host memory where it does not fit (prune.offload)"
     ]
     if needed["worker_memory_forward_bytes"] > needed["worker_memory_paused_bytes"] / 2:
@@ -237,7 +229,3 @@ def advice(needed: dict[str, Any], workers: int) -> list[str]:
             "most of it is held by paused forwards: use more workers, or lower curate.sequences"
         )
     return told
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
