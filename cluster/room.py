@@ -1,4 +1,4 @@
-"""Places for actors: what one asks for, how many the cluster has, words for what does not fit: never, or not yet."""
+"""Places for actors and tasks: what one asks for, how many there are, in words what does not fit: never, or not yet."""
 
 import logging
 import sys
@@ -50,7 +50,7 @@ class Node:
 
 
 class NoRoom(RuntimeError):
-    """The actors asked for did not find their places in time."""
+    """The actors or tasks asked for did not find their places in time."""
 
 
 def nodes() -> list[Node]:

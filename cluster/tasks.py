@@ -19,6 +19,8 @@ IN_FLIGHT_PER_PLACE = 2
 ATTEMPTS = 3
 """Losses in a row, without a unit in between, before the work is given up."""
 POLL_SECONDS = 1.0
+NAMED = 4
+"""Units in a message."""
 
 
 class TaskLost(RuntimeError):
@@ -63,10 +65,11 @@ def run_tasks(
     waiting = Waiting(1, bundle, start_seconds)
     try:
         while queue or running:
-            most = max(2, IN_FLIGHT_PER_PLACE * capacity(bundle))
-            while queue and len(running) < most:
-                call = queue.popleft()
-                running[task.remote(function, *arguments, call.units)] = call
+            if queue:
+                most = max(2, IN_FLIGHT_PER_PLACE * capacity(bundle))
+                for _ in range(min(len(queue), most - len(running))):
+                    call = queue.popleft()
+                    running[task.remote(function, *arguments, call.units)] = call
             ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
             for stream in ready:
                 call = running[stream]
@@ -78,7 +81,8 @@ def run_tasks(
                     raise
                 except RayError as error:
                     del running[stream]
-                    queue.append(_again(call, error, failed))
+                    if call.units:
+                        queue.append(_again(call, error, failed))
                 else:
                     if item is None:
                         running[stream] = call._replace(started=True)
@@ -110,6 +114,6 @@ def _again(call: _Call, error: RayError, failed: Callable[[Failure], None]) -> _
     reason = one_line(death(error))
     failed(Failure("task", reason, call.units, call.attempt))
     if call.attempt == ATTEMPTS:
-        units = ", ".join(call.units)
-        raise TaskLost(f"the task of {units} was lost {ATTEMPTS} times: {reason}") from None
+        named = ", ".join(call.units[:NAMED]) + (", ..." if len(call.units) > NAMED else "")
+        raise TaskLost(f"the task of {named} was lost {ATTEMPTS} times: {reason}") from None
     return _Call(call.units, call.attempt + 1)

@@ -65,8 +65,8 @@ def run_gang(
 
     When a worker is lost the call is made again on a new gang: `method` goes on from what is committed, and
     `progress()` tells how much that is. `notice` gets a line about every loss and every new gang, `failed` every loss;
-    `label` names the actors. Raises NoRoom where the
-    first gang finds no places, UserError where a worker raised one, WorkFailed after too many losses without progress.
+    `label` names the actors. Raises NoRoom where the first gang finds no places, UserError where a worker raised one,
+    WorkFailed after too many losses without progress.
     """
     attempts, before = 0, progress()
     group: WorkerGroup | None = None

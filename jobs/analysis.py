@@ -51,7 +51,8 @@ def run(run: Run, curation: Curation) -> None:
     label = replace(label_of(curation.stage_url), stage=FOLDER)
     watch = Watch(stage, 1, 0, label)
     for done in run_tasks(
-        _analyse, (curation, run.config.model, run.skeleton.checkpoint.url, stage), [[FOLDER]], task_bundle(run),
+        _analyse, (curation, run.config.model, run.skeleton.checkpoint.url, stage), [missing] if missing else [],
+        task_bundle(run),
         start_seconds=run.config.cluster.start_timeout_seconds, label=label, failed=watch.lost,
     ):  # fmt: skip
         tick()

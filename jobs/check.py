@@ -32,7 +32,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     check_tracking(run.config.report.tracking)
     run.check_folder()
     if set(stages) == {"report"}:
-        if not storage.exists(run.url("run.json")):
+        if not run.begun:
             raise UserError(f"there is no run at {run.config.output} to report on")
         return
     check_reachable(run.config.model.path, CONTACT_SECONDS)

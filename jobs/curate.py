@@ -151,7 +151,8 @@ def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
 
 def _batches(units: Sequence[str]) -> list[Sequence[str]]:
     """Consecutive units together: they are of neighbouring shards."""
-    size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * capacity(Bundle(1, 0)))))
+    cpus = max(1, capacity(Bundle(1, 0)))
+    size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cpus)))
     return [units[first : first + size] for first in range(0, len(units), size)]
 
 

@@ -15,8 +15,10 @@ from calibprune.config import NaturalSource
 from calibprune.model import Skeleton
 from calibprune.process import host_memory
 from calibprune.pruning.memory import GPU_SHARE, WorkerMemory, worker_memory
+from calibprune.run import Stage
 from cluster.room import Bundle
 from cluster.session import worker_bundle
+from jobs.analysis import FOLDER as ANALYSIS
 from jobs.analysis import task_bundle
 from jobs.generate import wanted_engines
 from jobs.run_folder import Run
@@ -139,8 +141,17 @@ def _engines(run: Run, stage: str, shards: int, most_tokens: int, tokens: str) -
 
 def _curate(run: Run) -> Iterator[Need]:
     settings = run.config.curate
-    if run.config.prune.pool is not None or run.stage("curate").finished:
+    if run.config.prune.pool is not None:
         return
+    if not run.stage("curate").finished:
+        yield from _selection(run)
+    if settings.references and not Stage(run.url("curate", ANALYSIS)).finished:
+        work = f"sources beside {len(settings.references)} texts"
+        yield Need("curate", "task", 1, 1, task_bundle(run), None, 0, 0, 1.0, work)
+
+
+def _selection(run: Run) -> Iterator[Need]:
+    settings = run.config.curate
     natural = [one for one in settings.sources if isinstance(one, NaturalSource)]
     if natural and needs_scoring(settings):
         documents = sum(one.documents for one in natural)
@@ -148,9 +159,6 @@ def _curate(run: Run) -> Iterator[Need]:
         yield _engines(run, "curate", documents, settings.sequence_tokens + 1, tokens)
     work = f"{settings.pool_sequences} sequences of {settings.sequence_tokens} tokens"
     yield Need("curate", "task", 1, 1, Bundle(1, 0), None, 0, 0, 1.0, work)
-    if settings.references:
-        work = f"sources beside {len(settings.references)} texts"
-        yield Need("curate", "task", 1, 1, task_bundle(run), None, 0, 0, 1.0, work)
 
 
 def _prune(run: Run) -> Iterator[Need]:

@@ -45,7 +45,8 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
         if working and not started_here:
             look_before_work(run)
         if working:
-            check_room(run, stages)
+            if not run.begun:  # who resumes waits: a node that was lost may be on its way back
+                check_room(run, stages)
             run.open()
         with tracking(run) if working else nullcontext(lambda: None) as track:
             for stage in stages:

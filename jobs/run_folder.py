@@ -29,6 +29,11 @@ class Run:
     def stage(self, name: str) -> Stage:
         return Stage(self.url(name))
 
+    @property
+    def begun(self) -> bool:
+        """Whether a driver has worked here before."""
+        return storage.exists(self.url("run.json"))
+
     def open(self) -> None:
         """Writes run.json: the resolved configuration and the versions at work."""
         storage.write_json(
@@ -43,7 +48,7 @@ class Run:
     def check_folder(self) -> None:
         """Raises UserError when the output cannot be written or holds something that is no run."""
         storage.check_writable(self.config.output)
-        if not storage.exists(self.url("run.json")):
+        if not self.begun:
             filesystem, path = storage.resolve(self.config.output)
             if filesystem.isfile(path):
                 raise UserError(f"output {self.config.output} is a file, not a folder")

@@ -11,7 +11,9 @@ from ray.cluster_utils import Cluster
 
 from calibprune.config import Config
 from calibprune.errors import UserError
+from cluster.room import NoRoom
 from jobs.pipeline import run_stages
+from jobs.run_folder import Run
 from tests.jobs.command import ENVIRONMENT, calibprune_here
 
 CONFIG = """
@@ -109,7 +111,12 @@ def test_a_run_that_never_fits_is_refused_before_its_first_stage(cluster, tmp_pa
         UserError, match=r"prune: 5 x \(1 CPU, 1 GPU\) were asked for, .* room for 4"
     ):
         run_stages(Config.model_validate(config), ["generate", "curate", "prune"])
-    assert not (tmp_path / "out" / "run.json").exists()
+    run = Run(Config.model_validate(config))
+    assert not run.begun
+    run.open()  # as if nodes had been lost since: what lacks is waited for
+    config["generate"]["tensor_parallel"] = 3
+    with pytest.raises(NoRoom, match=r"1 x \(1 CPU, 3 GPU\) did not become free within 2 s"):
+        run_stages(Config.model_validate(config), ["generate"])
 
 
 def test_what_is_merely_busy_is_a_note(check):
