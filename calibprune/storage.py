@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -277,12 +278,31 @@ def check_writable(url: str) -> None:
             f"{url}: a run cannot live on the Hugging Face hub, where every file would be a commit: choose a local "
             f"folder or a bucket as output, then `calibprune publish RUN_URL STAGE {url}`"
         )
-    probe = join(url, f".calibprune-{uuid.uuid4().hex[:8]}.tmp")
+    probe = probe_url(url, uuid.uuid4().hex[:8])
     try:
         write(probe, b"")
         remove(probe)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write to {shown(url)}: {one_line(error)}") from None
+
+
+def probe_url(url: str, name: str) -> str:
+    """Where to try whether a folder can be written to."""
+    return join(url, f".calibprune-{name}.tmp")
+
+
+def remove_probes(url: str) -> None:
+    """Removes what those left who were killed while they tried the folder."""
+    filesystem, path = resolve(url)
+
+    def clear() -> None:
+        filesystem.invalidate_cache()
+        for entry in filesystem.ls(path, detail=False):
+            if re.fullmatch(r"\.calibprune-\w+\.tmp", posixpath.basename(entry)):
+                filesystem.rm_file(entry)
+
+    with contextlib.suppress(FileNotFoundError):
+        _patiently(filesystem, url, "remove", clear)
 
 
 def _options(scheme: str) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _use(output: str, seen: tuple[str, str] | None) -> None:
     """Writes, reads and removes a file in the run's folder, and reads the one that the driver put there."""
     from calibprune import storage
 
-    url, data = storage.join(output, f".calibprune-{uuid.uuid4().hex[:8]}.tmp"), os.urandom(16)
+    url, data = storage.probe_url(output, uuid.uuid4().hex[:8]), os.urandom(16)
     storage.write(url, data, PATIENCE_SECONDS)
     try:
         if storage.read_bytes(url, PATIENCE_SECONDS) != data:

@@ -97,7 +97,7 @@ def _seen_by_all(output: str | None) -> Iterator[tuple[str, str] | None]:
         yield None
         return
     content = secrets.token_hex(8)
-    url = storage.join(output, f".calibprune-{content}.tmp")
+    url = storage.probe_url(output, content)
     storage.write(url, content.encode())
     try:
         yield url, content

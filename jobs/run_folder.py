@@ -35,7 +35,8 @@ class Run:
         return storage.exists(self.url("run.json"))
 
     def open(self) -> None:
-        """Writes run.json: the resolved configuration and the versions at work."""
+        """Writes run.json: the resolved configuration and the versions; clears away what killed drivers left."""
+        storage.remove_probes(self.config.output)
         storage.write_json(
             self.url("run.json"),
             {

@@ -291,6 +291,17 @@ def test_a_half_written_file_never_shows(tmp_path, monkeypatch):
     assert storage.read_bytes(target) == b"old" and storage.names(str(tmp_path)) == ["file"]
 
 
+def test_what_a_killed_driver_tried_a_folder_with_is_cleared_away(folder):
+    folder = storage.join(folder, "tried")
+    kept = [f"{folder}/run.json", f"{folder}/prune/.calibprune-1.tmp", f"{folder}/other.tmp"]
+    probe = storage.probe_url(folder, "0123abcd")
+    for url in (*kept, probe):
+        storage.write(url, b"x")
+    storage.remove_probes(folder)
+    assert [storage.exists(url) for url in kept] == [True] * 3 and not storage.exists(probe)
+    storage.remove_probes(f"{folder}/nowhere")
+
+
 def test_an_unwritable_folder_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
