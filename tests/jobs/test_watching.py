@@ -85,6 +85,7 @@ def served() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow  # beside other tests Ray's agent may serve what processes report minutes late, or never
 def test_all_that_the_dashboard_shows_is_served_and_the_log_and_the_journal_say_what_failed(
     cluster, tmp_path, capfd
 ):
