@@ -79,9 +79,9 @@ def names(url: str, patience_seconds: float | None = None, links: bool = False) 
 
 
 def _listed(
-    url: str, patience_seconds: float | None = None, links: bool = False
+    url: str, patience_seconds: float | None = None, links: bool = False, temporary: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """What the store says of the files directly in a folder, by name, sorted; of temporary ones nothing."""
+    """What the store says of the files directly in a folder, by name, sorted; of temporary ones only if asked."""
     filesystem, path = resolve(url)
 
     def look() -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def _listed(
         for entry in entries
         if entry["type"] == "file" or (links and entry.get("islink") and _stays(entry["name"]))
     }
-    return {name: found[name] for name in sorted(found) if not name.endswith(".tmp")}
+    return {name: found[name] for name in sorted(found) if temporary or not name.endswith(".tmp")}
 
 
 def _stays(link: str) -> bool:
@@ -293,16 +293,9 @@ def probe_url(url: str, name: str) -> str:
 
 def remove_probes(url: str) -> None:
     """Removes what those left who were killed while they tried the folder."""
-    filesystem, path = resolve(url)
-
-    def clear() -> None:
-        filesystem.invalidate_cache()
-        for entry in filesystem.ls(path, detail=False):
-            if re.fullmatch(r"\.calibprune-\w+\.tmp", posixpath.basename(entry)):
-                filesystem.rm_file(entry)
-
-    with contextlib.suppress(FileNotFoundError):
-        _patiently(filesystem, url, "remove", clear)
+    for name in _listed(url, temporary=True):
+        if re.fullmatch(r"\.calibprune-\w+\.tmp", name):
+            remove(join(url, name))
 
 
 def _options(scheme: str) -> dict[str, Any]:
