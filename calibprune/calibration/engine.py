@@ -88,6 +88,9 @@ class Engine:
         # while they wait for each other, on cores that the computation needs; the class is taken as it is.
         one_process = UniProcExecutor if on_cpu else "uni"
         eager = on_cpu if settings.enforce_eager is None else settings.enforce_eager
+        if on_cpu and eager:
+            # One small function of the sampler would still be compiled, for 10 s at every engine's first step.
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         arguments = AsyncEngineArgs(
             model=model,
             dtype=_checkpoint_dtype(model, trust_remote_code) if dtype == "auto" else dtype,  # type: ignore[arg-type]

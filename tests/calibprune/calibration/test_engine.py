@@ -253,6 +253,25 @@ def test_the_model_draws_its_prefixes_from_its_own_distribution(engine, loop, lo
     assert len(set(drawn.tolist())) > 80
 
 
+@pytest.mark.slow
+def test_a_model_split_over_two_processes_writes_the_same(checkpoint, completions):
+    split = SETTINGS.model_copy(update={"tensor_parallel": 2})
+
+    async def write():
+        engine = Engine(str(checkpoint), "auto", split, max_model_tokens=110, cpu_threads=1)
+        try:
+            return await engine.complete(PREFIXES, SEEDS)
+        finally:
+            engine.shutdown()
+
+    with asyncio.Runner() as runner:
+        halves = runner.run(write())
+    assert [c.token_ids for c in halves] == [c.token_ids for c in completions]
+    assert [c.cumulative_logprob for c in halves] == pytest.approx(
+        [c.cumulative_logprob for c in completions], abs=1e-3
+    )
+
+
 def test_version_names_the_package():
     version = vllm_version()
     assert version is not None
