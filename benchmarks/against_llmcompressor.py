@@ -36,9 +36,7 @@ from calibprune.calibration.pool import read_pool
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import finish_checkpoint
-from calibprune.pruning.layer import layer_unit
-from calibprune.pruning.layerwise import prune_layers
-from calibprune.pruning.export import REST
+from calibprune.pruning.layerwise import prune_layers, units_of
 from calibprune.run import Stage
 model, pool, folder, settings, threads, dtype = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -47,7 +45,7 @@ tokens = read_pool(pool)
 begun = time.perf_counter()
 skeleton = build_skeleton(ModelSettings(path=model, dtype=dtype))
 stage = Stage(folder)
-stage.plan({}, [REST, *(layer_unit(i) for i in range(len(skeleton.layers)))])
+stage.plan({}, units_of(skeleton, settings))
 for _ in prune_layers(skeleton, tokens, settings, stage): pass
 finish_checkpoint(stage, model, settings)
 print("seconds", time.perf_counter() - begun)

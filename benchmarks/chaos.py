@@ -1,6 +1,6 @@
 """Kills engines, workers, nodes and the driver at random, lets the store fail, and compares with an undisturbed run.
 
-    PYTHONPATH=. python benchmarks/chaos.py [--kills 10] [--seeds 0 1 2 3 4] [--store s3]
+    PYTHONPATH=. python benchmarks/chaos.py [--kills 10] [--seeds 0 1 2 3 4] [--stages prune evaluate] [--store s3]
 
 The whole job on a cluster of real raylets on this machine: a tiny random Llama in float32, real vLLM engines, runs on a
 real S3 server that refuses, loses answers and fails on order (or on disk). After every end of the driver before its
@@ -25,6 +25,7 @@ parser.add_argument("--store", default="s3", choices=["s3", "disk"])
 parser.add_argument("--samples", type=int, default=1500)
 parser.add_argument("--layers", type=int, default=16)
 parser.add_argument("--nodes", type=int, default=3, help="with one CPU each; two are asked for")
+parser.add_argument("--stages", nargs="+", help="kill only in these; default: in all")
 parser.add_argument("--least", type=float, default=5, help="seconds between two kills")
 parser.add_argument("--most", type=float, default=30)
 parser.add_argument("--keep-log", help="a file for all that the drivers said")
@@ -39,7 +40,7 @@ os.environ |= {  # before anything else reads them
 }  # fmt: skip
 tempfile.tempdir = None
 
-from tests.chaos import Chaos, Leaks, command, digest, nodes  # noqa: E402
+from tests.chaos import STAGES, Chaos, Leaks, command, digest, nodes  # noqa: E402
 from tests.servers import Proxy, faulty_proxy, make_bucket, moto, s3_at  # noqa: E402
 from tests.tiny import write_tiny_llama  # noqa: E402
 
@@ -94,7 +95,7 @@ def main() -> None:
             output = f"{base}/seed-{seed}"
             chaos = Chaos(
                 cluster, command(config, output), output, log, seed, options.kills,
-                (options.least, options.most), proxy,
+                (options.least, options.most), proxy, stages=options.stages or STAGES,
             )  # fmt: skip
             seconds = chaos.run()
             same = digest(output) == wanted

@@ -29,7 +29,7 @@ from calibprune.config_file import load_config
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import finish_checkpoint
-from calibprune.pruning.layerwise import prune_layers
+from calibprune.pruning.layerwise import prune_layers, units_of
 from calibprune.run import Record, Stage
 
 ROWS = [
@@ -108,6 +108,7 @@ def measure(settings: PruneSettings, pool: torch.Tensor, texts: dict[str, torch.
     skeleton = build_skeleton(model_settings)
     with tempfile.TemporaryDirectory() as name:
         stage = Stage(f"{name}/prune")
+        stage.plan({}, units_of(skeleton, settings))
         begun = time.perf_counter()
         events = list(prune_layers(skeleton, pool, settings, stage))
         seconds = time.perf_counter() - begun

@@ -6,8 +6,8 @@ from typing import Any
 from calibprune import storage
 from calibprune.calibration.pool import pool_identity, pool_shape
 from calibprune.pruning.allocation import foreseen, in_words, is_measured, shapes_of
-from calibprune.pruning.export import ALLOCATION, REST, finish_checkpoint
-from calibprune.pruning.layer import layer_unit
+from calibprune.pruning.export import ALLOCATION, finish_checkpoint
+from calibprune.pruning.layerwise import units_of
 from calibprune.pruning.selection import chosen_linears
 from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
 from calibprune.run import Record, Stage
@@ -24,7 +24,6 @@ SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_
 
 def run(run: Run) -> None:
     settings, stage = run.config.prune, run.stage("prune")
-    layers = [layer_unit(index) for index in range(len(run.skeleton.layers))]
     bundle = worker_bundle(run.config.cluster)
     identity = {
         "model": run.model_identity,
@@ -35,8 +34,7 @@ def run(run: Run) -> None:
         "threads": None if bundle.gpus else bundle.cpus,
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }
-    measured = [ALLOCATION] if is_measured(settings) else []
-    missing = stage.plan(identity, [REST, *measured, *layers])
+    missing = stage.plan(identity, units_of(run.skeleton, settings))
     if not missing and stage.finished:
         say("prune: done already")
         return

@@ -80,6 +80,8 @@ class Chaos:
     proxy: Proxy | None = None
     """In front of the store, to let it fail; None where the store is a disk."""
     kinds: Sequence[str] = KINDS
+    stages: Sequence[str] = STAGES
+    """Only while one of these is at work."""
     gave_up: int = 0
     """How often the driver ended by itself, with an error."""
     strikes: list[Strike] = field(default_factory=list)
@@ -100,8 +102,9 @@ class Chaos:
                         self.gave_up += 1
                     driver = self._start()
                 elif now >= after and len(self.strikes) < self.kills:
-                    self._strike(driver, choice, now - begun)
-                    after = now + choice.uniform(*self.pause)
+                    stage = stage_at_work(self.output)
+                    if stage in self.stages and self._strike(stage, driver, choice, now - begun):
+                        after = now + choice.uniform(*self.pause)
                 time.sleep(0.2)
         finally:
             driver.kill()
@@ -115,16 +118,18 @@ class Chaos:
         with self.log.open("a") as log:
             return subprocess.Popen(self.command, stdout=log, stderr=log)
 
-    def _strike(self, driver: subprocess.Popen[bytes], choice: random.Random, at: float) -> None:
-        """One kill, of a kind for which there is a victim now."""
-        stage = stage_at_work(self.output)
+    def _strike(
+        self, stage: str, driver: subprocess.Popen[bytes], choice: random.Random, at: float
+    ) -> bool:
+        """One kill, of a kind for which there is a victim now; returns whether there was one."""
         for kind in choice.sample(self.kinds, len(self.kinds)):
             if self._hit(kind, driver, choice):
                 self.strikes.append(Strike(kind, stage, at))
                 print(f"{at:5.0f} s  {kind} in {stage}", flush=True)
                 with self.log.open("a") as log:
                     log.write(f"-------- {at:.0f} s: {kind}\n")
-                return
+                return True
+        return False
 
     def _hit(self, kind: str, driver: subprocess.Popen[bytes], choice: random.Random) -> bool:
         match kind:

@@ -19,7 +19,7 @@ from calibprune.gang import ALONE, Gang
 from calibprune.layers import LayerReader, paused_sweep
 from calibprune.model import Skeleton
 from calibprune.process import return_free_memory
-from calibprune.pruning.allocation import allocate
+from calibprune.pruning.allocation import allocate, is_measured
 from calibprune.pruning.export import ALLOCATION, REST, copy_rest
 from calibprune.pruning.layer import Clock, LayerInWork, layer_unit
 from calibprune.pruning.positions import Positions
@@ -27,6 +27,12 @@ from calibprune.pruning.selection import chosen_linears
 from calibprune.pruning.snapshots import Snapshots
 from calibprune.run import Record, Stage
 from calibprune.sweep import LayerStop
+
+
+def units_of(skeleton: Skeleton, settings: PruneSettings) -> list[str]:
+    """What `prune_layers` commits with these settings."""
+    measured = [ALLOCATION] if is_measured(settings) else []
+    return [REST, *measured, *map(layer_unit, range(len(skeleton.layers)))]
 
 
 def prune_layers(
