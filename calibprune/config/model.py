@@ -20,7 +20,7 @@ class ClusterSettings(Section):
     address: Url | None = None
     workers: PositiveInt = 1
     gpus_per_worker: NonNegativeInt | None = None
-    """None: one where the cluster has GPUs, else none."""
+    """None: one where the cluster has GPUs, or vLLM is the build for them; else none."""
     cpus_per_worker: PositiveInt | None = None
     """None: 1 beside a GPU; without GPUs an equal share of the largest node's CPUs."""
     start_timeout_seconds: PositiveInt = 600

