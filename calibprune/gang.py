@@ -100,7 +100,9 @@ def join(
     interface = _interface_of(address)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        os.environ.setdefault(
+            "NCCL_SOCKET_IFNAME", f"={interface}"
+        )  # without "=": all that begin so
     with _peers():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

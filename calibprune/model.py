@@ -154,22 +154,41 @@ def build_skeleton(
     Raises UserError when the architecture cannot be pruned or the checkpoint lacks tensors it needs.
     """
     checkpoint = Checkpoint(settings.path, hashes)
-    config = read_config(settings, checkpoint.url)
-    dtype = forward_dtype(settings, config, checkpoint)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = _from_config(config, dtype, settings.trust_remote_code)
-    except Exception as error:  # of a config that others wrote: anything
-        raise UserError(f"cannot build the model at {settings.path}: {_hint(error)}") from None
+    with local_side_files(
+        checkpoint.url
+    ) as folder:  # a model's own code lies there, till it is built
+        config = read_config(settings, folder)
+        dtype = forward_dtype(settings, config, checkpoint)
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = _from_config(config, dtype, settings.trust_remote_code)
+        except Exception as error:  # of a config that others wrote: anything
+            raise UserError(f"cannot build the model at {settings.path}: {_hint(error)}") from None
     model.eval()
     model.tie_weights()
-    for module in model.modules():  # rotary tables and the like; parameters stay on meta
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[leaf] = buffer.to(device)
-    skeleton = Skeleton(model, checkpoint, _layers_path(model, config), dtype, torch.device(device))
+    device = _one_device(device)
+    _place_buffers(model, checkpoint, device)
+    skeleton = Skeleton(model, checkpoint, _layers_path(model, config), dtype, device)
     _check_tensors(skeleton, settings.path)
     return skeleton
+
+
+def _one_device(device: torch.device | str) -> torch.device:
+    """With a number where there may be several: PyTorch takes "cuda" and "cuda:0" for different ones."""
+    device = torch.device(device)
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+
+
+def _place_buffers(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Puts rotary tables and the like on the device, those that the checkpoint stores with its values."""
+    stored = [name for name in model.state_dict(keep_vars=True) if name in checkpoint.locations]
+    buffers = dict(model.named_buffers())
+    learned = checkpoint.read([name for name in stored if name in buffers])
+    for path, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                value = learned.get(f"{path}.{leaf}" if path else leaf, buffer)
+                module._buffers[leaf] = value.to(device, buffer.dtype)
 
 
 def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -44,7 +44,7 @@ class Parking:
 
     def _is_activation(self, tensor: Tensor) -> bool:
         return (
-            tensor.device == self.device
+            tensor.device.type == self.device.type  # of which a process sees one
             and tensor.is_floating_point()
             and not isinstance(tensor, nn.Parameter)
             and tensor.nbytes >= self._least_bytes

@@ -35,7 +35,7 @@ class LayerWorker:
         torch.backends.cuda.matmul.allow_tf32 = False
         transformers.utils.logging.set_verbosity(logging.ERROR)
         self._cpus, self._timeout = cpus, datetime.timedelta(seconds=meet_seconds)
-        self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self._device = torch.device("cuda:0" if ray.get_gpu_ids() else "cpu")
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 f"a worker was given a GPU on which PyTorch {torch.__version__} cannot work: mend that node's driver "

@@ -129,7 +129,7 @@ def _lower_inverse(lower: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
     if half < INVERSE_ROWS:
         identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
         return torch.linalg.solve_triangular(lower, identity, upper=False).tril_()
-    inverse = torch.zeros_like(lower)
+    inverse = lower.new_zeros(lower.shape)  # row by row, however the factor lies
     inverse[:half, :half] = first = _lower_inverse(lower[:half, :half].contiguous())
     inverse[half:, half:] = second = _lower_inverse(lower[half:, half:].contiguous())
     inverse[half:, :half] = second @ (lower[half:, :half].contiguous() @ first).neg_()
@@ -204,10 +204,16 @@ def _pass_on_errors(
 
 
 def _reversed(matrix: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
-    """A copy with rows and columns in reverse order."""
+    """A contiguous copy with rows and columns in reverse order."""
     if matrix.device.type == "cpu":  # several times faster than torch's flip there
         return torch.from_numpy(matrix.numpy()[::-1, ::-1].copy())
-    return matrix.flip(0, 1)
+    return _flipped(matrix)
+
+
+def _flipped(matrix: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
+    return matrix.flip(
+        0, 1
+    ).contiguous()  # a flip keeps the order in memory, and LAPACK's is by columns
 
 
 def _reversed_cholesky(

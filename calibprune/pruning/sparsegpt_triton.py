@@ -16,7 +16,12 @@ ROWS = 16
 def solve_block(
     weights: Tensor, keep: Tensor, upper: Tensor, start: int, n_of_m: tuple[int, int] | None
 ) -> Tensor:
-    """What `sparsegpt._solve_block_tensors` does, shapes and all: in place, returns the errors [out, columns]."""
+    """What `sparsegpt._solve_block_tensors` does, shapes and all: in place, returns the errors [out, columns].
+
+    Raises ValueError for tensors that do not lie row by row.
+    """
+    if any(tensor.stride(1) != 1 for tensor in (weights, keep, upper)):
+        raise ValueError("the kernel reads weights, mask and factor row by row")
     rows, columns = keep.shape
     kept, group = n_of_m or (0, 1)
     errors = torch.empty(rows, columns, dtype=torch.float32, device=weights.device)

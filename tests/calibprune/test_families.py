@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.errors import UserError
+from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
 from calibprune.pruning import layer
 from calibprune.pruning.export import REST, finish_checkpoint
@@ -162,3 +163,21 @@ def test_experts_fused_in_the_model_but_not_in_the_checkpoint_are_refused(tmp_pa
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="mixture-of-experts"):
         build_skeleton(ModelSettings(path=str(tmp_path)))
+
+
+def test_buffers_that_the_checkpoint_stores_count(tmp_path):
+    """Gemma 4 multiplies a layer's output by a number that it learned and that is no parameter."""
+    own = {"global_head_dim": 16, "head_dim": 16, "hidden_size_per_layer_input": 0}
+    config = transformers.Gemma4TextConfig(
+        **COMMON | own, num_kv_shared_layers=0, enable_moe_block=False
+    )
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    for layer_here in model.model.layers:
+        layer_here.layer_scalar.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    skeleton = build_skeleton(ModelSettings(path=str(tmp_path)))
+    *_, found = sweep_perplexity(skeleton, {"text": TOKENS}, 2)
+    with torch.no_grad():
+        losses = model(TOKENS, labels=TOKENS).loss
+    assert isinstance(found, dict)
+    assert found["text"].perplexity == pytest.approx(losses.exp().item(), rel=1e-4)

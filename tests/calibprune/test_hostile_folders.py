@@ -8,6 +8,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -305,6 +306,28 @@ def test_code_runs_where_it_is_trusted(model, tmp_path, monkeypatch):
     with pytest.raises(UserError):
         build_skeleton(ModelSettings(path=str(model), trust_remote_code=True))
     assert (tmp_path / "mark").exists()
+
+
+def test_trusted_code_in_a_store_is_run_from_there(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    change(
+        model / "config.json", auto_map=names, model_type="own", architectures=["OwnForCausalLM"]
+    )
+    (model / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    store = fsspec.filesystem("memory")
+    store.put(str(model), "/own", recursive=True)
+    try:
+        built = build_skeleton(ModelSettings(path="memory://own", trust_remote_code=True))
+    finally:
+        store.rm("/own", recursive=True)
+    assert type(built.model).__name__ == "OwnForCausalLM"
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,42 @@ for rows, start, columns, n_of_m in (
         part = weights[: rows // 2].clone()  # rows do not depend on those beside them
         solve_block(part, keep[: rows // 2].clone(), upper, start, n_of_m)
         assert torch.equal(part, two[: rows // 2])
+try:
+    solve_block(weights, keep, upper.T.contiguous().T, 0, None)
+except ValueError:
+    print("same")
+"""
+
+AS_ON_A_GPU = """
+import torch
+from calibprune.config import SparseGPT
+from calibprune.pruning import sparsegpt
+from calibprune.pruning.masks import Target
+from calibprune.pruning.sparsegpt_triton import solve_block
+from tests.calibprune.pruning.data import correlated_inputs, plain_statistics, random_weights
+
+statistics = plain_statistics(correlated_inputs(300, 96))
+weights = random_weights(37, width=96)
+settings = SparseGPT(type="sparsegpt", blocksize=32)
+targets = [Target(0.5)], [Target(0.5, (2, 4))]
+expected = [sparsegpt.prune(weights, statistics, target, settings)[0] for target in targets]
+sparsegpt.runs_compiled = lambda device: False
+sparsegpt._block_solver = lambda device: solve_block
+sparsegpt._reversed = sparsegpt._flipped
+for sparsegpt.INVERSE_ROWS in (8, 256):  # the factor's inverse by halves, and at once
+    for target, wanted in zip(targets, expected):
+        (found,) = sparsegpt.prune(weights, statistics, target, settings)
+        assert torch.equal(found == 0, wanted == 0)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 print("same")
 """
 
 
-def test_the_kernel_computes_what_the_tensor_operations_do():
+@pytest.mark.parametrize("script", [COMPARE, AS_ON_A_GPU])
+def test_the_kernel_computes_what_the_tensor_operations_do(script):
+    """The second time with all that a GPU takes: LAPACK's factors lie by columns, and the kernel reads by rows."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported
     ran = subprocess.run(
-        [sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert ran.stdout.endswith("same\n"), ran.stderr
