@@ -145,6 +145,16 @@ def test_weights_that_are_not_finite_raise(value):
         prune_group(weights, plain_statistics(correlated_inputs(20, 8)), targets(0.5, 0.5), WANDA)
 
 
+def test_pruned_weights_that_do_not_fit_their_dtype_raise():
+    x = correlated_inputs(300, 1) + 1e-3 * correlated_inputs(300, 8)
+    weights = random_weights(6, 6, width=8)
+    weights[1] = (weights[1].sign() * 6e4).half()
+    with pytest.raises(
+        ValueError, match=r"pruned weights of linear 1 .* not finite in torch.float16"
+    ):
+        prune_group(weights, plain_statistics(x), targets(0.5, 0.5), SPARSEGPT)
+
+
 @pytest.mark.parametrize("settings", EVERY_METHOD)
 def test_a_width_that_does_not_fit_the_pattern_raises(settings):
     statistics = plain_statistics(correlated_inputs(100, 30))
