@@ -95,9 +95,9 @@ def test_bad_input_is_told_in_one_line(capsys, config, tmp_path, overrides, mess
 
 
 def test_a_pattern_has_to_fit_the_linears_that_are_pruned(capsys, config):
-    for left_dense in (["prune.keep=[mlp\\.down_proj]"], ["prune.keep=[down_proj]"]):
-        code, _, errors = calibprune_here(capsys, "check", config, "prune.pattern=32:64", *left_dense)  # fmt: skip
-        assert code == 0, errors
+    left_dense = "prune.keep=[mlp\\.down_proj]"
+    code, _, errors = calibprune_here(capsys, "check", config, "prune.pattern=32:64", left_dense)
+    assert code == 0, errors
 
 
 def test_an_empty_text_is_told(capsys, config, tmp_path):
