@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,6 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     check_reachable(run.config.model.path, CONTACT_SECONDS)
     context = context_tokens(run.skeleton.model.config)
     _check_lengths(run, stages, context)
-    _check_pattern(run)
     if (
         "generate" in stages
         and run.no_samples_because is None
@@ -53,6 +53,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         from calibprune.pruning.selection import chosen_linears
 
         chosen = chosen_linears(run.skeleton, run.config.prune)
+        _check_pattern(run, chosen)
         check_allocation(run.config.prune, shapes_of(run.skeleton, chosen))
     if "prune" in stages and run.config.prune.pool is not None:
         _, tokens = pool_shape(run.config.prune.pool)
@@ -117,16 +118,18 @@ def _check_sources(config: Config, most_tokens: int) -> None:
         raise UserError(f"as long as samples may get, {short}")
 
 
-def _check_pattern(run: Run) -> None:
+def _check_pattern(run: Run, chosen: Sequence[Sequence[str]]) -> None:
     n_of_m = run.config.prune.n_of_m
     if n_of_m is None:
         return
-    for index in range(len(run.skeleton.layers)):
-        for name, linear in run.skeleton.linears(index).items():
-            if linear.in_features % n_of_m[1]:
+    for index, names in enumerate(chosen):
+        linears = run.skeleton.linears(index)
+        for name in names:
+            if linears[name].in_features % n_of_m[1]:
                 raise UserError(
-                    f'prune.pattern "{run.config.prune.pattern}" does not fit {name} of layer {index}: '
-                    f"its {linear.in_features} inputs are not a multiple of {n_of_m[1]}"
+                    f'prune.pattern "{run.config.prune.pattern}" does not fit {name} of layer {index}: its '
+                    f"{linears[name].in_features} inputs are not a multiple of {n_of_m[1]}; take another pattern, or "
+                    f"leave it dense with prune.keep='[{re.escape(name)}]'"
                 )
 
 

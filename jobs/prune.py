@@ -5,7 +5,7 @@ from typing import Any
 
 from calibprune import storage
 from calibprune.calibration.pool import pool_identity, pool_shape
-from calibprune.pruning.allocation import foreseen, in_words, is_measured, shapes_of
+from calibprune.pruning.allocation import foreseen, in_words, is_measured, missed, shapes_of
 from calibprune.pruning.export import ALLOCATION, finish_checkpoint
 from calibprune.pruning.layerwise import units_of
 from calibprune.pruning.selection import chosen_linears
@@ -53,6 +53,8 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
     settings = run.config.prune
     workers = usable_workers(run)
     say(_plan(run, workers))
+    chosen = chosen_linears(run.skeleton, settings)
+    _say_if_missed(run, foreseen(settings, shapes_of(run.skeleton, chosen)))
     losses: list[str] = []
     used: list[dict[str, Any]] = []
     units = len(stage.read_plan()["units"])
@@ -83,6 +85,7 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
                     steps.add(f"{settings.method.type} {event.unit}")
                     if event.unit == ALLOCATION:
                         say(f"prune: {settings.allocation.type} takes {in_words(event.facts)}")
+                        _say_if_missed(run, event.facts)
                 case str():
                     say(f"prune: {event}")
                 case dict():
@@ -93,6 +96,11 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
         "bytes_read": sum(worker["bytes_read"] for worker in used),
         "peak_host_memory_bytes": max(worker["peak_host_memory_bytes"] for worker in used),
     }
+
+
+def _say_if_missed(run: Run, allocation: dict[str, Any]) -> None:
+    if line := missed(run.config.prune, allocation):
+        say(f"prune: {line}")
 
 
 def usable_workers(run: Run) -> int:

@@ -16,6 +16,7 @@ from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.masks import Target
 from calibprune.pruning.outliers import outlier_ratios
 from calibprune.pruning.positions import Positions
+from calibprune.pruning.rounding import whole_numbers
 from calibprune.pruning.spectrum import tail_exponents
 from calibprune.run import Record, Stage
 
@@ -24,6 +25,8 @@ Shapes = Sequence[Mapping[str, tuple[int, int]]]
 Scores = Sequence[Mapping[str, float]]
 """For every layer, a number for each of the same linears."""
 Targets = list[dict[str, Target]]
+MEAN_MISS = 1e-4
+"""Of the mean sparsity, that whole numbers may miss what was asked for by without a word."""
 
 
 def is_measured(settings: PruneSettings) -> bool:
@@ -97,7 +100,7 @@ def check_allocation(settings: PruneSettings, shapes: Shapes) -> None:
     if settings.sparsity is None and n_of_m is None:
         return
     mean = _mean(_of_layers(allocation.sparsities, shapes), shapes)
-    if abs(mean - settings.target_sparsity) > 1e-4:
+    if abs(mean - settings.target_sparsity) > MEAN_MISS:
         raise UserError(
             f"prune.allocation.sparsities remove {mean:.4%} of all weights, prune.sparsity or prune.pattern says "
             f"{settings.target_sparsity:.4%}: leave prune.sparsity out, or make them agree"
@@ -110,13 +113,14 @@ def share_out(settings: PruneSettings, shapes: Shapes, scores: Scores | None = N
     Raises UserError, saying which layer and what would fit, where a sparsity would leave 0 ... 1.
     """
     allocation, sparsity = settings.allocation, settings.target_sparsity
+    highest = 1 - 1 / settings.n_of_m[1] if settings.n_of_m else 1.0
     match allocation:
         case OWL():
             assert scores is not None
-            wanted = owl(scores, shapes, sparsity, allocation.lam)
+            wanted = owl(scores, shapes, sparsity, allocation.lam, highest)
         case AlphaPruning():
             assert scores is not None
-            wanted = alpha_pruning(scores, shapes, sparsity, allocation.epsilon)
+            wanted = alpha_pruning(scores, shapes, sparsity, allocation.epsilon, highest)
         case ListAllocation():
             wanted = _of_layers(allocation.sparsities, shapes)
         case _:
@@ -126,30 +130,34 @@ def share_out(settings: PruneSettings, shapes: Shapes, scores: Scores | None = N
     return whole_weights(wanted, shapes)
 
 
-def owl(ratios: Scores, shapes: Shapes, sparsity: float, lam: float) -> list[dict[str, float]]:
+def owl(
+    ratios: Scores, shapes: Shapes, sparsity: float, lam: float, highest: float = 1.0
+) -> list[dict[str, float]]:
     """Sparsities that fall by up to 2 * lam from the least to the greatest outlier ratio (arXiv 2310.05175, section 3).
 
     Centred on `sparsity` by the mean over parameters, where the published code has the mean over layers: the same for
-    layers of one size.
+    layers of one size. Raises UserError where a sparsity would leave 0 ... `highest`.
     """
     scaled = _scaled(ratios)
     mean = _mean(scaled, shapes)
     away = [{path: 2 * (mean - x) for path, x in layer.items()} for layer in scaled]
     wanted = [{path: sparsity + lam * x for path, x in layer.items()} for layer in away]
     fits = min(
-        ((1 - sparsity if x > 0 else sparsity) / abs(x) for layer in away for x in layer.values() if x),
+        ((highest - sparsity if x > 0 else sparsity) / abs(x) for layer in away for x in layer.values() if x),
         default=math.inf,
     )  # fmt: skip
-    _check_range(wanted, f"prune.allocation.lam is {lam:g}, at most {_floored(fits):g} would fit")
+    _check_range(
+        wanted, highest, f"prune.allocation.lam is {lam:g}, at most {_floored(fits):g} would fit"
+    )
     return wanted
 
 
 def alpha_pruning(
-    exponents: Scores, shapes: Shapes, sparsity: float, epsilon: float
+    exponents: Scores, shapes: Shapes, sparsity: float, epsilon: float, highest: float = 1.0
 ) -> list[dict[str, float]]:
     """Sparsities that rise with the exponent from 1 - epsilon to 1 + epsilon, times what makes the mean `sparsity`.
 
-    Lu et al. 2024 (NeurIPS, "AlphaPruning"), section 3.3.
+    Lu et al. 2024 (NeurIPS, "AlphaPruning"), section 3.3. Raises UserError where a sparsity would be above `highest`.
     """
     scaled = _scaled(exponents)
     ratios = [
@@ -157,10 +165,12 @@ def alpha_pruning(
     ]
     factor = sparsity / _mean(ratios, shapes)
     wanted = [{path: factor * x for path, x in layer.items()} for layer in ratios]
-    slope = 1 + sparsity - 2 * _mean(scaled, shapes)
-    fits = (1 - sparsity) / slope if slope > 0 else math.inf
+    slope = highest + sparsity - 2 * highest * _mean(scaled, shapes)
+    fits = (highest - sparsity) / slope if slope > 0 else math.inf
     _check_range(
-        wanted, f"prune.allocation.epsilon is {epsilon:g}, at most {_floored(fits):g} would fit"
+        wanted,
+        highest,
+        f"prune.allocation.epsilon is {epsilon:g}, at most {_floored(fits):g} would fit",
     )
     return wanted
 
@@ -184,27 +194,37 @@ def whole_weights(wanted: Scores, shapes: Shapes) -> Targets:
 
 
 def whole_groups(wanted: Scores, shapes: Shapes, group: int) -> Targets:
-    """The N of N:M that comes nearest to each sparsity, M being fixed; one N for what a layer prunes equally.
+    """An N of N:M beside each sparsity, M being fixed; one N for what a layer prunes equally.
 
-    The same way of making up for what rounding leaves over. Raises UserError where less than 1 of M would be kept.
+    Rounded so that the mean over all parameters stays within MEAN_MISS wherever whole Ns allow it, by the largest
+    remainders: of two layers of one size the one that would be pruned more never keeps more. Raises UserError where
+    less than 1 of M would be kept.
     """
-    targets: Targets = []
-    owed = 0.0
-    for index, (layer, sizes) in enumerate(zip(wanted, shapes, strict=True)):
-        kept: dict[float, int] = {}
-        for sparsity in dict.fromkeys(layer.values()):
-            size = sum(math.prod(sizes[path]) for path, s in layer.items() if s == sparsity)
-            exact = group * (1 - sparsity)
-            if exact < 1 - 1e-6:
-                raise UserError(
-                    f"layer {index} would get a sparsity of {sparsity:.3f}: less than 1 of {group} would stay"
-                )
-            kept[sparsity] = _rounded(exact + owed / size, exact)
-            owed += size * (exact - kept[sparsity])
-        targets.append(
-            {path: Target(1 - kept[s] / group, (kept[s], group), path) for path, s in layer.items()}
-        )
-    return targets
+    pruned_equally = [
+        (index, sparsity)
+        for index, layer in enumerate(wanted)
+        for sparsity in dict.fromkeys(layer.values())
+    ]
+    for index, sparsity in pruned_equally:
+        if group * (1 - sparsity) < 1 - 1e-6:
+            raise UserError(
+                f"layer {index} would get a sparsity of {sparsity:.3f}: less than 1 of {group} would stay, "
+                f"at most {1 - 1 / group:g} would fit"
+            )
+    sizes = [
+        sum(math.prod(shapes[index][path]) for path, s in wanted[index].items() if s == sparsity)
+        for index, sparsity in pruned_equally
+    ]
+    exact = [group * (1 - sparsity) for _, sparsity in pruned_equally]
+    whole = whole_numbers(exact, sizes, MEAN_MISS * group * sum(sizes))
+    kept = dict(zip(pruned_equally, whole, strict=True))
+    return [
+        {
+            path: Target(1 - kept[index, s] / group, (kept[index, s], group), path)
+            for path, s in layer.items()
+        }
+        for index, layer in enumerate(wanted)
+    ]
 
 
 def summary(targets: Targets, shapes: Shapes) -> dict[str, Any]:
@@ -238,6 +258,23 @@ def in_words(summary: Mapping[str, Any]) -> str:
     return f"{summary['sparsity']:.2%} of the weights{spread}"
 
 
+def missed(settings: PruneSettings, summary: Mapping[str, Any]) -> str | None:
+    """One line where the mean is not what was asked for, because no whole numbers that were found come nearer."""
+    if (
+        settings.sparsity is None
+        and settings.n_of_m is None
+        and isinstance(settings.allocation, ListAllocation)
+    ):
+        return None  # the list is what was asked for
+    if abs(summary["sparsity"] - settings.target_sparsity) <= MEAN_MISS:
+        return None
+    counts = "whole Ns" if settings.n_of_m else "whole weights of every row"
+    return (
+        f"the mean is {summary['sparsity']:.3%} of the weights, not the {settings.target_sparsity:.3%} asked for: "
+        f"with layers of these sizes {counts} come no nearer"
+    )
+
+
 def _of_layers(values: Sequence[float], shapes: Shapes) -> list[dict[str, float]]:
     return [dict.fromkeys(layer, value) for value, layer in zip(values, shapes, strict=True)]
 
@@ -263,10 +300,10 @@ def _mean(values: Scores, shapes: Shapes) -> float:
     return math.fsum(weighted) / total
 
 
-def _check_range(wanted: Scores, advice: str) -> None:
+def _check_range(wanted: Scores, highest: float, advice: str) -> None:
     for index, layer in enumerate(wanted):
         for path, sparsity in layer.items():
-            if not -1e-9 <= sparsity <= 1 + 1e-9:
+            if not -1e-9 <= sparsity <= highest + 1e-9:
                 raise UserError(
                     f"layer {index}, {path} would get a sparsity of {sparsity:.3f}: {advice}"
                 )

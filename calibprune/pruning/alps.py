@@ -2,9 +2,11 @@
 
 Meng et al. 2024 (NeurIPS, arXiv 2406.07831), algorithm 1. The minimiser of ||(W - W') X||^2 over sparse W' is sought
 by alternating a ridge solution with the nearest sparse matrix, under a penalty rho that grows as the support settles.
-Where the paper has one eigendecomposition in float64, every rho here has a Cholesky factorisation in float32: n^3
-operations that run at full speed on a GPU. A group of width 28672 with 8192 rows takes 24 TFLOP per rho and 13 TFLOP
-per iteration, those shared by the workers: about a minute on one H100, an estimate from its 45 TFLOP/s in float32.
+Where the paper has one eigendecomposition in float64, every rho here has a Cholesky factorisation and an inverse in
+float32: about 7/3 n^3 operations at full speed on a GPU, where the inverse is two triangular solves. A group of width
+28672 with 8192 rows takes 55 TFLOP per rho, of three iterations, and 13 TFLOP per iteration, those shared by the
+workers: on one H100 about 0.7 s an iteration, an estimate from its 45 TFLOP/s in float32, which leaves out that every
+unstructured iteration also sorts each matrix as a whole.
 """
 
 from functools import partial

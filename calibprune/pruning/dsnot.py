@@ -26,15 +26,14 @@ def prune(
 ) -> list[Float[Tensor, "_ in"]]:
     """Starts from Wanda's mask, or from magnitude's of every row, and exchanges weights within rows or N:M groups.
 
-    Needs `sum_squares` and `sums`. Raises ValueError if the width does not fit the pattern.
+    Needs `sum_squares`, `sums` and the `variance` that comes with them. Raises ValueError if the width does not fit
+    the pattern.
     """
-    squares, sums = statistics.sum_squares, statistics.sums
-    if squares is None or sums is None:
+    squares, sums, variance = statistics.sum_squares, statistics.sums, statistics.variance
+    if squares is None or sums is None or variance is None:
         raise ValueError("DSnoT needs the inputs' sums and sums of squares")
     shares = shares or RowShares.of(weights)
-    spread = (
-        variance(statistics).clamp(min=torch.finfo(torch.float32).tiny) ** settings.variance_power
-    )
+    spread = variance.clamp(min=torch.finfo(torch.float32).tiny) ** settings.variance_power
     # the published code adds up a sequence's tokens: its threshold is in those units
     expected = sums / (statistics.sequences if settings.faithful else statistics.tokens)
 
@@ -54,13 +53,6 @@ def prune(
         (keep,) = shares.by_parts(partial(mask, target=target), [weight])
         pruned.append(weight.masked_fill(~keep, 0))
     return pruned
-
-
-def variance(statistics: Statistics) -> Float32[Tensor, "in"]:
-    """Of every input over all tokens, within and between micro-batches."""
-    assert statistics.sum_squares is not None and statistics.sums is not None
-    mean = statistics.sums / statistics.tokens
-    return (statistics.sum_squares / statistics.tokens - mean.square()).clamp(min=0)
 
 
 def exchange(

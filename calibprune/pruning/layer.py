@@ -215,7 +215,7 @@ def gathered_statistics(
 ) -> Statistics:
     """The statistics of all workers' micro-batches, `micro_batches` in all, the same on every worker. Collective."""
     squares = column_squares(inputs, need)
-    bound = gang.largest(magnitude_bound(squares))
+    bound = gang.largest(magnitude_bound(squares, gang.dealt(range(micro_batches))))
     most = max(math.prod(shape[:-1]) for shape in shapes_of(inputs))
     most = int(gang.largest(most)) if "sums" in need else 0
     sums = observe(inputs, squares, need, bound, micro_batches, most)

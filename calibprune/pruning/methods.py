@@ -67,13 +67,21 @@ def prune_group(
 
     `weights` are the linears' rows that `shares` gives to this worker, all of them where it is None; `targets` what
     to remove, one per linear. The arguments stay as they are, arithmetic is float32. Collective. Raises ValueError on
-    weights that are not finite, and what the method raises.
+    weights that are not finite, before or after, and what the method raises.
     """
-    for index, weight in enumerate(weights):
-        if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
-            raise ValueError(f"the weights of linear {index} of the group are not finite")
+    _check_finite(weights, "weights")
     method, shares = METHODS[type(settings)], shares or RowShares.of(weights)
     pruned = method.prune(weights, statistics, targets, settings, shares)
-    if refine is None:
-        return pruned
-    return swaps.refine(weights, pruned, statistics, targets, refine, shares, method.updates)
+    if refine is not None:
+        damping = getattr(settings, "damping", 0.0) if method.updates else None
+        pruned = swaps.refine(weights, pruned, statistics, targets, refine, shares, damping)
+    _check_finite(pruned, "pruned weights")
+    return pruned
+
+
+def _check_finite(weights: list[Float[Tensor, "_ in"]], name: str) -> None:
+    for index, weight in enumerate(weights):
+        if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            raise ValueError(
+                f"the {name} of linear {index} of the group are not finite in {weight.dtype}"
+            )

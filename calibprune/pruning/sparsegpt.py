@@ -33,6 +33,10 @@ from calibprune.pruning.statistics import Statistics, full_float32
 
 INVERSE_ROWS = 128
 
+LARGEST_GROUP = (
+    8  # of N:M, for which the GPU kernel is compiled in seconds: it has M^2 steps, each written out
+)
+
 LANES = 64  # rows that the compiled code solves side by side
 
 # (weights so far, first column, last column + 1) -> which weights of these columns stay
@@ -66,6 +70,8 @@ def prune(
     Unstructured: of every block of `blocksize` columns, the round(out * columns * sparsity) lowest scores over
     all rows of one linear go (the authors' code removes one more, and every tie), or the lowest of every row with
     `per_row`. N:M: the choice is made at each group's first column, from the weights updated so far, row by row.
+    As the authors' code does, all weights of inputs that are always zero go too: a block or a group with more such
+    weights than are to be removed loses more than was asked.
     Needs `gram`. `shares`: `weights` are only this worker's rows, as it says; collective. Raises
     NotPositiveDefinite, and ValueError if width or blocksize do not fit the pattern.
     """
@@ -162,15 +168,16 @@ def solve(
             if runs_compiled(weights.device):
                 on_threads(partial(_solve_part, weights, keep, upper, start, n_of_m), parts)
                 continue
-            errors = _block_solver(weights.device)(weights, keep, upper, start, n_of_m)
+            errors = _block_solver(weights.device, n_of_m)(weights, keep, upper, start, n_of_m)
             for part in parts:
                 _pass_on_errors(weights[part, stop:], errors[part], upper[start:stop, stop:])
     return weights
 
 
-def _block_solver(device: torch.device) -> Callable[..., Tensor]:
-    """One kernel for a whole block where Triton is at hand, else an operation at a time."""
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
+def _block_solver(device: torch.device, n_of_m: tuple[int, int] | None) -> Callable[..., Tensor]:
+    """One kernel for a whole block where Triton is at hand and groups are small, else an operation at a time."""
+    small = n_of_m is None or n_of_m[1] <= LARGEST_GROUP
+    if device.type == "cuda" and small and importlib.util.find_spec("triton"):
         from calibprune.pruning.sparsegpt_triton import solve_block
 
         return solve_block

@@ -39,7 +39,8 @@ def _kernel(
     weights, keep, upper, errors, rows, columns, start, weights_stride, upper_stride,
     WIDTH: tl.constexpr, HEIGHT: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+    # places in the matrices take 64 bits: from 46,341 columns on there are more than 2^31
+    row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     place = row[:, None] * weights_stride + start + column[None, :]
@@ -53,12 +54,12 @@ def _kernel(
             if i % GROUP == 0:
                 # rank the group's scores, of equal ones the lowest column first; keep the KEPT highest
                 for j in tl.static_range(GROUP):
-                    pivot_j = tl.load(upper + (start + i + j) * (upper_stride + 1))
+                    pivot_j = tl.load(upper + (start + i + j).to(tl.int64) * (upper_stride + 1))
                     weight_j = tl.sum(tl.where((column == i + j)[None, :], block, 0.0), 1)
                     ratio_j = tl.div_rn(weight_j, pivot_j)
                     lower = tl.zeros((HEIGHT,), dtype=tl.int32)
                     for k in tl.static_range(GROUP):
-                        pivot_k = tl.load(upper + (start + i + k) * (upper_stride + 1))
+                        pivot_k = tl.load(upper + (start + i + k).to(tl.int64) * (upper_stride + 1))
                         weight_k = tl.sum(tl.where((column == i + k)[None, :], block, 0.0), 1)
                         ratio_k = tl.div_rn(weight_k, pivot_k)
                         below = ratio_k * ratio_k < ratio_j * ratio_j
@@ -68,9 +69,9 @@ def _kernel(
                     chosen = (lower >= GROUP - KEPT).to(tl.int32)
                     stays = tl.where((column == i + j)[None, :], chosen[:, None], stays)
         here = (column == i)[None, :]
-        pivot = tl.load(upper + (start + i) * (upper_stride + 1))
+        pivot = tl.load(upper + (start + i).to(tl.int64) * (upper_stride + 1))
         factor = tl.load(
-            upper + (start + i) * upper_stride + start + column,
+            upper + (start + i).to(tl.int64) * upper_stride + start + column,
             mask=(column > i) & (column < columns),
             other=0.0,
         )

@@ -38,6 +38,8 @@ class Statistics:
     sum_squares: Float32[Tensor, "in"] | None = None
     gram: Float32[Tensor, "in in"] | None = None
     sums: Float32[Tensor, "in"] | None = None
+    variance: Float32[Tensor, "in"] | None = None
+    """Of every input over all tokens, within and between micro-batches; where sums of x are."""
     sequences: int = 1
     """Of which the tokens came."""
 
@@ -45,6 +47,8 @@ class Statistics:
 @dataclass(frozen=True)
 class IntegerSums:
     """The same sums times a power of two, as integers. Of the Gram matrix only the lower triangle is filled.
+
+    With sums of x there are sums of x^2 beside a Gram matrix too: their difference is taken, so both are of float64.
 
     Sums of one exponent add up exactly, over micro-batches and over workers.
     """
@@ -60,21 +64,25 @@ class IntegerSums:
 
 def column_squares(
     inputs: Sequence[Float[Tensor, "... in"]], need: Need
-) -> list[Float32[Tensor, "in"]]:
-    """Every micro-batch's sum of x_j^2 over its tokens; none where nothing is needed."""
-    return [_column_squares(_rows(batch)) for batch in inputs] if need else []
+) -> list[Float[Tensor, "in"]]:
+    """Every micro-batch's sum of x_j^2 over its tokens, in float64 beside sums of x; none where nothing is needed."""
+    dtype = torch.float64 if "sums" in need else torch.float32
+    return [_column_sums(_rows(batch), dtype, square=True) for batch in inputs] if need else []
 
 
-def magnitude_bound(squares: list[Float32[Tensor, "in"]]) -> float:
+def magnitude_bound(
+    squares: list[Float[Tensor, "in"]], numbers: Sequence[int] | None = None
+) -> float:
     """The largest sum of x_j^2 that any column reaches in any one of these micro-batches, from `column_squares`.
 
     Take the maximum over all workers and pass it to `observe`: by Cauchy-Schwarz it bounds every entry of
-    every micro-batch's Gram matrix. Raises ValueError where an input is not finite.
+    every micro-batch's Gram matrix. Raises ValueError where an input is not finite, naming the micro-batch by its
+    number, which is its place among these without `numbers`.
     """
     if not squares:
         return 0.0
     peaks = torch.stack([sums.max() for sums in squares]).tolist()
-    for index, peak in enumerate(peaks):
+    for index, peak in zip(numbers or range(len(peaks)), peaks, strict=True):
         if not math.isfinite(peak):
             raise ValueError(
                 f"the inputs of micro-batch {index} are not finite: a sum of squares is {peak}"
@@ -84,7 +92,7 @@ def magnitude_bound(squares: list[Float32[Tensor, "in"]]) -> float:
 
 def observe(
     inputs: Sequence[Float[Tensor, "... in"]],
-    squares: list[Float32[Tensor, "in"]],
+    squares: list[Float[Tensor, "in"]],
     need: Need,
     bound: float,
     micro_batches: int,
@@ -129,10 +137,11 @@ def observe(
     if max(tokens) > most_tokens:
         raise ValueError(f"a micro-batch of {max(tokens)} tokens, of at most {most_tokens}")
     exponent = scale_exponent(math.sqrt(bound * most_tokens), micro_batches)  # Cauchy-Schwarz
-    sums = torch.zeros(width, dtype=torch.int64, device=device)
-    for batch in inputs:
-        sums += (_column_sums(_rows(batch)) * 2.0**exponent).round_().long()
-    return replace(observed, sums_exponent=exponent, sums=sums)
+    sums, sum_squares = torch.zeros(2, width, dtype=torch.int64, device=device)
+    for batch, of_batch in zip(inputs, squares, strict=True):
+        sums += (_column_sums(_rows(batch), torch.float64) * 2.0**exponent).round_().long()
+        sum_squares += (of_batch * 2.0**observed.exponent).round_().long()
+    return replace(observed, sums_exponent=exponent, sums=sums, sum_squares=sum_squares)
 
 
 def scale_exponent(bound: float, micro_batches: int) -> int:
@@ -159,15 +168,19 @@ def add_up(sums: IntegerSums, gang: Gang) -> IntegerSums:
 
 def finish(sums: IntegerSums) -> Statistics:
     """The sums in float32; the Gram matrix exactly symmetric, its diagonal being the sums of squares."""
-    squares = gram = totals = None
+    squares = gram = totals = variance = None
     if sums.gram is not None:
         lower = sums.gram.to(torch.float32).mul_(2.0**-sums.exponent).tril_()
         squares, gram = lower.diagonal().clone(), lower + lower.tril(-1).T
     elif sums.sum_squares is not None:
         squares = sums.sum_squares.to(torch.float32).mul_(2.0**-sums.exponent)
     if sums.sums is not None:
-        totals = sums.sums.to(torch.float32).mul_(2.0**-sums.sums_exponent)
-    return Statistics(sums.tokens, squares, gram, totals, sums.sequences)
+        assert sums.sum_squares is not None
+        total = sums.sums.double().mul_(2.0**-sums.sums_exponent)
+        mean_square = sums.sum_squares.double().mul_(2.0**-sums.exponent) / sums.tokens
+        variance = (mean_square - (total / sums.tokens).square()).clamp_(min=0).float()
+        totals = total.float()
+    return Statistics(sums.tokens, squares, gram, totals, variance, sums.sequences)
 
 
 @torch.no_grad()
@@ -203,21 +216,14 @@ def _rows(batch: Float[Tensor, "... in"]) -> Float[Tensor, "tokens in"]:
     return batch.detach().reshape(-1, batch.shape[-1])
 
 
-def _column_squares(tokens: Float[Tensor, "tokens in"]) -> Float32[Tensor, "in"]:
-    """Sum of x_j^2 over the rows, by chunks of rows so that no large temporary is made."""
+def _column_sums(
+    tokens: Float[Tensor, "tokens in"], dtype: torch.dtype, square: bool = False
+) -> Float[Tensor, "in"]:
+    """Sum of x_j, or of x_j^2, over the rows, by chunks of rows so that no large temporary is made."""
     at_once = TOKENS_AT_ONCE.get(tokens.device.type, GPU_TOKENS_AT_ONCE)
-    total = torch.zeros(tokens.shape[1], dtype=torch.float32, device=tokens.device)
-    for chunk in tokens.split(at_once):
-        total += chunk.to(torch.float32).square().sum(0)
-    return total
-
-
-def _column_sums(tokens: Float[Tensor, "tokens in"]) -> Float32[Tensor, "in"]:
-    """Sum of x_j over the rows, in float32."""
-    at_once = TOKENS_AT_ONCE.get(tokens.device.type, GPU_TOKENS_AT_ONCE)
-    total = torch.zeros(tokens.shape[1], dtype=torch.float32, device=tokens.device)
-    for chunk in tokens.split(at_once):
-        total += chunk.sum(0, dtype=torch.float32)
+    total = torch.zeros(tokens.shape[1], dtype=dtype, device=tokens.device)
+    for chunk in tokens.split(at_once * 4 // dtype.itemsize):
+        total += chunk.to(dtype).square().sum(0) if square else chunk.sum(0, dtype=dtype)
     return total
 
 

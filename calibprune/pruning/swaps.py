@@ -5,7 +5,8 @@ Zimmer et al. 2025 (SparseSwaps, arXiv 2512.10922). An exchange is judged by the
 N:M group its N. Where the paper weighs all pairs anew for every exchange, here one weighing of all pairs puts the
 kept weights in order, and each in turn, weighed anew on its own, makes the best exchange that is left to it: as exact,
 and a fraction of the work. Beyond the paper, a method that updates weights has its own values as the start, and a
-weight that comes back gets the value that is best given all others.
+weight that comes back gets the value that is best given all others under the method's damping: inputs that are nearly
+always zero would ask for weights of any size. The error falls by more than a damped return is judged to take away.
 """
 
 from dataclasses import dataclass
@@ -36,13 +37,17 @@ class Rows:
     """Some rows of one linear while weights are exchanged.
 
     With d = dense - current and c = d G: taking weight p away changes the error by 2 v_p c_p + v_p^2 G_pp. Bringing r
-    back with value x changes it by -2 x (c_r + v_p G_pr) + x^2 G_rr, p being gone; x is d_r, or what is best.
+    back with value x changes it by -2 x (c_r + v_p G_pr) + x^2 G_rr, p being gone. x is d_r or, where a method updates
+    weights, (c_r + v_p G_pr) / (G_rr + damping): then the change is at most -(c_r + v_p G_pr)^2 / (G_rr + damping),
+    which the return is judged by.
     """
 
     dense: Float32[Tensor, "out in"]
     current: Float32[Tensor, "out in"]
     """Exchanged in place."""
     gram: Float32[Tensor, "in in"]
+    diagonal: Float32[Tensor, " in"]
+    """Of `gram`, damped where `updates`: what returns are weighed with."""
     slope: Float32[Tensor, "out in"]
     """(dense - current) @ gram, kept up to date."""
     least: Float32[Tensor, " out"]
@@ -61,7 +66,7 @@ class Rows:
     ) -> Float32[Tensor, "..."]:
         """Of the error, by the return of weights with these pulls c_r + v_p G_pr."""
         if self.updates:
-            return -pull.square() / diagonal.clamp(min=TINY)
+            return -pull.square() / diagonal
         return dense.square() * diagonal - 2 * dense * pull
 
 
@@ -73,15 +78,19 @@ def refine(
     targets: list[Target],
     settings: Swaps,
     shares: RowShares,
-    updates: bool,
+    damping: float | None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Exchanges weights of `pruned`, which a method made of the dense `weights`; returns new ones.
 
-    Needs `gram`. `updates`: weights that come back need not have their dense values. Every row is its own problem.
+    Needs `gram`. `damping`: of a method that updates weights, as a fraction of the Gram matrix's mean diagonal; None
+    has weights come back with their dense values. Every row is its own problem.
     """
     if statistics.gram is None:
         raise ValueError("swaps need the Gram matrix of the inputs")
-    gram, refined = statistics.gram, []
+    gram, updates, refined = statistics.gram, damping is not None, []
+    diagonal = gram.diagonal().clone()
+    if damping is not None:
+        diagonal = (diagonal + damping * diagonal.mean()).clamp_(min=TINY)
     for dense, sparse, target in zip(weights, pruned, targets, strict=True):
         group = target.n_of_m[1] if target.n_of_m else dense.shape[1]
 
@@ -89,7 +98,9 @@ def refine(
             with full_float32():
                 slope = torch.mm(dense - current, gram)
                 least = (torch.mm(dense, gram) * dense).sum(1) * LEAST_GAIN
-            rows = Rows(dense, current, gram, slope, least, group, updates, settings.max_swaps)
+            rows = Rows(
+                dense, current, gram, diagonal, slope, least, group, updates, settings.max_swaps
+            )
             (_exchange_compiled if runs_compiled(gram.device) else _exchange)(rows)
             return current
 
@@ -114,13 +125,13 @@ def _exchange(rows: Rows) -> None:
         for p in changes.argsort(dim=1, stable=True)[:, :most].unbind(1):
             value = current[every, p]
             pull = slope + value[:, None] * gram[p]
-            back = rows.change_by_return(pull, dense, diagonal)
+            back = rows.change_by_return(pull, dense, rows.diagonal)
             may = (current == 0) & (of_group == of_group[p, None])
             lowest, r = back.masked_fill(~may, torch.inf).min(1)
             change = 2 * value * slope[every, p] + value.square() * diagonal[p] + lowest
             x = dense[every, r]
             if rows.updates:
-                x = pull[every, r] / diagonal[r].clamp(min=TINY)
+                x = pull[every, r] / rows.diagonal[r]
             wanted = improving[every, p] & (change < -least) & (made < rows.max_swaps) & (x != 0)
             value, x = value * wanted, x * wanted
             slope += value[:, None] * gram[p] - x[:, None] * gram[r]
@@ -137,9 +148,9 @@ def _best_changes(rows: Rows) -> Float32[Tensor, "out in"]:
     groups = rows.gram.shape[0] // group
     # pairs are within a group: [groups, group, group] of the Gram matrix
     blocks = rows.gram.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    dense, current, slope, diagonal = (
+    dense, current, slope, diagonal, returning = (
         tensor.unflatten(-1, (groups, group))
-        for tensor in (rows.dense, rows.current, rows.slope, rows.gram.diagonal())
+        for tensor in (rows.dense, rows.current, rows.slope, rows.gram.diagonal(), rows.diagonal)
     )
     changes = torch.empty_like(current)
     at_once = max(1, PAIRS_AT_ONCE // max(1, rows.dense.numel()))
@@ -147,7 +158,7 @@ def _best_changes(rows: Rows) -> Float32[Tensor, "out in"]:
         some = slice(first, first + at_once)
         value = current[..., some]
         pull = slope[..., None, :] + value[..., None] * blocks[:, some]
-        back = rows.change_by_return(pull, dense[..., None, :], diagonal[:, None])
+        back = rows.change_by_return(pull, dense[..., None, :], returning[:, None])
         back.masked_fill_((current[..., None, :] != 0) | (value[..., None] == 0), torch.inf)
         taken = 2 * value * slope[..., some] + value.square() * diagonal[:, some]
         changes[..., some] = taken + back.amin(-1)
@@ -156,14 +167,15 @@ def _best_changes(rows: Rows) -> Float32[Tensor, "out in"]:
 
 def _exchange_compiled(rows: Rows) -> None:
     """The same in compiled code, one row after another."""
-    w, v, g, c, enough = (
-        tensor.numpy() for tensor in (rows.dense, rows.current, rows.gram, rows.slope, rows.least)
+    w, v, g, h, c, enough = (
+        tensor.numpy()
+        for tensor in (rows.dense, rows.current, rows.gram, rows.diagonal, rows.slope, rows.least)
     )
 
     def work(part: slice) -> None:
         for row in range(part.start, part.stop):
             _exchange_row(
-                w[row], v[row], c[row], g, enough[row], rows.group, rows.max_swaps, rows.updates
+                w[row], v[row], c[row], g, h, enough[row], rows.group, rows.max_swaps, rows.updates
             )
 
     on_threads(work, row_slices([len(w)], ROWS_AT_ONCE))
@@ -180,13 +192,13 @@ _compiled = numba.njit(
 
 @_compiled
 @no_type_check  # jaxtyping cannot look into compiled code
-def _exchange_row(w, v, c, gram, least, group, max_swaps, updates):
+def _exchange_row(w, v, c, gram, diagonal, least, group, max_swaps, updates):
     width, made = len(w), 0
     a, b, d = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
     changes = np.empty(width, np.float32)
     while True:
         before = made
-        _returns(w, v, c, gram, updates, a, b, d)
+        _returns(w, v, c, diagonal, updates, a, b, d)
         for p in range(width):
             changes[p] = NEVER
             if v[p] != 0:
@@ -196,10 +208,10 @@ def _exchange_row(w, v, c, gram, least, group, max_swaps, updates):
             if not changes[p] < -least or made == max_swaps:
                 break
             if made > before:  # what the others come to has changed
-                _returns(w, v, c, gram, updates, a, b, d)
+                _returns(w, v, c, diagonal, updates, a, b, d)
             value, start = v[p], p - p % group
             r, back = _at_lowest(value, gram[p], a, b, d, start, start + group)
-            x = (c[r] + value * gram[p, r]) / max(gram[r, r], np.float32(TINY)) if updates else w[r]
+            x = (c[r] + value * gram[p, r]) / diagonal[r] if updates else w[r]
             if x == 0 or not 2 * value * c[p] + value * value * gram[p, p] + back < -least:
                 continue
             for j in range(width):
@@ -211,16 +223,16 @@ def _exchange_row(w, v, c, gram, least, group, max_swaps, updates):
 
 @_compiled
 @no_type_check
-def _returns(w, v, c, gram, updates, a, b, d):
+def _returns(w, v, c, diagonal, updates, a, b, d):
     """Of every pruned weight r: once p is gone its return changes the error by a_r + t (b_r + d_r t), t = v_p G_pr."""
     for j in range(len(w)):
         if v[j] != 0:
             a[j], b[j], d[j] = NEVER, 0, 0
         elif updates:
-            inverse = 1 / gram[j, j] if gram[j, j] > 0 else np.float32(0)
+            inverse = 1 / diagonal[j]
             a[j], b[j], d[j] = -inverse * c[j] * c[j], -2 * inverse * c[j], -inverse
         else:
-            a[j], b[j], d[j] = w[j] * w[j] * gram[j, j] - 2 * w[j] * c[j], -2 * w[j], 0
+            a[j], b[j], d[j] = w[j] * w[j] * diagonal[j] - 2 * w[j] * c[j], -2 * w[j], 0
 
 
 @_compiled

@@ -60,6 +60,7 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
         (["prune.sparsity=1.2"], "prune.sparsity: Input should be less than 1"),
         (["prune.pattern=4:2"], 'pattern "4:2"'),
         (["prune.pattern=3:7"], "multiple of 7"),
+        (["prune.pattern=32:64"], "leave it dense with prune.keep='[mlp\\.down_proj]'"),
         (["prune.method={type: sparsegpt, blocksize: 130}", "prune.pattern=2:4"], "blocksize 130"),
         (["curate.sequence_tokens=1024", "generate.max_tokens=400"], "context is 512 tokens"),
         (["generate.max_tokens=512"], "generate.max_tokens with its prefix is 513"),
@@ -91,6 +92,12 @@ def test_bad_input_is_told_in_one_line(capsys, config, tmp_path, overrides, mess
     assert code == 2, errors
     assert message in errors and len(errors.strip().splitlines()) == 1
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_pattern_has_to_fit_the_linears_that_are_pruned(capsys, config):
+    left_dense = "prune.keep=[mlp\\.down_proj]"
+    code, _, errors = calibprune_here(capsys, "check", config, "prune.pattern=32:64", left_dense)
+    assert code == 0, errors
 
 
 def test_an_empty_text_is_told(capsys, config, tmp_path):

@@ -25,7 +25,8 @@ def random_weights(*rows: int, width: int, seed: int = 1) -> list[Tensor]:
 def plain_statistics(inputs: Tensor) -> Statistics:
     x = inputs.double()
     gram = (x.T @ x).float()
-    return Statistics(len(x), gram.diagonal().clone(), gram, x.sum(0).float())
+    variance = x.var(0, unbiased=False).float()
+    return Statistics(len(x), gram.diagonal().clone(), gram, x.sum(0).float(), variance)
 
 
 def targets(*sparsities: float, n_of_m: tuple[int, int] | None = None) -> list[Target]:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,15 @@ from calibprune.config import OWL, ModelSettings, PruneSettings
 from calibprune.errors import UserError
 from calibprune.gang import ALONE
 from calibprune.model import build_skeleton
-from calibprune.pruning.allocation import check_allocation, in_words, share_out, summary
+from calibprune.pruning.allocation import (
+    alpha_pruning,
+    check_allocation,
+    in_words,
+    missed,
+    owl,
+    share_out,
+    summary,
+)
 from calibprune.pruning.outliers import of_layer
 from calibprune.pruning.spectrum import eigenvalues, tail_exponent, tail_exponents
 from tests.calibprune.pruning.data import correlated_inputs, random_weights
@@ -70,16 +79,12 @@ def test_owl_is_the_published_formula():
     published = np.array(ratios)
     published = (published - published.min()) * (1 / (published.max() - published.min()) * lam * 2)
     published = published - np.mean(published) + (1 - sparsity)
-    from calibprune.pruning.allocation import owl
-
     found = owl([dict.fromkeys(LAYER, ratio) for ratio in ratios], EQUAL, sparsity, lam)
     for layer, density in zip(found, published, strict=True):
         assert all(abs(1 - value - density) < 1e-6 for value in layer.values())
 
 
 def test_alpha_pruning_is_the_published_formula():
-    from calibprune.pruning.allocation import alpha_pruning
-
     metrics = np.repeat([3.1, 2.4, 4.7, 5.0, 2.1, 2.2], len(LAYER))
     sizes = np.array([math.prod(shape) for shape in LAYER.values()] * 6)
     ratios = (metrics - metrics.min()) / (metrics.max() - metrics.min()) * 0.6 + 0.7
@@ -161,6 +166,71 @@ def test_one_n_for_a_layer_and_the_mean_kept():
         assert sum(numbers) == 4 * len(EQUAL) and len(set(numbers)) > 1
 
 
+def wishes(allocation, shapes, scores, sparsity):
+    of = owl if allocation["type"] == "owl" else alpha_pruning
+    strength = allocation.get("lam", 0.08) if of is owl else 0.3
+    return of(scores, shapes, sparsity, strength)
+
+
+LLAMA = {
+    "q": (64, 64), "k": (16, 64), "v": (16, 64), "o": (64, 64),
+    "gate": (224, 64), "up": (224, 64), "down": (64, 224),
+}  # fmt: skip
+SHAPES = {
+    "equal": [LLAMA] * 8,
+    "unequal": [{"q": (64, 64), "up": (16 * (1 + i * 7 % 9), 64)} for i in range(24)],
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "5:8"])
+@pytest.mark.parametrize("kind", ["owl", "alphapruning"])
+@pytest.mark.parametrize("per", ["layer", "linear"])
+def test_whole_ns_keep_the_mean_and_the_order_of_the_scores(per, kind, pattern, shapes):
+    allocation = {"type": kind, "per": per}
+    asked = settings(pattern=pattern, allocation=allocation)
+    for seed in range(8):
+        scores = scores_for(shapes, per, seed)
+        targets = share_out(asked, shapes, scores)
+        assert mean_sparsity(targets, shapes) == pytest.approx(asked.target_sparsity, abs=1e-4)
+        assert missed(asked, summary(targets, shapes)) is None
+        wanted = wishes(allocation, shapes, scores, asked.target_sparsity)
+        group = asked.n_of_m[1]
+        got = [
+            (math.prod(of[path]) if per == "linear" else sum(map(math.prod, of.values())), s, n)
+            for of, layer, wish in zip(shapes, targets, wanted, strict=True)
+            for path, s in wish.items()
+            for n in [layer[path].n_of_m[0]]
+        ]
+        assert all(abs(n - group * (1 - s)) < 1 for _, s, n in got)
+        for one, two in itertools.combinations(got, 2):
+            if one[0] == two[0] and one[1] != two[1]:
+                assert (one[1] < two[1]) <= (one[2] >= two[2]), "the more pruned one keeps more"
+                assert (one[1] > two[1]) <= (one[2] <= two[2])
+
+
+def test_sizes_too_coarse_come_as_near_as_any_whole_ns_and_say_so():
+    generator, told = np.random.default_rng(0), 0
+    allocation = {"type": "owl", "lam": 0.25}
+    asked = settings(pattern="4:8", allocation=allocation)
+    for seed in range(40):
+        shapes = [{"q": (int(rows), 16)} for rows in generator.integers(3, 60, 7)]
+        scores = scores_for(shapes, "layer", seed)
+        targets = share_out(asked, shapes, scores)
+        wanted = [layer["q"] for layer in wishes(allocation, shapes, scores, 0.5)]
+        sides = [{math.floor(8 * s) / 8, math.ceil(8 * s) / 8} for s in wanted]
+        sizes = np.array([math.prod(layer["q"]) for layer in shapes])
+        misses = [abs(np.dot(sizes, c) / sizes.sum() - 0.5) for c in itertools.product(*sides)]
+        miss = abs(mean_sparsity(targets, shapes) - 0.5)
+        assert miss <= max(1e-4, min(misses)) + 1e-12
+        line = missed(asked, summary(targets, shapes))
+        assert (line is not None) == (miss > 1e-4)
+        if line:
+            told += 1
+            assert f"{mean_sparsity(targets, shapes):.3%}" in line and "50.000%" in line
+    assert 0 < told < 40
+
+
 def test_a_layer_beyond_its_range_says_which_and_what_would_fit():
     shapes, scores = [{"q": (100, 100)}] * 4, [{"q": 1.0}, {"q": 1.0}, {"q": 9.0}, {"q": 1.0}]
     for allocation, sparsity, layer, key in (
@@ -176,6 +246,23 @@ def test_a_layer_beyond_its_range_says_which_and_what_would_fit():
         with pytest.raises(UserError, match=layer):
             more = allocation | {key: fits * 1.02}
             share_out(settings(sparsity=sparsity, allocation=more), shapes, scores)
+
+
+def test_a_pattern_that_a_layer_leaves_says_what_would_fit():
+    shapes, scores = [{"q": (96, 96)}] * 4, [{"q": 1.0}, {"q": 1.0}, {"q": 9.0}, {"q": 1.0}]
+    for allocation, pattern, key in (
+        ({"type": "owl", "lam": 0.4}, "2:8", "lam"),
+        ({"type": "owl", "lam": 0.5}, "6:8", "lam"),
+        ({"type": "alphapruning", "epsilon": 0.9}, "2:4", "epsilon"),
+    ):
+        with pytest.raises(UserError, match=r"layer \d, q would.*at most") as raised:
+            share_out(settings(pattern=pattern, allocation=allocation), shapes, scores)
+        fits = float(str(raised.value).split("at most ")[1].split()[0])
+        fitting = allocation | {key: fits}
+        share_out(settings(pattern=pattern, allocation=fitting), shapes, scores)
+        with pytest.raises(UserError, match="at most"):
+            more = allocation | {key: fits * 1.02}
+            share_out(settings(pattern=pattern, allocation=more), shapes, scores)
 
 
 def test_in_words():

@@ -15,8 +15,8 @@ from tests.calibprune.pruning.data import (
 )
 
 
-def settings(blocksize: int = 128, damping: float = 0.01) -> SparseGPT:
-    return SparseGPT(type="sparsegpt", blocksize=blocksize, damping=damping)
+def settings(blocksize: int = 128, damping: float = 0.01, per_row: bool = False) -> SparseGPT:
+    return SparseGPT(type="sparsegpt", blocksize=blocksize, damping=damping, per_row=per_row)
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return chosen
 
 
-def reference(weight, gram, sparsity, n_of_m, blocksize=128):
+def reference(weight, gram, sparsity, n_of_m, blocksize=128, per_row=False):
     """The authors' `fasterprune` line by line in float64, with exact counts."""
     w, h = weight.double().clone(), gram.double().clone()
     width = w.shape[1]
@@ -45,7 +45,11 @@ def reference(weight, gram, sparsity, n_of_m, blocksize=128):
         hinv1 = hinv[i1:i2, i1:i2]
         if n_of_m is None:
             scores = w1**2 / hinv1.diagonal() ** 2
-            removed = lowest(scores, round(scores.numel() * sparsity))
+            if per_row:  # over all blocks the whole part of width * sparsity
+                count = int(i2 * sparsity + 1e-6) - int(i1 * sparsity + 1e-6)
+                removed = torch.cat([lowest(row[None], count) for row in scores])
+            else:
+                removed = lowest(scores, round(scores.numel() * sparsity))
         else:
             removed = torch.zeros_like(w1, dtype=torch.bool)
         for i in range(i2 - i1):
@@ -74,16 +78,21 @@ def path(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("n_of_m", [None, (2, 4), (4, 8), (1, 4)])
-@pytest.mark.parametrize(("width", "blocksize"), [(200, 128), (64, 128), (96, 32), (72, 24)])
-def test_equals_the_reference(n_of_m, width, blocksize, path):
+@pytest.mark.parametrize(
+    ("n_of_m", "per_row"), [(None, False), (None, True), ((2, 4), False), ((4, 8), True), ((1, 4), False)]
+)  # fmt: skip
+@pytest.mark.parametrize(("width", "blocksize"), [(200, 128), (64, 128), (96, 32), (72, 25)])
+def test_equals_the_reference(n_of_m, per_row, width, blocksize, path):
+    if n_of_m and blocksize == 25:
+        blocksize = 24
     x = correlated_inputs(3 * width, width)
     statistics = plain_statistics(x)
     weights = random_weights(24, 5, width=width)
     sparsities = [0.5, 0.7]
-    result = prune(weights, statistics, targets(*sparsities, n_of_m=n_of_m), settings(blocksize))
+    wanted = targets(*sparsities, n_of_m=n_of_m)
+    result = prune(weights, statistics, wanted, settings(blocksize, per_row=per_row))
     for weight, sparsity, pruned in zip(weights, sparsities, result, strict=True):
-        expected = reference(weight, statistics.gram, sparsity, n_of_m, blocksize)
+        expected = reference(weight, statistics.gram, sparsity, n_of_m, blocksize, per_row)
         assert torch.equal(pruned == 0, expected == 0)
         assert (pruned - expected).norm() < 1e-5 * expected.norm()
         assert (pruned - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -155,6 +164,16 @@ def test_rows_solved_apart_get_the_same_bits(n_of_m, path):
     for cuts in ([0, 16, 112], [0, 48, 64, 112], [0, 32, 96, 112]):
         parts = [solve_rows(first, last) for first, last in itertools.pairwise(cuts)]
         assert torch.equal(torch.cat(parts), everything)
+
+
+def test_rows_that_are_compared_alone_get_the_same_bits_wherever_they_are_pruned(path):
+    (weights,) = random_weights(48, width=200)
+    statistics, wanted = plain_statistics(correlated_inputs(500, 200)), targets(0.7)
+    (together,) = prune([weights], statistics, wanted, settings(per_row=True))
+    assert ((together == 0).sum(1) == 140).all()
+    for rows_of_one in weights.split(16), weights.split(32):
+        apart = [prune([some], statistics, wanted, settings(per_row=True))[0] for some in rows_of_one]  # fmt: skip
+        assert torch.equal(torch.cat(apart), together)
 
 
 def test_linears_solved_apart_get_the_same_bits(path):

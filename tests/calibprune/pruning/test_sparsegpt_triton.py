@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from calibprune.pruning import sparsegpt
 
 pytest.importorskip("triton")
 
@@ -35,7 +38,23 @@ for rows, start, columns, n_of_m in (
 try:
     solve_block(weights, keep, upper.T.contiguous().T, 0, None)
 except ValueError:
-    print("same")
+    pass
+else:
+    raise AssertionError("read by columns")
+
+width = 46_400  # beyond 46,341 a place in the matrix needs more than 31 bits; memory is used where it is written to
+huge, start = torch.empty(width, width), width - 16
+huge[start:, start:] = upper[80:, 80:]
+for n_of_m in (None, (2, 4)):
+    (weights,) = random_weights(20, width=96)
+    one, two = weights.clone(), torch.empty(20, width)
+    two[:, start:] = weights[:, 80:]
+    keep = torch.rand(20, 16, generator=torch.Generator().manual_seed(7)) > 0.5
+    expected = _solve_block_tensors(one, keep.clone(), upper, 80, n_of_m)
+    errors = solve_block(two, keep.clone(), huge, start, n_of_m)
+    torch.testing.assert_close(two[:, start:], one[:, 80:], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(errors, expected, rtol=1e-5, atol=1e-7)
+print("same")
 """
 
 AS_ON_A_GPU = """
@@ -52,7 +71,7 @@ settings = SparseGPT(type="sparsegpt", blocksize=32)
 targets = [Target(0.5)], [Target(0.5, (2, 4))]
 expected = [sparsegpt.prune(weights, statistics, target, settings)[0] for target in targets]
 sparsegpt.runs_compiled = lambda device: False
-sparsegpt._block_solver = lambda device: solve_block
+sparsegpt._block_solver = lambda device, n_of_m: solve_block
 sparsegpt._reversed = sparsegpt._flipped
 for sparsegpt.INVERSE_ROWS in (8, 256):  # the factor's inverse by halves, and at once
     for target, wanted in zip(targets, expected):
@@ -71,3 +90,14 @@ def test_the_kernel_computes_what_the_tensor_operations_do(script):
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert ran.stdout.endswith("same\n"), ran.stderr
+
+
+def test_large_groups_take_the_tensor_operations():
+    from calibprune.pruning.sparsegpt_triton import solve_block
+
+    gpu = torch.device("cuda")
+    for n_of_m in (None, (2, 4), (4, 8)):
+        assert sparsegpt._block_solver(gpu, n_of_m) is solve_block
+    for n_of_m in ((8, 16), (16, 32)):
+        assert sparsegpt._block_solver(gpu, n_of_m) is sparsegpt._solve_block_tensors
+    assert sparsegpt._block_solver(torch.device("cpu"), (2, 4)) is sparsegpt._solve_block_tensors

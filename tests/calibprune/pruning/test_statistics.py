@@ -137,6 +137,9 @@ def test_inputs_that_are_not_finite_raise(value):
     batches[2][3, 4] = value
     with pytest.raises(ValueError, match="micro-batch 2"):
         magnitude_bound(batches, "sum_squares")
+    with pytest.raises(ValueError, match="micro-batch 7"):  # of all workers'
+        squares = product.column_squares(batches, frozenset({"gram"}))
+        product.magnitude_bound(squares, [1, 4, 7, 10])
     with pytest.raises(ValueError, match="bound"):
         observe(batches, "gram", 1e9, 4)
 
@@ -195,6 +198,20 @@ def test_sums_of_inputs_are_exact_to_float32():
     assert found.sums is not None
     assert (found.sums - x.sum(0)).abs().max() < 1e-6 * x.abs().sum(0).max()
     assert (found.tokens, found.sequences) == (len(x), 4)
+
+
+@pytest.mark.parametrize("need", [("sum_squares", "sums"), ("gram", "sums")])
+def test_the_variance_is_exact_for_means_far_from_zero(need):
+    """And has the part between micro-batches: the last has another mean."""
+    batches = [batch + 10.0 ** (torch.arange(70) % 5) for batch in micro_batches()]
+    batches[3] += 2
+    found = finish(observe(batches, need, magnitude_bound(batches, *need), 4))
+    x = torch.cat(batches).double()
+    assert found.variance is not None
+    torch.testing.assert_close(found.variance, x.var(0, unbiased=False).float(), rtol=1e-5, atol=0)
+    constant = [torch.full((10, 4), value) for value in (1.0, -1.0)]
+    found = finish(observe(constant, need, magnitude_bound(constant, *need), 2))
+    assert torch.equal(found.variance, torch.ones(4))
 
 
 def test_a_micro_batch_larger_than_announced_raises():
