@@ -8,7 +8,7 @@ from typing import Any
 
 from calibprune import storage
 from calibprune.calibration.curation import needs_scoring
-from calibprune.calibration.engine import STREAMED, vllm_version
+from calibprune.calibration.engine import STREAMED, model_and_revision, vllm_version
 from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.pool import pool_shape
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
@@ -137,7 +137,10 @@ def check_vllm(stage: str, model_url: str) -> None:
             f'vLLM is not installed, {stage} needs it: pip install "calibprune[cuda]" on a machine with '
             f'NVIDIA GPUs, "calibprune[cpu]" on one without'
         )
-    if storage.is_local(model_url) or model_url.startswith("hf://"):
+    if model_url.startswith("hf://"):
+        model_and_revision(model_url)
+        return
+    if storage.is_local(model_url):
         return
     if not model_url.startswith(STREAMED):
         raise UserError(

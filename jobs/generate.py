@@ -61,10 +61,10 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str], watch: Watch) -> No
     """Has the missing files of prefixes committed, by one task that reads the source from its start."""
     if not missing:
         return
-    folder = run.skeleton.checkpoint.url.removeprefix("hf://")
+    model = run.skeleton.checkpoint.url
     with Steps("prefixes", "files", len(missing)) as steps:
         for done in run_tasks(
-            _cut, (run.config.model, folder, run.config.generate, stage.url), [sorted(missing)], Bundle(1, 0),
+            _cut, (run.config.model, model, run.config.generate, stage.url), [sorted(missing)], Bundle(1, 0),
             start_seconds=run.config.cluster.start_timeout_seconds,
             label=watch.label, failed=watch.lost,
         ):  # fmt: skip
@@ -76,12 +76,12 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str], watch: Watch) -> No
 
 def _cut(
     model: ModelSettings,
-    folder: str,
+    model_url: str,
     settings: GenerateSettings,
     stage_url: str,
     missing: Sequence[str],
 ) -> Iterator[Record]:
-    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    tokenizer = load_tokenizer(model_url, model.trust_remote_code)
     yield from cut_prefixes(Stage(stage_url), settings, tokenizer, set(missing))
 
 
@@ -140,11 +140,11 @@ def engines(
     say(f"{stage.name}: starting {min(count, room) or count} vLLM engine{'s' * (count > 1)}")
     if 0 < room < count:
         say(f"{stage.name}: {count} were asked for; the others start when nodes join")
-    folder = run.skeleton.checkpoint.url.removeprefix("hf://")
+    model = run.skeleton.checkpoint.url
     most = most_tokens or settings.max_tokens + longest_prefix(settings.prefixes)
     return Crew(
         Generator, count, bundle,
-        [run.config.model, folder, run.dtype, most, settings, stage.url, bundle.cpus],
+        [run.config.model, model, run.dtype, most, settings, stage.url, bundle.cpus],
         start_seconds=cluster.start_timeout_seconds,
         concurrency=settings.shards_in_flight + 1,
         label=watch.label,
