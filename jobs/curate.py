@@ -132,13 +132,19 @@ def _score_documents(
     if not units:
         return
 
+    attempts = run.config.generate.attempts
+
     def give_up(unit: str, reason: str) -> None:
-        raise RuntimeError(f"{unit} failed {run.config.generate.attempts} times: {reason}")
+        raise RuntimeError(f"{unit} failed {attempts} times: {reason}")
+
+    def in_a_row(failures: int, reason: str) -> None:
+        if failures >= 2 * attempts:
+            raise RuntimeError(f"{failures} attempts in a row failed, the last time: {reason}")
 
     tokens = curation.settings.sequence_tokens
     most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
     with engines(run, curation.stage, len(units), watch, most) as crew:
-        for record in dispatched(run, crew, "score", units, give_up):
+        for record in dispatched(run, crew, "score", units, give_up, in_a_row):
             progress.tick()
             if record is not None:
                 watch.committed(record)
