@@ -9,6 +9,7 @@ from typing import Any
 from calibprune import storage
 from calibprune.calibration.curation import needs_scoring
 from calibprune.calibration.engine import STREAMED, model_and_revision, vllm_version
+from calibprune.calibration.filters import share_of
 from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.pool import pool_shape
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
@@ -171,7 +172,7 @@ def kept_at_most(config: Config, samples: int) -> int:
     """Of a source's samples, those left when every filter drops no more than it must."""
     for one in config.curate.filters:
         if isinstance(one, PerplexityFilter):
-            dropped = int(samples * one.drop_worst) + int(samples * one.drop_best)
+            dropped = share_of(samples, one.drop_worst) + share_of(samples, one.drop_best)
             both = one.drop_worst > 0 and one.drop_best > 0
             samples -= max(0, dropped - both)  # of one sample less, two less may be dropped
     return samples

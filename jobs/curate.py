@@ -7,7 +7,7 @@ units there are.
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -82,13 +82,17 @@ def generated_stages(run: Run) -> dict[str, Stage]:
         if isinstance(source, GeneratedSource):
             stage = run.stage("generate") if source.path is None else Stage(source.path)
             stages[source.name] = stage
-            stage.manifest()  # says so where it is not finished
-            writer = stage.read_plan()["identity"].get("model")
-            if source.path is not None and writer != run.model_identity:
+            facts = stage.manifest()["facts"]  # says so where it is not finished
+            if source.path is not None and _writer(stage, facts) != run.model_identity:
                 raise UserError(
                     f"the samples of curate source {source.name} in {source.path} were written by another model"
                 )
     return stages
+
+
+def _writer(stage: Stage, facts: Mapping[str, Any]) -> Any:
+    """The identity of the model that wrote a finished stage's samples; a published stage has no plan any more."""
+    return facts["model"] if "model" in facts else stage.read_plan()["identity"].get("model")
 
 
 def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:

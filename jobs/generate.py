@@ -59,7 +59,8 @@ def run(run: Run) -> None:
     _cut_prefixes(run, stage, {unit for unit in missing if not unit.isdigit()}, watch)
     facts = _generate(run, stage, len(shards), [unit for unit in missing if unit.isdigit()], watch)
     seconds = time.monotonic() - started
-    stage.finish({"seconds": seconds, "resumed": len(missing) < len(units), **facts})
+    facts |= {"seconds": seconds, "resumed": len(missing) < len(units)}
+    stage.finish(facts | {"model": run.model_identity})  # for those that read the published samples
 
 
 def _cut_prefixes(run: Run, stage: Stage, missing: set[str], watch: Watch) -> None:

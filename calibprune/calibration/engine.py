@@ -252,6 +252,7 @@ def _sampling(settings: GenerateSettings, seed: int) -> "SamplingParams":
         repetition_penalty=settings.repetition_penalty,
         seed=seed,  # one request without would make its neighbours' tokens irreproducible
         logprobs=0,
+        flat_logprobs=True,  # one object a sample instead of one a token: half the memory, a quarter of the time
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args=None
