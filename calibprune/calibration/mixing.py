@@ -138,7 +138,9 @@ def _remedy(source: Source, too_short: bool) -> str:
     """What gives a source enough; `too_short`: every sample is, and more of them would not help."""
     generated = isinstance(source, GeneratedSource)
     if too_short:
-        longer = "generate.max_tokens" if generated else "the source's document_tokens"
+        longer = "the source's document_tokens"
+        if generated:
+            longer = "generate.max_tokens, or generate.min_tokens where samples end early"
         return f"raise {longer}, or lower curate.sequence_tokens"
     more = "generate.samples" if generated else "the source's documents"
     return f"raise {more}, or lower curate.sequences, sequence_tokens or the source's share"
