@@ -75,6 +75,11 @@ class Stage:
         url = storage.join(self.url, "_plan.json")
         try:
             return parse_plan(storage.read_bytes(url))
+        except FileNotFoundError:
+            raise UserError(
+                f"{url} is not there, and the manifest does not say which model it was made with: give the folder of "
+                f"the stage itself, not a copy, or publish it again from a run that this version finished"
+            ) from None
         except ValueError:
             raise CorruptionError(
                 f"{url} is damaged: remove the folder {self.url} to make it again"

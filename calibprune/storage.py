@@ -69,6 +69,12 @@ def exists(url: str) -> bool:
         return False
 
 
+def is_file(url: str) -> bool:
+    """Whether what is there is a file, not a folder. Raises FileNotFoundError where nothing is."""
+    filesystem, path = resolve(url)
+    return _patiently(filesystem, url, "read", lambda: filesystem.info(path))["type"] == "file"
+
+
 def names(url: str, patience_seconds: float | None = None, links: bool = False) -> list[str]:
     """Sorted names of the files directly in a folder; empty where there is no such folder.
 

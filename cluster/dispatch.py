@@ -23,8 +23,12 @@ from cluster.session import death, node_died
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
 """The floor leaves room for a store to be sat out, while a unit is read and while it is committed."""
 FIRST_SECONDS = 3600.0
-"""For a unit while nobody knows how long one takes."""
+"""For a unit while nobody knows how long one takes, unless the caller knows better."""
 POLL_SECONDS = 1.0
+
+
+def _bear(failures: int, reason: str) -> None:
+    """However many."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,25 @@ def dispatch(
     in_flight: int,
     attempts: int,
     set_aside: Callable[[str, str], None],
+    in_a_row: Callable[[int, str], None] = _bear,
     timeout_seconds: float | None = None,
+    longest: float = 0.0,
+    first_seconds: float = FIRST_SECONDS,
     fatal: tuple[type[Exception], ...] = (),
 ) -> Iterator[Record | None]:
     """Calls `method(unit)` for every unit; yields records as they come, and None about once a second in between.
 
     An actor that dies, or whose unit takes longer than the time limit (the one given, or ten times the longest
-    measured unit; an hour before there is one), or whose unit raises a `fatal` error, is replaced, and
-    its units are queued again. Any other error that a unit raises counts as a failure too; after `attempts` of them
-    `set_aside` is called with the unit and the last cause. A UserError ends the stage at once. `crew.failed` is told
-    of every failure.
+    measured unit, which begins with `longest`; `first_seconds` at least before a unit is done), or whose unit raises a
+    `fatal` error, is replaced, and its units are queued again. Any other error that a unit raises counts as a failure
+    too; after `attempts` of them `set_aside` is called with the unit and the last cause. `in_a_row` is told how many of
+    these failures there were since the last unit done, and the last cause; what it raises ends the stage, and a
+    UserError of a unit does so at once. `crew.failed` is told of every failure.
     """
-    queue = Queue(units, attempts, set_aside)
+    queue = Queue(units, attempts, set_aside, in_a_row)
     metrics = QueueMetrics(crew.label) if crew.label else None
     running: dict[Any, Call] = {}
-    longest = 0.0
+    done = False
 
     def lose(member: Member, cause: Exception, counted: bool = True) -> None:
         lost = [reference for reference, call in running.items() if call.member is member]
@@ -101,10 +109,11 @@ def dispatch(
                 lose(call.member, death(error), counted=not node_died(error))
             else:
                 del running[reference]
-                longest = max(longest, time.monotonic() - call.since)
+                longest, done = max(longest, time.monotonic() - call.since), True
+                queue.succeeded()
                 yield record
         measured = max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)
-        limit = timeout_seconds or (measured if longest else FIRST_SECONDS)
+        limit = timeout_seconds or (measured if done else max(measured, first_seconds))
         now = time.monotonic()
         for member in {c.member for c in running.values() if now - c.since > limit}:
             lose(
@@ -144,13 +153,18 @@ def _ready(references: list[Any]) -> list[Any]:
 
 class Queue:
     """Units still to be started. One of several units that went down with an actor may have killed it: to find out
-    which, each of them is tried alone, and only a failure alone counts."""
+    which, each of them is tried alone, and only a failure alone counts. A unit that failed comes last: others go on."""
 
     def __init__(
-        self, units: Sequence[str], attempts: int, set_aside: Callable[[str, str], None]
+        self,
+        units: Sequence[str],
+        attempts: int,
+        set_aside: Callable[[str, str], None],
+        in_a_row: Callable[[int, str], None] = _bear,
     ) -> None:
         self._waiting, self._attempts, self._set_aside = deque(units), attempts, set_aside
         self._failures, self._suspects = Counter[str](), set[str]()
+        self._in_a_row, self._tell = 0, in_a_row
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -183,9 +197,14 @@ class Queue:
             self._waiting.extendleft(reversed(units))
             return
         for unit in units:
+            reason = one_line(cause)
             self._failures[unit] += 1
+            self._in_a_row += 1
             if self._failures[unit] >= self._attempts:
-                reason = one_line(cause)
                 self._set_aside(unit, reason)
             else:
-                self._waiting.appendleft(unit)
+                self._waiting.append(unit)
+            self._tell(self._in_a_row, reason)
+
+    def succeeded(self) -> None:
+        self._in_a_row = 0

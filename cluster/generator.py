@@ -27,10 +27,10 @@ def shard_rows(unit: str, settings: GenerateSettings) -> range:
 
 class Generator:
     def __init__(
-        self, model: ModelSettings, folder: str, dtype: str, most_tokens: int,
+        self, model: ModelSettings, model_url: str, dtype: str, most_tokens: int,
         settings: GenerateSettings, stage_url: str, cpus: int,
     ) -> None:  # fmt: skip
-        self._model, self._folder, self._dtype = model, folder, dtype
+        self._model, self._url, self._dtype = model, model_url, dtype
         self._most_tokens, self._settings, self._cpus = most_tokens, settings, cpus
         self._stage = Stage(stage_url)
 
@@ -38,7 +38,7 @@ class Generator:
         """Starts the engine, which takes from half a minute to several; returns the name of this machine."""
         trust = self._model.trust_remote_code
         self._engine = Engine(
-            self._folder, self._dtype, self._settings, self._most_tokens, self._cpus,
+            self._url, self._dtype, self._settings, self._most_tokens, self._cpus,
             trust_remote_code=trust,
         )  # fmt: skip
         self._metrics = SampleMetrics(label_of(self._stage.url))
@@ -50,7 +50,7 @@ class Generator:
 
     @cached_property
     def _prefixes(self) -> PrefixReader:
-        tokenizer = load_tokenizer(self._folder, self._model.trust_remote_code)
+        tokenizer = load_tokenizer(self._url, self._model.trust_remote_code)
         return PrefixReader(self._stage, self._settings, tokenizer)
 
     async def complete(self, unit: str) -> Record:

@@ -9,7 +9,8 @@ from typing import Any
 
 from calibprune import storage
 from calibprune.calibration.curation import needs_scoring
-from calibprune.calibration.engine import STREAMED, vllm_version
+from calibprune.calibration.engine import STREAMED, model_and_revision, vllm_version
+from calibprune.calibration.filters import share_of
 from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.pool import pool_shape
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
@@ -140,7 +141,10 @@ def check_vllm(stage: str, model_url: str) -> None:
             f'vLLM is not installed, {stage} needs it: pip install "calibprune[cuda]" on a machine with '
             f'NVIDIA GPUs, "calibprune[cpu]" on one without'
         )
-    if storage.is_local(model_url) or model_url.startswith("hf://"):
+    if model_url.startswith("hf://"):
+        model_and_revision(model_url)
+        return
+    if storage.is_local(model_url):
         return
     if not model_url.startswith(STREAMED):
         raise UserError(
@@ -171,7 +175,7 @@ def kept_at_most(config: Config, samples: int) -> int:
     """Of a source's samples, those left when every filter drops no more than it must."""
     for one in config.curate.filters:
         if isinstance(one, PerplexityFilter):
-            dropped = int(samples * one.drop_worst) + int(samples * one.drop_best)
+            dropped = share_of(samples, one.drop_worst) + share_of(samples, one.drop_best)
             both = one.drop_worst > 0 and one.drop_best > 0
             samples -= max(0, dropped - both)  # of one sample less, two less may be dropped
     return samples

@@ -7,7 +7,7 @@ units there are.
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -82,13 +82,17 @@ def generated_stages(run: Run) -> dict[str, Stage]:
         if isinstance(source, GeneratedSource):
             stage = run.stage("generate") if source.path is None else Stage(source.path)
             stages[source.name] = stage
-            stage.manifest()  # says so where it is not finished
-            writer = stage.read_plan()["identity"].get("model")
-            if source.path is not None and writer != run.model_identity:
+            facts = stage.manifest()["facts"]  # says so where it is not finished
+            if source.path is not None and _writer(stage, facts) != run.model_identity:
                 raise UserError(
                     f"the samples of curate source {source.name} in {source.path} were written by another model"
                 )
     return stages
+
+
+def _writer(stage: Stage, facts: Mapping[str, Any]) -> Any:
+    """The identity of the model that wrote a finished stage's samples; a published stage has no plan any more."""
+    return facts["model"] if "model" in facts else stage.read_plan()["identity"].get("model")
 
 
 def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
@@ -132,13 +136,19 @@ def _score_documents(
     if not units:
         return
 
+    attempts = run.config.generate.attempts
+
     def give_up(unit: str, reason: str) -> None:
-        raise RuntimeError(f"{unit} failed {run.config.generate.attempts} times: {reason}")
+        raise RuntimeError(f"{unit} failed {attempts} times: {reason}")
+
+    def in_a_row(failures: int, reason: str) -> None:
+        if failures >= 2 * attempts:
+            raise RuntimeError(f"{failures} attempts in a row failed, the last time: {reason}")
 
     tokens = curation.settings.sequence_tokens
     most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
     with engines(run, curation.stage, len(units), watch, most) as crew:
-        for record in dispatched(run, crew, "score", units, give_up):
+        for record in dispatched(run, crew, "score", units, give_up, in_a_row):
             progress.tick()
             if record is not None:
                 watch.committed(record)

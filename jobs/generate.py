@@ -1,7 +1,7 @@
 """generate: vLLM engines continue prefixes in shards; every shard commits on its own."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from calibprune.calibration.engine import EngineDied, vllm_version
@@ -11,7 +11,7 @@ from calibprune.journal import SET_ASIDE, Failure
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
 from cluster.crew import Crew
-from cluster.dispatch import dispatch
+from cluster.dispatch import FIRST_SECONDS, dispatch
 from cluster.generator import Generator, shard_rows
 from cluster.room import Bundle, capacity
 from cluster.session import worker_bundle
@@ -24,8 +24,13 @@ NOT_IN_THE_RESULT = {
     "engines", "max_concurrent", "shards_in_flight", "attempts", "max_bad_shards",
     "shard_timeout_seconds", "gpu_memory_utilization", "cpu_kvcache_gib", "enforce_eager",
 }  # fmt: skip
-MOST_IN_A_ROW = 20
-"""Shards that may be set aside one after another: more have a cause that is not their own."""
+MOST_IN_A_ROW, MOST_AT_FIRST = 20, 2
+"""Shards whose attempts may fail one after another, and while nothing ever went right: more have a cause that is not
+their own."""
+LEAST_TOKENS_A_SECOND = 100
+"""Of an engine: while nobody knows how long a shard takes, a slower one is held to hang, after an hour at least."""
+PACE_SHARDS = 64
+"""Done earlier, from which a resume learns how long one takes."""
 
 
 class ShardsFailed(RuntimeError):
@@ -54,17 +59,18 @@ def run(run: Run) -> None:
     _cut_prefixes(run, stage, {unit for unit in missing if not unit.isdigit()}, watch)
     facts = _generate(run, stage, len(shards), [unit for unit in missing if unit.isdigit()], watch)
     seconds = time.monotonic() - started
-    stage.finish({"seconds": seconds, "resumed": len(missing) < len(units), **facts})
+    facts |= {"seconds": seconds, "resumed": len(missing) < len(units)}
+    stage.finish(facts | {"model": run.model_identity})  # for those that read the published samples
 
 
 def _cut_prefixes(run: Run, stage: Stage, missing: set[str], watch: Watch) -> None:
     """Has the missing files of prefixes committed, by one task that reads the source from its start."""
     if not missing:
         return
-    folder = run.skeleton.checkpoint.url.removeprefix("hf://")
+    model = run.skeleton.checkpoint.url
     with Steps("prefixes", "files", len(missing)) as steps:
         for done in run_tasks(
-            _cut, (run.config.model, folder, run.config.generate, stage.url), [sorted(missing)], Bundle(1, 0),
+            _cut, (run.config.model, model, run.config.generate, stage.url), [sorted(missing)], Bundle(1, 0),
             start_seconds=run.config.cluster.start_timeout_seconds,
             label=watch.label, failed=watch.lost,
         ):  # fmt: skip
@@ -76,12 +82,12 @@ def _cut_prefixes(run: Run, stage: Stage, missing: set[str], watch: Watch) -> No
 
 def _cut(
     model: ModelSettings,
-    folder: str,
+    model_url: str,
     settings: GenerateSettings,
     stage_url: str,
     missing: Sequence[str],
 ) -> Iterator[Record]:
-    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    tokenizer = load_tokenizer(model_url, model.trust_remote_code)
     yield from cut_prefixes(Stage(stage_url), settings, tokenizer, set(missing))
 
 
@@ -93,24 +99,28 @@ def _generate(
         return {"tokens": 0, "working_seconds": 0.0}
     settings = run.config.generate
     bad: dict[str, str] = {}
-    tokens = in_a_row = 0
+    longest, tokens = longest_done(stage, shards, missing), 0
 
     def set_aside(unit: str, reason: str) -> None:
-        nonlocal in_a_row
-        bad[unit], in_a_row = reason, in_a_row + 1
+        bad[unit] = reason
         say(f"generate: set aside {_named(run, unit)}: {reason}")
         watch.failed(Failure(SET_ASIDE, reason, (unit,), settings.attempts))
-        if in_a_row > settings.max_bad_shards + (MOST_IN_A_ROW if tokens else 2):
-            raise ShardsFailed(f"{in_a_row} shards in a row failed, the last time: {reason}")
+
+    def in_a_row(failures: int, reason: str) -> None:
+        most = settings.max_bad_shards + (MOST_IN_A_ROW if tokens or longest else MOST_AT_FIRST)
+        if failures >= settings.attempts * (most + 1):
+            raise ShardsFailed(
+                f"{failures} attempts at shards failed in a row, the last time: {reason}"
+            )
 
     with (
         engines(run, stage, len(missing), watch) as crew,
         Steps("generate", "shards", shards, shards - len(missing)) as steps,
     ):
-        for record in dispatched(run, crew, "complete", missing, set_aside):
+        for record in dispatched(run, crew, "complete", missing, set_aside, in_a_row, longest):
             tick()
             if isinstance(record, Record) and crew.ready_at is not None:
-                tokens, in_a_row = tokens + record.facts["tokens"], 0
+                tokens += record.facts["tokens"]
                 watch.committed(record)
                 steps.add(f"{tokens / (time.monotonic() - crew.ready_at):.0f} tokens/s")
         working = time.monotonic() - (crew.ready_at or time.monotonic())
@@ -140,11 +150,11 @@ def engines(
     say(f"{stage.name}: starting {min(count, room) or count} vLLM engine{'s' * (count > 1)}")
     if 0 < room < count:
         say(f"{stage.name}: {count} were asked for; the others start when nodes join")
-    folder = run.skeleton.checkpoint.url.removeprefix("hf://")
+    model = run.skeleton.checkpoint.url
     most = most_tokens or settings.max_tokens + longest_prefix(settings.prefixes)
     return Crew(
         Generator, count, bundle,
-        [run.config.model, folder, run.dtype, most, settings, stage.url, bundle.cpus],
+        [run.config.model, model, run.dtype, most, settings, stage.url, bundle.cpus],
         start_seconds=cluster.start_timeout_seconds,
         concurrency=settings.shards_in_flight + 1,
         label=watch.label,
@@ -152,7 +162,9 @@ def engines(
     )  # fmt: skip
 
 
-def dispatched(run: Run, crew: Crew, method: str, units: list[str], set_aside: Any) -> Any:
+def dispatched(
+    run: Run, crew: Crew, method: str, units: list[str], set_aside: Any, in_a_row: Any, longest: float = 0.0
+) -> Any:  # fmt: skip
     """The units' records as the engines commit them."""
     settings = run.config.generate
     return dispatch(
@@ -160,9 +172,26 @@ def dispatched(run: Run, crew: Crew, method: str, units: list[str], set_aside: A
         in_flight=settings.shards_in_flight,
         attempts=settings.attempts,
         set_aside=set_aside,
+        in_a_row=in_a_row,
         timeout_seconds=settings.shard_timeout_seconds,
+        longest=longest,
+        first_seconds=first_seconds(settings),
         fatal=(EngineDied,),
     )  # fmt: skip
+
+
+def first_seconds(settings: GenerateSettings) -> float:
+    """What an engine may take for the first shards that it has in flight."""
+    tokens = settings.shards_in_flight * settings.shard_rows * settings.max_tokens
+    return max(FIRST_SECONDS, tokens / LEAST_TOKENS_A_SECOND)
+
+
+def longest_done(stage: Stage, shards: int, missing: Collection[str]) -> float:
+    """Seconds that the longest of the last shards done before took; 0 where there is none."""
+    left = set(missing)
+    done = [unit for shard in range(shards) if (unit := f"{shard:05d}") not in left]
+    records = stage.done(done[-PACE_SHARDS:]).values() if done else ()
+    return max((record.facts.get("seconds", 0.0) for record in records), default=0.0)
 
 
 def _named(run: Run, unit: str) -> str:

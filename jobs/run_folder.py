@@ -5,6 +5,8 @@ import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from fsspec.implementations.memory import MemoryFileSystem
+
 from calibprune import __version__, storage
 from calibprune.config import Config, GeneratedSource
 from calibprune.errors import UserError
@@ -48,6 +50,11 @@ class Run:
 
     def check_folder(self) -> None:
         """Raises UserError when the output cannot be written or holds something that is no run."""
+        if isinstance(storage.resolve(self.config.output)[0], MemoryFileSystem):
+            raise UserError(
+                f"output {self.config.output} is the memory of one process, which no worker sees: choose a folder that "
+                f"every node mounts, or a bucket"
+            )
         storage.check_writable(self.config.output)
         if not self.begun:
             filesystem, path = storage.resolve(self.config.output)

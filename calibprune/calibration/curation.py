@@ -32,7 +32,7 @@ from calibprune.calibration.selection import (
 )
 from calibprune.calibration.selection import (
     Selection,
-    read_selection,
+    SelectionFile,
     write_selection,
 )
 from calibprune.calibration.sources import (
@@ -141,8 +141,8 @@ def make_selection(curation: Curation) -> Record:
 
 
 def make_files(curation: Curation, units: Collection[str]) -> Iterator[Record]:
-    """Commits `dropped-*` and `pool-*` units; the selection is read once for all of them."""
-    selection = read_selection(curation.stage) if units else None
+    """Commits `dropped-*` and `pool-*` units; the selection is fetched once for all of them."""
+    selection = SelectionFile(curation.stage) if units else None
     for unit in units:
         assert selection is not None
         kind, _, number = unit.partition("-")
@@ -150,14 +150,15 @@ def make_files(curation: Curation, units: Collection[str]) -> Iterator[Record]:
         yield write(curation, unit, int(number), selection)
 
 
-def _write_dropped(curation: Curation, unit: str, number: int, selection: Selection) -> Record:
+def _write_dropped(curation: Curation, unit: str, number: int, chosen: SelectionFile) -> Record:
     stage, portions = curation.stage, curation.portions
     before = sum(len(portion.shards) for portion in portions[:number])
-    first = offset = sum(selection.shard_rows[:before])
+    first = sum(chosen.shard_rows[:before])
     shards = portions[number].shards
-    rows = selection.shard_rows[before : before + len(shards)]
+    rows = chosen.shard_rows[before : before + len(shards)]
+    selection, offset = chosen.of(range(first, first + sum(rows))), 0
     scores = stage.record(f"scores-{number:05d}")
-    if scores.file is None or not selection.marks[first : first + sum(rows)].any():
+    if scores.file is None or not selection.marks.any():
         return stage.commit(unit, None, {"samples": 0})
     data, schema = stage.read(scores), SAMPLE_SCHEMA.append(pa.field("reason", pa.string()))
     names = [name for name in pq.read_schema(io.BytesIO(data)).names if ".band." not in name]
@@ -168,7 +169,7 @@ def _write_dropped(curation: Curation, unit: str, number: int, selection: Select
             if len(out):
                 table = read_shard(shard)
                 assert table is not None
-                scored = known.take(pa.array(offset - first + out)).to_pylist()
+                scored = known.take(pa.array(offset + out)).to_pylist()
                 why = _reasons(curation.settings, selection, offset + out, scored)
                 named = _from_source(table.take(pa.array(out)), curation, number)
                 writer.write_table(
@@ -199,7 +200,7 @@ def _reasons(
     return reasons
 
 
-def _write_pool(curation: Curation, unit: str, number: int, selection: Selection) -> Record:
+def _write_pool(curation: Curation, unit: str, number: int, chosen: SelectionFile) -> Record:
     settings, stage = curation.settings, curation.stage
     sequences = pool_files(settings)[number]
     every = source_of_sequence(settings)
@@ -210,7 +211,7 @@ def _write_pool(curation: Curation, unit: str, number: int, selection: Selection
         before = int((every[: sequences.start] == source).sum())
         mine = here == source
         token_ids[mine], generated[mine] = _sequences(
-            curation, selection, int(source), range(before, before + int(mine.sum()))
+            curation, chosen, int(source), range(before, before + int(mine.sum()))
         )
     names = [settings.sources[source].name for source in here]
     columns = [np.arange(sequences.start, sequences.stop), _lists(token_ids), names]
@@ -229,22 +230,17 @@ def _lists(values: np.ndarray) -> pa.Array:
 
 
 def _sequences(
-    curation: Curation, selection: Selection, source: int, wanted: range
+    curation: Curation, chosen: SelectionFile, source: int, wanted: range
 ) -> tuple[np.ndarray, np.ndarray]:
     """(token ids, what the model wrote) of some sequences of a source, from no more shards than they need."""
     settings = curation.settings
     shards = [(one.source, shard) for one in curation.portions for shard in one.shards]
-    stops = np.cumsum(selection.shard_rows)
+    stops = np.cumsum(chosen.shard_rows)
     owners = np.array([owner for owner, _ in shards])
-    rows = np.array(selection.shard_rows)
+    rows = np.array(chosen.shard_rows)
     begin, end = int(rows[owners < source].sum()), int(rows[owners <= source].sum())
-    used = begin + np.flatnonzero(selection.start[begin:end] >= 0)
-    used = used[np.argsort(selection.start[used])]
-    starts = selection.start[used]
     low, high = (bound * settings.sequence_tokens for bound in (wanted.start, wanted.stop))
-    first = int(np.searchsorted(starts, low, side="right")) - 1
-    last = int(np.searchsorted(starts, high, side="left"))
-    used = np.sort(used[first:last])
+    used, starts = chosen.used(range(begin, end), low, high)
     token_ids, generated = np.empty(high - low, np.int32), np.empty(high - low, bool)
     filled = 0
     shard_of = np.searchsorted(stops, used, side="right")
@@ -253,12 +249,13 @@ def _sequences(
         assert table is not None
         tokens, offsets = flat_tokens(table)
         prefixes = table["prefix_length"].to_numpy()
-        for sample in used[shard_of == shard]:
+        here = shard_of == shard
+        for sample, place in zip(used[here], starts[here], strict=True):
             row = sample - (stops[shard] - rows[shard])
             start, stop = offsets[row], offsets[row + 1]
             if settings.pack == "document":
                 stop = start + settings.sequence_tokens
-            at = selection.start[sample] - low - start  # from places in the shard to places here
+            at = place - low - start  # from places in the shard to places here
             left, right = max(start, -at), min(stop, high - low - at)
             token_ids[left + at : right + at] = tokens[left:right]
             generated[left + at : right + at] = np.arange(left, right) >= start + prefixes[row]

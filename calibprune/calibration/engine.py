@@ -56,6 +56,7 @@ def vllm_version() -> str | None:
 class Engine:
     """One vLLM engine with its processes; make it inside or outside of an event loop, on any thread.
 
+    `model` is a folder or a URL, of the hub's too.
     `max_model_tokens` is the most that prefix and continuation may have together. `cpu_threads` are
     those of the computation, on a machine without GPUs; None leaves their number to OpenMP.
     Raises UserError where vLLM is missing or the model's context is too short.
@@ -76,6 +77,7 @@ class Engine:
                 'vLLM is not installed: pip install "calibprune[cuda]" on machines with NVIDIA '
                 'GPUs, "calibprune[cpu]" on others'
             )
+        model, revision = model_and_revision(model)
         _set_environment(settings, cpu_threads)
         # vLLM reads its environment variables when it is imported, and the import takes seconds.
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -93,7 +95,11 @@ class Engine:
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         arguments = AsyncEngineArgs(
             model=model,
-            dtype=_checkpoint_dtype(model, trust_remote_code) if dtype == "auto" else dtype,  # type: ignore[arg-type]
+            revision=revision,
+            tokenizer_revision=revision,
+            dtype=_checkpoint_dtype(model, revision, trust_remote_code)
+            if dtype == "auto"
+            else dtype,  # type: ignore[arg-type]
             trust_remote_code=trust_remote_code,
             load_format=_load_format(model),
             tensor_parallel_size=settings.tensor_parallel,
@@ -246,6 +252,7 @@ def _sampling(settings: GenerateSettings, seed: int) -> "SamplingParams":
         repetition_penalty=settings.repetition_penalty,
         seed=seed,  # one request without would make its neighbours' tokens irreproducible
         logprobs=0,
+        flat_logprobs=True,  # one object a sample instead of one a token: half the memory, a quarter of the time
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args=None
@@ -265,16 +272,37 @@ def _set_environment(settings: GenerateSettings, cpu_threads: int | None) -> Non
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
+def model_and_revision(url: str) -> tuple[str, str | None]:
+    """What vLLM calls a model: the hub's without its scheme, its revision apart; any other URL or folder as it is.
+
+    Raises UserError for what is no model of the hub, or a folder inside of one, which vLLM does not read.
+    """
+    if not url.startswith("hf://"):
+        return url, None
+    from huggingface_hub.errors import HfUriError
+    from huggingface_hub.utils import parse_hf_uri
+
+    try:
+        found = parse_hf_uri(url)
+    except HfUriError as error:
+        raise UserError(f"{url} is no model of the hub: {error.msg}") from None
+    if found.type != "model" or found.path_in_repo:
+        raise UserError(f"vLLM does not read {url}: give a whole model, as hf://org/name@revision")
+    return found.id, found.revision
+
+
 def _load_format(model: str) -> str:
     """Of safetensors only: by itself vLLM takes pickled weights too. Its streamer from buckets knows nothing else."""
     return "runai_streamer" if model.startswith(STREAMED) else "safetensors"
 
 
-def _checkpoint_dtype(model: str, trust_remote_code: bool) -> str:
+def _checkpoint_dtype(model: str, revision: str | None, trust_remote_code: bool) -> str:
     """The dtype that config.json names; vLLM's own "auto" would run a float32 checkpoint in 16 bits."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        model, revision=revision, trust_remote_code=trust_remote_code
+    )
     dtype = config.get_text_config().dtype or config.dtype
     if dtype is None:
         raise UserError(f"the config.json of {model} names no dtype: set model.dtype")

@@ -4,8 +4,10 @@ A dropped sample is marked with a number that says which filter dropped it and w
 beside its text.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -114,12 +116,17 @@ def _by_perplexity(
         marks[(marks == KEPT) & (values > one.most)] = mark(index, OVER)
     kept = np.flatnonzero(marks == KEPT).astype(np.int32)
     order = kept[np.argsort(values[kept], kind="stable")]
-    best, worst = int(len(kept) * one.drop_best), int(len(kept) * one.drop_worst)
+    best, worst = share_of(len(kept), one.drop_best), share_of(len(kept), one.drop_worst)
     marks[order[:best]] = mark(index, BEST)
     marks[order[len(kept) - worst :]] = mark(index, WORST)
     if worst:
         cut = float(values[order[len(kept) - worst]])
         outcome.cut = cut if outcome.cut is None else min(cut, outcome.cut)
+
+
+def share_of(samples: int, share: float) -> int:
+    """The whole samples in a share as it is written: 29 of 100 in 0.29, though 100 * 0.29 is less in floating point."""
+    return math.floor(samples * Fraction(str(share)))
 
 
 def _duplicates(outcome: Outcome, index: int, one: DuplicateFilter, load: Load) -> None:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from calibprune.config import CurateSettings, GeneratedSource
+from calibprune.config import CurateSettings, GeneratedSource, Source
 from calibprune.errors import UserError
 
 POOL_FILE_TOKENS = 1 << 24
@@ -34,6 +34,12 @@ def mixture(settings: CurateSettings) -> list[int]:
             f"{total}: " + ("lower them, or raise curate.sequences or curate.tokens" if left < 0 else
             "leave one source without, or lower curate.sequences or curate.tokens")
         )  # fmt: skip
+    if not left and any(weights):
+        idle = [one.name for one in settings.sources if one.budget_tokens is None]
+        raise UserError(
+            f"the budget_tokens of curate.sources fill all {total} sequences of the pool, nothing is left for "
+            f"{', '.join(idle)}: raise curate.sequences or curate.tokens, lower a budget, or remove that source"
+        )
     if not left:
         return counts
     exact = [left * weight / sum(weights) for weight in weights]
@@ -104,7 +110,7 @@ def shortage(
 
     `kept`: samples; `available`: their tokens, or with pack=document the samples that are long enough.
     """
-    missing, generated = [], False
+    missing, remedies = [], []
     tokens = settings.sequence_tokens
     for source, count, samples, there in zip(
         settings.sources, counts, kept, available, strict=True
@@ -112,7 +118,7 @@ def shortage(
         document = settings.pack == "document"
         if there >= count * (1 if document else tokens):
             continue
-        generated |= isinstance(source, GeneratedSource)
+        remedies.append(_remedy(source, document and samples > there == 0))
         if document:
             missing.append(
                 f"{source.name} is to give {count} samples of at least {tokens} tokens, "
@@ -125,5 +131,16 @@ def shortage(
             )
     if not missing:
         return None
-    how = "raise generate.samples" if generated else "raise the source's documents"
-    return f"{'; '.join(missing)}: {how}, or lower curate.sequences, sequence_tokens or the source's share"
+    return f"{'; '.join(missing)}: {'; '.join(dict.fromkeys(remedies))}"
+
+
+def _remedy(source: Source, too_short: bool) -> str:
+    """What gives a source enough; `too_short`: every sample is, and more of them would not help."""
+    generated = isinstance(source, GeneratedSource)
+    if too_short:
+        longer = "the source's document_tokens"
+        if generated:
+            longer = "generate.max_tokens, or generate.min_tokens where samples end early"
+        return f"raise {longer}, or lower curate.sequence_tokens"
+    more = "generate.samples" if generated else "the source's documents"
+    return f"raise {more}, or lower curate.sequences, sequence_tokens or the source's share"

@@ -5,7 +5,7 @@ It is made by one task from the samples' scores; no token is read.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,13 +67,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Selection:
-    """The same as it is read again: of each sample its mark, its start, and of a duplicate what it is equal to."""
+    """The same of some samples as it is read again: marks, starts, and of duplicates what they are equal to."""
 
     marks: UInt8[np.ndarray, " samples"]
     start: Int64[np.ndarray, " samples"]
     same_source: Int16[np.ndarray, " samples"]
     same_row: Int64[np.ndarray, " samples"]
-    shard_rows: list[int]
 
 
 def select(
@@ -179,11 +178,49 @@ def write_selection(
     return stage.commit(UNIT, published, facts)
 
 
-def read_selection(stage: Stage) -> Selection:
-    table = read_parquet(stage.read(stage.record(UNIT)))
-    columns = {name: table[name].to_numpy() for name in table.column_names}
-    metadata = table.schema.metadata or {}
-    return Selection(**columns, shard_rows=json.loads(metadata[b"shard_rows"]))
+class SelectionFile:
+    """The committed selection, held as it is stored, of which a million samples at a time are unpacked."""
+
+    def __init__(self, stage: Stage) -> None:
+        data = stage.read(stage.record(UNIT))
+        metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
+        self.shard_rows: list[int] = json.loads(metadata[b"shard_rows"])
+        self._file = pq.ParquetFile(io.BytesIO(data))
+        groups = range(self._file.num_row_groups)
+        sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
+        self._stops = np.cumsum(sizes)
+
+    def of(self, samples: range) -> Selection:
+        parts = [part for _, part in self._parts(samples, SCHEMA.names)]
+        table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+        return Selection(**{name: table[name].to_numpy() for name in SCHEMA.names})
+
+    def used(
+        self, samples: range, low: int, high: int
+    ) -> tuple[Int64[np.ndarray, " some"], Int64[np.ndarray, " some"]]:
+        """Those of a source's samples that cover tokens [low, high) of its row of tokens, and where each begins."""
+        found, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        covering = (NOWHERE, NOWHERE)  # (start, sample) of the last that begins at low or before
+        for first, part in self._parts(samples, ["start"]):
+            start = part["start"].to_numpy()
+            here = np.flatnonzero((start > low) & (start < high))
+            found.append(first + here)
+            starts.append(start[here])
+            last = int(np.argmax(np.where(start <= low, start, NOWHERE)))
+            if start[last] <= low:
+                covering = max(covering, (int(start[last]), first + last))
+        every = np.concatenate([[covering[1]], *found]), np.concatenate([[covering[0]], *starts])
+        order = np.argsort(every[0])
+        return every[0][order], every[1][order]
+
+    def _parts(self, samples: range, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+        """(first sample, columns) of what each row group has of them."""
+        for group, stop in enumerate(self._stops.tolist()):
+            start = stop - self._file.metadata.row_group(group).num_rows
+            low, high = max(start, samples.start), min(stop, samples.stop)
+            if low < high:
+                table = self._file.read_row_group(group, columns, use_threads=False)
+                yield low, table.slice(low - start, high - low)
 
 
 def _facts(

@@ -4,15 +4,21 @@ Knows nothing of tokens: cutting prefixes and windows happens elsewhere.
 """
 
 import json
+import posixpath
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
+from calibprune import storage
 from calibprune.config import HeldOutText
 from calibprune.errors import UserError
 from calibprune.plain import one_line
+from calibprune.retry import denied, passes, retrying, shown
 
 PYTHON_DOCS = "python-docs"
 _TEXT = (".txt",)
@@ -113,23 +119,25 @@ def _extension(path: str) -> str | None:
 
 
 def _files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    try:
-        fs, root = fsspec.url_to_fs(str(Path(path).expanduser()) if "://" not in path else path)
-    except ValueError as error:  # an unknown protocol
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if fs.isfile(root):
+    url = str(Path(path).expanduser()) if "://" not in path else path
+    fs, root = storage.resolve(url)
+    if not storage.exists(url):
+        raise UserError(f"no file or folder at {shown(path)}")
+    if storage.is_file(url):
         if not _extension(root):
-            raise UserError(f"{path} is of an unknown kind: {_known_extensions()} can be read")
+            raise UserError(
+                f"{shown(path)} is of an unknown kind: {_known_extensions()} can be read"
+            )
         return fs, [root]
-    if not fs.isdir(root):
-        raise UserError(f"no file or folder at {path}")
-    found = sorted(
-        file
-        for file in fs.find(root)
-        if _extension(file) and not Path(file).name.startswith((".", "_"))
-    )
+    found = [
+        posixpath.join(root, file)
+        for file in storage.tree(url)
+        if _extension(file) and not posixpath.basename(file).startswith((".", "_"))
+    ]
     if not found:
-        raise UserError(f"no text in the folder {path}: {_known_extensions()} files are looked for")
+        raise UserError(
+            f"no text in the folder {shown(path)}: {_known_extensions()} files are looked for"
+        )
     return fs, found
 
 
@@ -145,18 +153,53 @@ def _file_rows(
     whole_files: bool,
 ) -> Iterator[Cell]:
     for file in files:
-        extension = _extension(file)
-        compression = "gzip" if file.endswith(".gz") else None
-        with cast(BinaryIO, fs.open(file, "rb", compression=compression)) as stream:
-            if extension in _PARQUET:
-                yield from _parquet_rows(stream, file, column, take)
-            elif extension in _LINES:
-                yield from _json_rows(stream, file, column, take)
-            elif whole_files:
-                yield take(_decoded(stream.read(), file), column, file)
-            else:
-                for line in stream:
-                    yield take(_decoded(line, file).rstrip("\r\n"), column, file)
+        yield from _resumed(fs, file, partial(_rows_of, fs, file, column, take, whole_files))
+
+
+def _resumed(
+    fs: fsspec.AbstractFileSystem, file: str, begin: Callable[[], Iterator[Cell]]
+) -> Iterator[Cell]:
+    """What `begin()` yields; where a store fails in passing the file is opened again, and what came is passed over.
+
+    Raises UserError where access is denied, OSError for trouble that does not pass: a local disk's never does.
+    """
+    local = isinstance(fs, LocalFileSystem)
+    url = file if local else fs.unstrip_protocol(file)
+    given, rows = 0, begin()
+
+    def again() -> list[Cell]:
+        nonlocal rows
+        rows = islice(begin(), given, None)
+        return list(islice(rows, 1))
+
+    while True:
+        try:
+            row = list(islice(rows, 1))
+        except Exception as error:
+            if not passes(error) and not denied(error):
+                raise
+            row = retrying(url, "read", again, 0.0 if local else None)
+        if not row:
+            return
+        given += 1
+        yield row[0]
+
+
+def _rows_of(
+    fs: fsspec.AbstractFileSystem, file: str, column: str, take: _Take[Cell], whole_files: bool
+) -> Iterator[Cell]:
+    extension = _extension(file)
+    compression = "gzip" if file.endswith(".gz") else None
+    with cast(BinaryIO, fs.open(file, "rb", compression=compression)) as stream:
+        if extension in _PARQUET:
+            yield from _parquet_rows(stream, file, column, take)
+        elif extension in _LINES:
+            yield from _json_rows(stream, file, column, take)
+        elif whole_files:
+            yield take(_decoded(stream.read(), file), column, file)
+        else:
+            for line in stream:
+                yield take(_decoded(line, file).rstrip("\r\n"), column, file)
 
 
 def _decoded(raw: bytes, file: str) -> str:
@@ -189,6 +232,8 @@ def _parquet_rows(stream: BinaryIO, file: str, column: str, take: _Take[Cell]) -
     try:
         parquet = ParquetFile(stream)
     except (ArrowException, OSError, ValueError) as error:
+        if passes(error) or denied(error):
+            raise
         raise UserError(f"{file} is not a parquet file: {one_line(error)}") from None
     names = parquet.schema_arrow.names
     if column not in names:

@@ -1,5 +1,6 @@
 """curate: sources side by side, filters, what they are compared with, and how the pool is packed."""
 
+import posixpath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -147,7 +148,8 @@ class CurateSettings(Section):
     pack: Literal["concat", "document"] = "concat"
     """concat: kept samples joined in random order and cut; document: the first tokens of long enough samples."""
     positions: Literal["all", "generated"] = "all"
-    """generated: statistics leave out prefixes and prompts, which the model did not write."""
+    """generated: statistics leave out the prefixes and prompts of generated samples, which the model did not write. Of
+    documents they leave out the start-of-text token put in front only."""
     seed: NonNegativeInt = 0
 
     @field_validator("sources", "references")
@@ -161,7 +163,8 @@ class CurateSettings(Section):
     @field_validator("sources")
     @classmethod
     def _each_once(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        paths = [one.path for one in sources if isinstance(one, GeneratedSource)]
+        generated = [one.path for one in sources if isinstance(one, GeneratedSource)]
+        paths = [path and posixpath.normpath(path) for path in generated]
         if len(set(paths)) < len(paths):
             raise ValueError("two generated sources take the same samples")
         return sources

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from calibprune.config import Config, VocabularyPrefixes, parse_pattern
+from calibprune.config import Config, CurateSettings, VocabularyPrefixes, parse_pattern
 from calibprune.config_file import dump_config, load_config, presets, read_preset
 from calibprune.errors import UserError
 
@@ -239,3 +239,13 @@ def test_what_is_wrong_with_a_preset_is_told_in_one_line(minimal, overrides, mes
     with pytest.raises(UserError, match=message) as caught:
         load_config(minimal, overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("again", ["x/generate", "x/generate/", "./x/generate", "x//generate"])
+def test_the_same_samples_cannot_be_two_sources(again):
+    sources = [
+        {"type": "generated", "name": name, "path": path}
+        for name, path in (("a", "x/generate"), ("b", again))
+    ]
+    with pytest.raises(ValueError, match="two generated sources take the same samples"):
+        CurateSettings.model_validate({"sources": sources})

@@ -1,10 +1,17 @@
 """What storage does when a real S3 server, seen through a proxy, fails in passing or refuses."""
 
+import gzip
+import io
+import json
+import random
 import uuid
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from calibprune import storage
+from calibprune.calibration.texts import documents
 from calibprune.errors import UserError
 from calibprune.retry import passes, retrying, shown
 from calibprune.run import Stage
@@ -181,3 +188,42 @@ def test_patience_is_bounded():
     with pytest.raises(OSError, match="ConnectionResetError, for 1 s"):
         retrying("s3://b/o", "read", fail, patience_seconds=1.0)
     assert 2 <= len(tried) <= 4
+
+
+@pytest.fixture
+def texts(url, monkeypatch) -> list[str]:
+    """What each of three files holds that are larger than what is read at once."""
+    monkeypatch.setattr(storage.resolve(url)[0], "default_block_size", 50_000)
+    found = [f"{row} " + random.randbytes(500).hex() for row in range(400)]
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": found}), table, row_group_size=50, compression="none")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in found)
+    storage.write(storage.join(url, "a.jsonl"), lines.encode())
+    storage.write(storage.join(url, "b.parquet"), table.getvalue())
+    storage.write(storage.join(url, "c.txt.gz"), gzip.compress("\n".join(found).encode(), 1))
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "b.parquet", pytest.param("c.txt.gz", marks=pytest.mark.slow)]
+)
+def test_texts_are_read_through_passing_trouble_wherever_it_comes(proxy, url, texts, name):
+    opened = name == "b.parquet"  # and so small that it is read as a whole then
+    proxy.faults += [Fault("HEAD", name, 7, 503)] if opened else []
+    found = []
+    for text in documents(storage.join(url, name)):
+        if len(found) == 200 and not opened:
+            proxy.faults.append(Fault("GET", name, 7, 503))
+        found.append(text)
+    assert found == texts and proxy.count("HEAD" if opened else "GET", name, "503") == 7
+
+
+@pytest.mark.parametrize(("name", "later"), [("", 0), ("a.jsonl", 0), ("", 500), ("a.jsonl", 1)])
+def test_texts_that_may_not_be_read_are_named_with_what_to_do(proxy, url, texts, name, later):
+    there = storage.join(url, name).rstrip("/")
+    denials = [Fault(method, "", 10_000, 403) for method in ("HEAD", "GET")]
+    proxy.faults += [] if later else denials
+    with pytest.raises(UserError, match=rf"access denied: cannot \w+ {url}.*AWS environment"):
+        for number, _ in enumerate(documents(there)):
+            if number == later:
+                proxy.faults += denials

@@ -12,7 +12,7 @@ from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.run import Record
 from cluster.crew import Crew, StartFailed
-from cluster.dispatch import dispatch
+from cluster.dispatch import Queue, dispatch
 from cluster.room import Bundle, NoRoom
 from cluster.session import connect
 from tests.cluster.leftovers import assert_nothing_left, leftovers
@@ -68,7 +68,7 @@ class Worker:
         return Record(unit, None, 0, None, {"attempt": attempt, "node": os.environ.get("NODE")})
 
 
-def run(folder, trouble, *, units=6, workers=2, timeout_seconds=None, start_seconds=60):
+def run(folder, trouble, *, units=6, workers=2, start_seconds=60, **options):
     """(attempt that did it, for every unit done; cause, for every unit set aside)"""
     bad: dict[str, str] = {}
     with Crew(
@@ -76,7 +76,7 @@ def run(folder, trouble, *, units=6, workers=2, timeout_seconds=None, start_seco
     ) as crew:  # fmt: skip
         records = dispatch(
             crew, "work", [str(u) for u in range(units)],
-            in_flight=2, attempts=3, set_aside=bad.__setitem__, timeout_seconds=timeout_seconds,
+            in_flight=2, attempts=3, set_aside=bad.__setitem__, **options,
         )  # fmt: skip
         done = [record for record in records if record is not None]
     assert len({record.unit for record in done}) == len(done)
@@ -108,6 +108,44 @@ def test_a_unit_that_fails_too_often_is_set_aside_and_all_others_are_done(
     assert attempts.keys() == {"0", "1", "2", "4"}
     assert bad.keys() == {"3"} and cause in bad["3"]
     assert 3 <= len(list(tmp_path.glob("3.*"))) <= 4  # once more where it died beside another
+
+
+def test_after_a_failure_the_others_come_first():
+    queue = Queue(["a", "b", "c"], 2, lambda unit, reason: None)
+    queue.failed([queue.take([])], ValueError())
+    assert [queue.take([]) for _ in range(3)] == ["b", "c", "a"]
+
+
+def test_units_that_went_down_together_are_tried_alone_at_once_and_the_deadly_one_last():
+    queue = Queue(["a", "b", "c", "d"], 3, lambda unit, reason: None)
+    queue.failed([queue.take([]), queue.take(["a"])], OSError())
+    assert queue.take([]) == "a" and queue.take(["a"]) is None
+    queue.failed(["a"], OSError())
+    assert queue.take([]) == "b" and queue.take(["b"]) is None
+    assert [queue.take([]), queue.take(["c"])] == ["c", "d"] and queue.take(["d"]) is None
+    assert queue.take([]) == "a" and not queue
+
+
+def test_failures_in_a_row_are_counted_from_the_last_unit_done(cluster, tmp_path):
+    told = []
+    bad = {"0": "raise always", "1": "raise always"}
+    run(tmp_path, bad, workers=1, units=4, in_a_row=lambda count, reason: told.append(count))
+    assert told in ([1, 2, 1, 2, 3, 4], [1, 2, 1, 1, 2, 3])  # of two in flight either may be first
+
+
+def test_the_first_unit_may_take_longer_than_what_was_measured_by_another_driver(
+    cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cluster.dispatch.HANG_FLOOR_SECONDS", 0.1)
+    trouble = {"seconds": 1.5}
+    attempts, _ = run(tmp_path, trouble, units=1, longest=0.01, first_seconds=60)
+    assert attempts == {"0": 0}
+
+
+def test_what_was_measured_by_another_driver_counts(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.dispatch.HANG_FLOOR_SECONDS", 0.1)
+    attempts, _ = run(tmp_path, {"seconds": 1.5}, units=1, longest=1.0, first_seconds=0.1)
+    assert attempts == {"0": 0}
 
 
 def test_what_the_user_can_mend_ends_the_stage_at_once(cluster, tmp_path):

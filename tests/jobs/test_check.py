@@ -178,3 +178,11 @@ def test_the_command_joins_a_cluster_by_its_address(cluster, tmp_path, tiny_llam
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("2 x of unknown memory") == 2
+
+
+def test_an_output_in_memory_is_refused_before_work_starts(check, tmp_path, tiny_llama):
+    code, _, errors = check("--local", "output=memory://runs/one")
+    assert code == 2 and "memory of one process" in errors and errors.count("\n") == 1
+    config = {"model": {"path": str(tiny_llama)}, "output": "memory://runs/one"}
+    with pytest.raises(UserError, match="memory of one process"):
+        Run(Config.model_validate(config)).check_folder()

@@ -14,6 +14,7 @@ from calibprune.calibration.curation import plan_curation
 from calibprune.calibration.pool import read_samples
 from calibprune.config import ClusterSettings, Config
 from calibprune.errors import DriftError, UserError
+from calibprune.publish import publish
 from calibprune.run import Stage
 from cluster.session import connect
 from jobs import curate
@@ -118,6 +119,25 @@ def test_what_a_task_finds_wrong_reaches_the_user(run, cluster):
     with pytest.raises(Exception, match="self-generated is to fill 2000 sequences") as raised:
         curate.run(short)
     assert isinstance(getattr(raised.value, "cause", raised.value), UserError)
+
+
+def test_published_samples_are_known_by_their_model(run, tmp_path):
+    for number, identity in enumerate((run.model_identity, "another", None)):
+        folder, target = tmp_path / f"run-{number}", str(tmp_path / f"pool-{number}")
+        generated(folder / "generate", [[1, 2]], facts={"model": identity} if identity else {})
+        publish(str(folder), "generate", target)
+        published = with_curate(run, sources=[{"type": "generated", "path": target}])
+        if identity == run.model_identity:
+            stage = curate.generated_stages(published)["self-generated"]
+            assert stage.content_id() == Stage(str(folder / "generate")).content_id()
+            continue
+        message = (
+            "were written by another model"
+            if identity
+            else "_plan.json is not there, .* give the folder"
+        )
+        with pytest.raises(UserError, match=message):
+            curate.generated_stages(published)
 
 
 def test_samples_of_another_model_are_refused(run, tmp_path):

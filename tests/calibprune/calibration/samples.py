@@ -26,8 +26,8 @@ def sample_table(token_ids, logprobs=None, first_row=0, prefix_length=1) -> pa.T
     return pa.table(columns, schema=SAMPLE_SCHEMA)
 
 
-def generated(folder: Path, token_ids, logprobs=None, shard_rows=4, **changes) -> Stage:
-    """A finished generate stage of these samples."""
+def generated(folder: Path, token_ids, logprobs=None, shard_rows=4, facts=None, **changes) -> Stage:
+    """A finished generate stage of these samples; `facts` of its manifest."""
     stage = Stage(str(folder))
     logprobs = [-1.0] * len(token_ids) if logprobs is None else logprobs
     starts = range(0, len(token_ids), shard_rows)
@@ -38,7 +38,7 @@ def generated(folder: Path, token_ids, logprobs=None, shard_rows=4, **changes) -
         unit = f"{number:05d}"
         published = stage.put(unit, parquet_bytes(table), "parquet", "data", "part")
         stage.commit(unit, published, {"rows": len(table)})
-    stage.finish({"seconds": 1.0})
+    stage.finish({"seconds": 1.0} | (facts or {}))
     return stage
 
 

@@ -14,9 +14,10 @@ from datasets import load_dataset
 
 from calibprune.calibration import curation as units_of_work
 from calibprune.calibration import mixing, sources
+from calibprune.calibration import selection as choosing
 from calibprune.calibration.curation import curate, make_scores, plan_curation
 from calibprune.calibration.pool import read_pool, read_positions
-from calibprune.calibration.selection import read_selection
+from calibprune.calibration.selection import Selection, SelectionFile
 from calibprune.calibration.sources import text_units, write_documents
 from calibprune.errors import CorruptionError, UserError
 from calibprune.run import Stage
@@ -24,6 +25,11 @@ from tests.calibprune.calibration.samples import curated, generated, repeated, s
 from tests.tiny import byte_tokenizer
 
 RNG = np.random.default_rng(0)
+
+
+def all_of(stage) -> Selection:
+    chosen = SelectionFile(stage)
+    return chosen.of(range(sum(chosen.shard_rows)))
 
 
 def dropped_rows(curation):
@@ -83,11 +89,11 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
     assert pools[0].equal(pools[1]) and not pools[0].equal(pools[2])
 
 
-@pytest.mark.parametrize(("pack", "said"), [("concat", r"4 samples kept hold 20"),
-                                            ("document", r"0 of the 4 kept are that long")])  # fmt: skip
+@pytest.mark.parametrize(("pack", "said"), [("concat", r"4 samples kept hold 20.*generate.samples"),
+                                            ("document", r"0 of the 4 kept are that long.*max_tokens")])  # fmt: skip
 def test_too_little_text_says_which_source_has_what_and_needs_what(tmp_path, pack, said):
     stage = generated(tmp_path / "generate", repeated([5] * 4))
-    with pytest.raises(UserError, match=f"self-generated is to .*{said}.*raise generate.samples"):
+    with pytest.raises(UserError, match=f"self-generated is to .*{said}"):
         curated(tmp_path / "curate", settings(pack=pack, filters=[]), own=stage)
 
 
@@ -146,6 +152,7 @@ def small_units(monkeypatch):
     monkeypatch.setattr(units_of_work, "PORTION_TEXT_SHARDS", 2)
     monkeypatch.setattr(mixing, "POOL_FILE_TOKENS", 16 * 7)
     monkeypatch.setattr(sources, "SHARD_TOKENS", 16 * 10)
+    monkeypatch.setattr(choosing, "ROWS_AT_ONCE", 13)
 
 
 def complete(folder, wanted, stages):
@@ -187,7 +194,7 @@ def test_sources_side_by_side(tmp_path, two, small_units):
 
 def by_hand(made, stages):
     """The pool, and which positions the model wrote, put together from the selection alone."""
-    wanted, selection, rows, owners = made.settings, read_selection(made.stage), [], []
+    wanted, selection, rows, owners = made.settings, all_of(made.stage), [], []
     for portion in made.portions:
         for shard in portion.shards:
             table = sources.read_shard(shard)
@@ -291,10 +298,28 @@ def test_scoring_holds_one_shard_at_a_time(tmp_path):
     )  # some copies of its scores, and not its 2,000 bytes of tokens
 
 
+def test_of_a_selection_only_a_part_is_unpacked_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(choosing, "ROWS_AT_ONCE", 17)
+    lengths = np.random.default_rng(0).integers(1, 20, 100).tolist()
+    stage = generated(tmp_path / "generate", repeated(lengths))
+    made = curated(tmp_path / "curate", settings(sequences=60, filters=[]), own=stage)
+    chosen, every = SelectionFile(made.stage), all_of(made.stage).start
+    assert chosen._file.num_row_groups == 6
+    for low, high in ((0, 8), (3, 4), (100, 300), (0, 480), (472, 480)):
+        covers = [s for s in range(100) if 0 <= every[s] < high and every[s] + lengths[s] > low]
+        samples, starts = chosen.used(range(100), low, high)
+        assert samples.tolist() == covers and starts.tolist() == every[covers].tolist()
+    assert np.array_equal(chosen.of(range(30, 60)).start, every[30:60])
+    used, _ = chosen.used(
+        range(20, 40), int(every[20:40].min(initial=99, where=every[20:40] >= 0)), 480
+    )
+    assert used.tolist() == [s for s in range(20, 40) if every[s] >= 0]
+
+
 def test_the_pool_reads_no_shard_that_it_does_not_need(tmp_path, monkeypatch):
     stage = generated(tmp_path / "generate", repeated([12] * 100), shard_rows=1)
     made = curated(tmp_path / "curate", settings(), own=stage)
-    used = np.flatnonzero(read_selection(made.stage).start >= 0)
+    used = np.flatnonzero(all_of(made.stage).start >= 0)
     read = []
     monkeypatch.setattr(
         units_of_work,

@@ -6,8 +6,9 @@ import math
 import pyarrow as pa
 import pytest
 import torch
+from vllm.logprobs import FlatLogprobs
 
-from calibprune.calibration.engine import Engine, EngineDied, _load_format, vllm_version
+from calibprune.calibration.engine import Engine, EngineDied, _load_format, _sampling, vllm_version
 from calibprune.calibration.pool import SAMPLE_SCHEMA
 from calibprune.calibration.prefixes import PrefixReader, row_seed
 from calibprune.calibration.samples import sample_facts, write_rows
@@ -106,6 +107,13 @@ def test_log_probability_is_the_models_own(logprobs, sampled, request):
     for prefix, completion in zip(PREFIXES, request.getfixturevalue(sampled), strict=True):
         expected = taken(logprobs, prefix + completion.token_ids, len(prefix))
         assert completion.cumulative_logprob == pytest.approx(expected, rel=1e-3)
+
+
+def test_log_probabilities_wait_in_one_piece_a_sample(engine, loop):
+    """And not as an object for every token."""
+    answer = loop.run(engine._answer([0], _sampling(SETTINGS, 1))).outputs[0]
+    assert isinstance(answer.logprobs, FlatLogprobs) and len(answer.logprobs) > 1
+    assert math.fsum(answer.logprobs.logprobs) == pytest.approx(answer.cumulative_logprob)
 
 
 @pytest.mark.parametrize("schedule", [None, {"start": 0.5, "tokens": 8}, {"start": 3, "tokens": 5}])

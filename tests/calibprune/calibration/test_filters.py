@@ -17,6 +17,7 @@ from calibprune.calibration.filters import (
     mark,
     perplexity,
     reason,
+    share_of,
 )
 from calibprune.calibration.scores import score_samples
 from tests.calibprune.calibration.samples import sample_table, settings
@@ -145,3 +146,9 @@ def test_every_clause_has_its_words_and_starts_with_the_filter():
     assert found["repetition", 1] == "repetition: 40 tokens stand there twice, over 32"
     assert found["duplicates", 0] == "duplicates: equal to row 17 of c4"
     assert found["duplicates", 1] == "duplicates: nearly equal to row 17 of c4"
+
+
+def test_a_share_is_taken_as_it_is_written():
+    for hundredths in range(100):
+        for samples in (0, 1, 99, 100, 5000, 10_000_000):
+            assert share_of(samples, hundredths / 100) == samples * hundredths // 100

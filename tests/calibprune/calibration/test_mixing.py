@@ -109,3 +109,27 @@ def test_a_shortage_names_every_source_that_is_short():
     assert said is not None and "s0" not in said
     assert "wiki is to fill 2 sequences of 8 tokens = 16 tokens, the 1 samples kept hold 15" in said
     assert "s2 is to fill" in said
+
+
+@pytest.mark.parametrize(
+    ("source", "there", "remedy", "no_remedy"),
+    [
+        ({"type": "generated"}, 0, "raise generate.max_tokens, or", "generate.samples"),
+        ({"type": "generated"}, 1, "raise generate.samples, or", "max_tokens"),
+        ({"type": "text", "path": "x"}, 0, "document_tokens, or", "documents, or"),
+        ({"type": "text", "path": "x"}, 1, "raise the source's documents, or", "document_tokens"),
+    ],
+)
+def test_samples_that_are_all_too_short_are_not_asked_for_in_larger_numbers(
+    source, there, remedy, no_remedy
+):
+    wanted = settings(sources=[{"name": "s", **source}], pack="document", sequences=2)
+    said = shortage(wanted, [2], [9], [there])
+    assert said is not None and remedy in said and no_remedy not in said
+    assert "sequence_tokens" in said
+
+
+def test_a_source_that_budgets_leave_nothing_for_is_refused():
+    with pytest.raises(UserError, match=r"fill all 4 sequences .* nothing is left for s1:"):
+        mixture(mixed(4, {"budget_tokens": 32}, {"weight": 1}))
+    assert mixture(mixed(4, {"budget_tokens": 17}, {"budget_tokens": 1})) == [3, 1]

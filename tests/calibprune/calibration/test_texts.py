@@ -7,7 +7,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
+from calibprune.calibration import texts
 from calibprune.calibration.texts import documents, prompts, running_text
 from calibprune.config import HeldOutText
 from calibprune.errors import UserError
@@ -78,7 +80,7 @@ def test_python_docs():
         ("./missing/folder", "no file or folder at ./missing/folder"),
         ("{}", "no text in the folder .*: .txt, .jsonl"),
         ("{}/note.pdf", "note.pdf is of an unknown kind: .txt, .jsonl"),
-        ("nonsense://a/b.txt", "nonsense://a/b.txt cannot be read: .*nonsense"),
+        ("nonsense://a/b.txt", "cannot open nonsense://a/b.txt: .*nonsense"),
     ],
 )
 def test_a_path_that_is_no_text_is_refused_at_once(tmp_path, path, message):
@@ -86,6 +88,18 @@ def test_a_path_that_is_no_text_is_refused_at_once(tmp_path, path, message):
     with pytest.raises(UserError, match=message) as error:
         documents(path.format(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    """By the file system, as root may read everything."""
+
+    class Closed(LocalFileSystem):
+        def open(self, path, *args, **kwargs):
+            raise PermissionError(13, "Permission denied", path)
+
+    rows = texts._file_rows(Closed(), [str(tmp_path / "a.txt")], "text", texts._text, False)
+    with pytest.raises(UserError, match=r"access denied: cannot read .*a\.txt"):
+        next(rows)
 
 
 def test_a_dataset_id_without_the_hub():
