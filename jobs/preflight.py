@@ -10,10 +10,10 @@ from rich.text import Text
 
 from calibprune import storage
 from calibprune.config import ClusterSettings
-from calibprune.errors import UserError
+from calibprune.errors import StoreUnavailable, UserError
 from cluster.room import never_fits, nodes, shown, wanted
 from cluster.session import connect
-from cluster.survey import Survey, Surveyed, check_survey, problems, take_survey
+from cluster.survey import Survey, Surveyed, check_survey, only_passing, problems, take_survey
 from jobs.needs import Need, bytes_read, bytes_stored, needs
 from jobs.progress import say
 from jobs.run_folder import Run
@@ -60,7 +60,7 @@ def cluster_to_look_at(settings: ClusterSettings, wanted: bool | None) -> Cluste
 def check_cluster(run: Run, settings: ClusterSettings) -> list[str]:
     """Joins the cluster, prints what it is and what the run needs of it; returns what may turn out badly.
 
-    Raises UserError naming all that is missing.
+    Raises UserError naming all that is missing, or StoreUnavailable where that is all and may pass.
     """
     with _joined(settings):
         survey, needed = _surveyed(run), needs(run)
@@ -74,7 +74,8 @@ def check_cluster(run: Run, settings: ClusterSettings) -> list[str]:
     missing += _disks(run, survey)
     notes += _small_disks(needed, survey)
     if missing:
-        raise UserError("; ".join(missing))
+        passing = missing == problems(survey) and only_passing(survey)
+        raise (StoreUnavailable if passing else UserError)("; ".join(missing))
     return notes
 
 

@@ -1,13 +1,16 @@
 """What storage does when a real S3 server, seen through a proxy, fails in passing or refuses."""
 
+import time
 import uuid
 
 import pytest
 
 from calibprune import storage
-from calibprune.errors import UserError
+from calibprune.errors import LeaseExpired, StoreUnavailable, UserError
+from calibprune.lease import Lease
 from calibprune.retry import passes, retrying, shown
 from calibprune.run import Stage
+from cluster import probe
 from tests.servers import Fault, faulty_proxy, make_bucket, moto, s3_at, web_server
 
 
@@ -105,6 +108,25 @@ def test_trouble_that_lasts_is_told_in_the_end(proxy, url, monkeypatch):
     ):
         storage.write(f"{url}/file", b"1")
     assert proxy.count("PUT", "run-") > 3
+
+
+def test_an_outage_is_nobodys_bad_input(proxy, url, monkeypatch):
+    """By the exit code it is decided whether a scheduler tries again."""
+    monkeypatch.setattr("calibprune.retry.RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(probe, "PATIENCE_SECONDS", 0.5)
+    with Lease(url, heartbeat_seconds=0.2, expire_seconds=1.5) as lease:
+        proxy.faults += [Fault(method, "run-", 9999, 503) for method in ("GET", "HEAD", "PUT")]
+        with pytest.raises(StoreUnavailable, match="SlowDown") as trouble:
+            storage.check_writable(url)
+        assert not isinstance(trouble.value, UserError)
+        assert probe.storage_errors(url)["output_passes"]
+        wait_until_lost = time.monotonic() + 10
+        while not lease.lost and time.monotonic() < wait_until_lost:
+            time.sleep(0.05)
+        with pytest.raises(LeaseExpired, match="for 2 s: cannot .* the store answers (SlowDown|503)"):
+            lease.check()
+        proxy.faults[:] = [Fault("PUT", "run-", 9999, 403)]
+        assert not probe.storage_errors(url)["output_passes"]
 
 
 def test_without_credentials_it_is_told_what_to_set(proxy, url, monkeypatch, tmp_path):
