@@ -115,11 +115,13 @@ def write_package(target: Path, tree: Tree | None, config: str) -> None:
 
 def _candidates(root: Path) -> Iterator[str]:
     """Files of the tree that are not ignored: by git's own word, else by the root's ignore files."""
-    ignored = GitIgnoreSpec.from_lines(_lines(root, [".rayignore"]))
+    named = CREDENTIALS.split()  # which are told apart from what is merely ignored
+    lines = [line for line in _lines(root, [".rayignore"]) if line not in named]
     listed = _listed_by_git(root)
     if listed is None:
-        ignored = GitIgnoreSpec.from_lines(_lines(root, [".gitignore", ".rayignore"]))
+        lines += _lines(root, [".gitignore"])
         listed = _walk(root)
+    ignored = GitIgnoreSpec.from_lines(lines)
     yield from (name for name in listed if not ignored.match_file(name))
 
 

@@ -21,7 +21,8 @@ from calibprune import __version__, storage
 from calibprune.config import Config
 from calibprune.config_file import dump_config, load_config
 from calibprune.errors import UserError
-from calibprune.plain import one_line
+from calibprune.plain import HIDDEN, holds_credential, one_line
+from calibprune.retry import shown
 from cluster.submission import Client, already_used, describe, exit_code, follow, reach
 from jobs import log
 from jobs.packing import CONFIG, Tree, source_tree, write_package
@@ -136,7 +137,7 @@ def check_paths(config: Config, tree: Tree | None) -> None:
 def job_name(output: str) -> str:
     """The submission id of the first job that works on a run: the same for every way to write the run's URL."""
     scheme, path = _parted(output)
-    path = posixpath.normpath(path)
+    path = posixpath.normpath(re.sub(r"^/+", "/", path))  # POSIX lets two slashes mean something else
     readable = re.sub(r"[^a-z0-9]+", "-", posixpath.basename(path).lower()).strip("-")[:40]
     digest = hashlib.sha256(f"{ALIASES.get(scheme, scheme)}://{path}".encode()).hexdigest()[:8]
     return "-".join(part for part in ("calibprune", readable, digest) if part)
@@ -228,11 +229,16 @@ def _metadata(config: Config, path: str, overrides: Sequence[str]) -> dict[str, 
     """Everybody on the cluster can read it."""
     return {
         "calibprune": __version__,
-        "config": posixpath.basename(path),
+        "config": posixpath.basename(shown(path)),
         "output": config.output,
         "settings": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16],
-        "command": shlex.join(["calibprune", "submit", path, *overrides]),
+        "command": shlex.join(["calibprune", "submit", shown(path), *map(_without_credentials, overrides)]),
     }
+
+
+def _without_credentials(override: str) -> str:
+    """The key alone of one that holds a credential, which a later override may have replaced."""
+    return f"{override.partition('=')[0]}={HIDDEN}" if holds_credential(override) else override
 
 
 def _ours(client: Client) -> list[JobDetails]:

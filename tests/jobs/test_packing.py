@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from calibprune.errors import UserError
 from jobs import packing
@@ -117,6 +118,22 @@ def test_source_travels_and_credentials_caches_and_outputs_do_not(tree, tmp_path
     assert not any(b"planted" in content for content in contents.values())
     assert not any(name.startswith((".git/", ".venv")) for name in contents)
     assert set(source_tree(tree).withheld) == set(SECRETS)  # type: ignore[union-attr]
+
+
+def test_rays_own_command_leaves_the_same_names_out(tree, tmp_path_factory):
+    names = [line for line in (HERE / ".rayignore").read_text().splitlines() if line[0] != "#"]
+    assert names == packing.NOT_SOURCE.split() + packing.CREDENTIALS.split()
+    shutil.copy(HERE / ".rayignore", tree)
+    target = tmp_path_factory.mktemp("zip") / "package.zip"
+    create_package(str(tree), target, include_gitignore=True)
+    with zipfile.ZipFile(target) as package:
+        sent = set(package.namelist())
+    assert {"jobs/__main__.py", *TRAVELS} <= sent
+    by_name = {name for name in SECRETS if packing._credentials.match_file(name)}
+    assert len(by_name) > 15 and not sent & by_name
+    assert not sent & {name for name in STAYS if not name.startswith("results/")}
+    withheld = source_tree(tree).withheld  # type: ignore[union-attr]
+    assert set(withheld) == set(SECRETS)
 
 
 def test_all_of_the_project_that_a_job_needs_travels():

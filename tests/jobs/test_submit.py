@@ -19,7 +19,7 @@ from calibprune.errors import UserError
 from calibprune.run import Stage
 from cluster.submission import STOPPED, Client, exit_code, follow, reach
 from jobs.packing import Tree, source_tree
-from jobs.submit import check_paths, job_name
+from jobs.submit import _metadata, check_paths, job_name
 from tests.jobs.command import calibprune_here
 from tests.jobs.head import Head, Line, free_ports, head_with_token
 from tests.tiny import write_tiny_llama
@@ -214,9 +214,22 @@ def test_paths_that_mean_nothing_on_a_cluster_are_refused(tmp_path, monkeypatch,
         check_paths(load_config(str(path), [fine]), tree)
 
 
+def test_what_everybody_can_read_of_a_job_holds_no_credential(tmp_path):
+    config = load_config(str(write_config(tmp_path, tmp_path, tmp_path)), [])
+    for path in (
+        "https://bucket.host/run.yaml?X-Amz-Credential=AK&X-Amz-Signature=" + PLANTED,
+        f"https://me:{PLANTED}@bucket.host/run.yaml",
+    ):
+        overrides = [f"output=s3://u:{PLANTED}@h/x", "output=s3://b/x", "prune.sparsity=0.6"]
+        told = _metadata(config, path, overrides)
+        assert PLANTED not in str(told) and told["config"] == "run.yaml"
+        assert told["command"].startswith("calibprune submit https://bucket.host/run.yaml 'output=")
+        assert told["command"].endswith(" output=s3://b/x prune.sparsity=0.6")
+
+
 def test_a_run_has_one_name_however_its_url_is_written():
     for same in (
-        ("/data/run", "/data/run/", "/data//run", "file:///data/run", "/data/x/../run"),
+        ("/data/run", "/data/run/", "/data//run", "//data/run", "file:///data/run", "/data/x/../run"),
         ("s3://bucket/run", "s3a://bucket/run/"),
         ("gs://bucket/run", "gcs://bucket/run"),
     ):
