@@ -22,7 +22,8 @@ _USER = re.compile(
 )
 """With a password, or to a web server, where a name alone may be a token; in others it is a container or a user."""
 _PARAMETER = re.compile(
-    r"([?&;][^=&;?\s'\"<>]{0,100}(?:sig|token|key|secret|credential|password)[^=&;?\s'\"<>]{0,100}=)[^&;\s'\"<>)]+", re.I
+    r"([?&;][^=&;?\s'\"<>]{0,100}"
+    r"(?:sig|token|key|secret|credential|password)[^=&;?\s'\"<>]{0,100}=)[^&;\s'\"<>)]+", re.I
 )  # fmt: skip
 _AUTHORIZATION = re.compile(
     r"\b(bearer\s+|authorization['\"]?\s*[:=]\s*['\"]?(?:basic|token)\s+|signature=)[\w+/=.~-]{16,}", re.I

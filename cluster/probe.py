@@ -64,7 +64,7 @@ def versions() -> dict[str, str | None]:
 def source_hash() -> str | None:
     """A hash of calibprune's own source as it would be imported here; None where it cannot be."""
     digest = hashlib.sha256()
-    for package in ("calibprune", "cluster"):
+    for package in ("calibprune", "cluster", "jobs"):
         try:
             folder = Path(str(importlib.import_module(package).__file__)).parent
         except ImportError:

@@ -41,11 +41,14 @@ CREDENTIALS = """
 """
 """Files and folders that hold credentials by their names."""
 _SETTING = re.compile(
-    r"""(?<![\w.-])(?P<name>[\w.-]{1,100})["']?\]?(?P<between>[ \t]*[:=][ \t]*)["']?(?P<value>[\w+/=.~@:!-]{6,})(?=["'\s,;)}\]#]|$)"""
+    r"""(?<![\w.-])(?P<name>[\w.-]{1,100})["']?\]?(?P<between>[ \t]*[:=][ \t]*)["']?"""
+    r"""(?P<value>[\w+/=.~@:!-]{6,})(?=["'\s,;)}\]#]|$)"""
 )
 _CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|\.{0,2}/[\w./-]*|~/.*|\w+://.*")
 """A value that is looked up, or says where something lies."""
-_PLACEHOLDER = re.compile(r"(your|my|some|change|replace|example|dummy|placeholder|insert|x{3}|\.{3})", re.I)
+_PLACEHOLDER = re.compile(
+    r"(your|my|some|change|replace|example|dummy|placeholder|insert|x{3}|\.{3})", re.I
+)
 
 
 _no_source = GitIgnoreSpec.from_lines(NOT_SOURCE.split())

@@ -123,7 +123,9 @@ def test_an_outage_is_nobodys_bad_input(proxy, url, monkeypatch):
         wait_until_lost = time.monotonic() + 10
         while not lease.lost and time.monotonic() < wait_until_lost:
             time.sleep(0.05)
-        with pytest.raises(LeaseExpired, match="for 2 s: cannot .* the store answers (SlowDown|503)"):
+        with pytest.raises(
+            LeaseExpired, match=r"for 2 s: cannot .* the store answers (SlowDown|503)"
+        ):
             lease.check()
         proxy.faults[:] = [Fault("PUT", "run-", 9999, 403)]
         assert not probe.storage_errors(url)["output_passes"]

@@ -90,7 +90,10 @@ def tree(tmp_path: Path) -> Path:
     for name, content in SECRETS.items():
         write(tmp_path / name, content.encode())
     for name in (*STAYS, *TRAVELS):
-        write(tmp_path / name, b'private_key = aws_secret_access_key = os.environ["KEY"]' + NO_SECRETS.encode())
+        write(
+            tmp_path / name,
+            b'private_key = aws_secret_access_key = os.environ["KEY"]' + NO_SECRETS.encode(),
+        )
     return tmp_path
 
 
