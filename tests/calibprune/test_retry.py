@@ -112,23 +112,27 @@ def test_trouble_that_lasts_is_told_in_the_end(proxy, url, monkeypatch):
 
 def test_an_outage_is_nobodys_bad_input(proxy, url, monkeypatch):
     """By the exit code it is decided whether a scheduler tries again."""
-    monkeypatch.setattr("calibprune.retry.RETRY_SECONDS", 0.5)
-    monkeypatch.setattr(probe, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("calibprune.retry.RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(probe, "PATIENCE_SECONDS", 0.2)
+    proxy.faults.append(Fault("PUT", "run-", 9999, 503))
+    with pytest.raises(StoreUnavailable, match="SlowDown") as trouble:
+        storage.check_writable(url)
+    assert not isinstance(trouble.value, UserError)
+    assert probe.storage_errors(url)["output_passes"]
+    proxy.faults[:] = [Fault("PUT", "run-", 9999, 403)]
+    assert not probe.storage_errors(url)["output_passes"]
+
+
+@pytest.mark.slow
+def test_a_lease_that_runs_out_tells_the_trouble_of_the_store(proxy, url):
     with Lease(url, heartbeat_seconds=0.2, expire_seconds=1.5) as lease:
         proxy.faults += [Fault(method, "run-", 9999, 503) for method in ("GET", "HEAD", "PUT")]
-        with pytest.raises(StoreUnavailable, match="SlowDown") as trouble:
-            storage.check_writable(url)
-        assert not isinstance(trouble.value, UserError)
-        assert probe.storage_errors(url)["output_passes"]
-        wait_until_lost = time.monotonic() + 10
-        while not lease.lost and time.monotonic() < wait_until_lost:
+        deadline = time.monotonic() + 10
+        while not lease.lost and time.monotonic() < deadline:
             time.sleep(0.05)
-        with pytest.raises(
-            LeaseExpired, match=r"for 2 s: cannot .* the store answers (SlowDown|503)"
-        ):
+        told = r"for 2 s: cannot .* the store answers (SlowDown|503)"
+        with pytest.raises(LeaseExpired, match=told):
             lease.check()
-        proxy.faults[:] = [Fault("PUT", "run-", 9999, 403)]
-        assert not probe.storage_errors(url)["output_passes"]
 
 
 def test_without_credentials_it_is_told_what_to_set(proxy, url, monkeypatch, tmp_path):
