@@ -21,8 +21,9 @@ from httpx2 import HTTPError
 from torch import Tensor
 
 from calibprune import storage
-from calibprune.errors import CorruptionError, UserError
+from calibprune.errors import CorruptionError, StoreUnavailable, UserError
 from calibprune.plain import one_line
+from calibprune.retry import passes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -57,7 +58,7 @@ class Checkpoint:
     """The tensors of a checkpoint folder, read by name.
 
     Opening reads the headers only. Raises UserError when the folder is missing, gated, holds no safetensors
-    or lacks a file that its index names.
+    or lacks a file that its index names, StoreUnavailable when the store fails in passing for long.
     """
 
     def __init__(self, path: str, hashes: Mapping[str, str] | None = None) -> None:
@@ -270,15 +271,16 @@ def index_bytes(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
 
 
 def check_reachable(path: str, patience_seconds: float) -> None:
-    """Raises UserError where the store of a model cannot be listed for so long."""
+    """Raises StoreUnavailable where the store of a model cannot be listed for so long, UserError where it never can."""
     try:
         storage.names(model_url(path), patience_seconds)
     except (OSError, HTTPError) as error:
         raise _unreadable(path, error) from None
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"cannot read the model at {path}: {_reason(error)}")
+def _unreadable(path: str, error: Exception) -> Exception:
+    kind = StoreUnavailable if passes(error) else UserError
+    return kind(f"cannot read the model at {path}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""The errors a user can mend. The command line prints them in one line and exits with code 2."""
+"""The errors a user can mend, which the command line prints in one line and exits for with code 2; and those that
+merely want the same command again (exit code 1)."""
 
 
 class UserError(Exception):
@@ -14,4 +15,12 @@ class CorruptionError(UserError):
 
 
 class LeaseLost(UserError):
-    """Another driver took over the run, or may have: this one must stop."""
+    """Another driver took over the run: this one must stop."""
+
+
+class LeaseExpired(RuntimeError):
+    """The lease could not be renewed in time, so that another driver may take over: this one must stop."""
+
+
+class StoreUnavailable(OSError):
+    """A store kept failing in ways that pass: nobody's input is to blame, the same command may do later."""

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from calibprune import storage
-from calibprune.errors import LeaseLost, UserError
+from calibprune.errors import LeaseExpired, LeaseLost, UserError
+from calibprune.plain import one_line
 
 FILE = "_lease.json"
 MOST_EXPIRE_SECONDS = 3600.0
 """Waited for a holder, whatever its lease asks for."""
+LOOK_SECONDS = 5.0
+"""For a last look at who holds the lease now, when it was not renewed in time."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Lease:
             "expire_seconds": expire_seconds,
         }
         self._superseded: str | None = None
+        self._successor: dict[str, Any] | None = None
         self._trouble = ""
         self._alive_at = 0.0
         self._lost, self._leaving = threading.Event(), threading.Event()
@@ -109,12 +113,19 @@ class Lease:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raises LeaseLost when the lease is lost."""
-        if self.lost:
+        """Raises LeaseLost when another driver took over, LeaseExpired when it merely may: the lease ran out."""
+        if not self.lost:
+            return
+        self._thread.join(self._heartbeat + LOOK_SECONDS)
+        if self._successor is not None:
             raise LeaseLost(
-                f"another driver took over {self._run_url}, or may have, since this one could not renew {self.url} "
-                f"for {self._expire:.0f} s{self._trouble}; this one stops, nothing committed is lost"
+                f"another driver took over {self._run_url}: {_named(self._successor)} holds it now; this one stops, "
+                f"nothing committed is lost"
             )
+        raise LeaseExpired(
+            f"the lease {self.url} could not be renewed for {self._expire:.0f} s{self._trouble}, so that another "
+            f"driver may take over: this one stops, nothing committed is lost"
+        )
 
     def _acquire(self) -> None:
         while True:
@@ -158,24 +169,27 @@ class Lease:
 
     def _keep(self) -> None:
         """The heartbeat: reads before it writes, so that a holder that slept does not overwrite its successor."""
-        while not self._leaving.wait(self._heartbeat) and not self.lost:
+        while not self._leaving.wait(self._heartbeat):
+            expired = self.lost  # then this is the last look, at who took over
             try:
                 found = self._read()
                 owner = _owner(found)
-                if owner == self._mine["owner"]:
+                if owner not in (self._mine["owner"], self._superseded, None):
+                    self._successor = _parse(found or b"")
+                    self._lost.set()
+                elif expired:
+                    pass
+                elif owner == self._mine["owner"]:
                     self._write()
                 elif found is None:
                     self._create()
-                elif owner in (self._superseded, None):
+                else:
                     # woke up between its reading and its writing; or emptied or damaged, which no driver does
                     self._write()
-                else:
-                    self._lost.set()
-            except (
-                OSError,
-                UserError,
-            ) as error:  # tried again at the next beat, until the lease has expired
-                self._trouble = f": {error.strerror if isinstance(error, OSError) else error}"
+            except (OSError, UserError) as error:  # tried again at the next beat, until it expired
+                self._trouble = f": {one_line(getattr(error, 'strerror', None) or error)}"
+            if expired or self._successor:
+                return
 
     def _write(self) -> None:
         started = time.monotonic()
@@ -195,7 +209,7 @@ class Lease:
         """Counted from before the write: a watcher saw the file change after that, never earlier."""
         if self._alive_at and time.monotonic() - self._alive_at > self._expire:
             self._lost.set()
-        self._alive_at = started
+        self._alive_at, self._trouble = started, ""
 
     def _read(self) -> bytes | None:
         try:

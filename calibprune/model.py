@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from calibprune.checkpoint import Checkpoint, local_side_files
 from calibprune.config import ModelSettings
-from calibprune.errors import UserError
+from calibprune.errors import StoreUnavailable, UserError
 from calibprune.plain import one_line
 
 _TORCH_DTYPES = {
@@ -127,6 +127,8 @@ def read_config(settings: ModelSettings, url: str) -> Any:
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust, local_files_only=True
             )
+    except StoreUnavailable:
+        raise
     except Exception as error:  # of a file that others wrote: anything
         raise UserError(f"cannot use the model at {settings.path}: {_hint(error)}") from None
     architectures = list(config.architectures or ())
@@ -154,9 +156,8 @@ def build_skeleton(
     Raises UserError when the architecture cannot be pruned or the checkpoint lacks tensors it needs.
     """
     checkpoint = Checkpoint(settings.path, hashes)
-    with local_side_files(
-        checkpoint.url
-    ) as folder:  # a model's own code lies there, till it is built
+    # a model's own code lies in there, and is needed until it is built
+    with local_side_files(checkpoint.url) as folder:
         config = read_config(settings, folder)
         dtype = forward_dtype(settings, config, checkpoint)
         try:
@@ -221,6 +222,8 @@ def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
+    except StoreUnavailable:
+        raise
     except Exception as error:  # of a file that others wrote: anything
         raise UserError(f"cannot read the tokenizer of {url}: {_hint(error)}") from None
 

@@ -14,7 +14,7 @@ HIDDEN = "***"
 LEAST_SECRET = 8
 """Characters of a secret; a shorter value of the environment would be found in words."""
 
-_SECRET_NAME = re.compile(
+SECRET_NAME = re.compile(
     r"SECRET|TOKEN(?!IZ|S\b|S_)|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SIGNATURE|CONNECTION_STRING", re.I
 )  # fmt: skip
 _USER = re.compile(
@@ -22,7 +22,8 @@ _USER = re.compile(
 )
 """With a password, or to a web server, where a name alone may be a token; in others it is a container or a user."""
 _PARAMETER = re.compile(
-    r"([?&;][^=&;\s'\"<>]*(?:sig|token|key|secret|credential|password)[^=&;\s'\"<>]*=)[^&;\s'\"<>)]+", re.I
+    r"([?&;][^=&;?\s'\"<>]{0,100}"
+    r"(?:sig|token|key|secret|credential|password)[^=&;?\s'\"<>]{0,100}=)[^&;\s'\"<>)]+", re.I
 )  # fmt: skip
 _AUTHORIZATION = re.compile(
     r"\b(bearer\s+|authorization['\"]?\s*[:=]\s*['\"]?(?:basic|token)\s+|signature=)[\w+/=.~-]{16,}", re.I
@@ -64,8 +65,13 @@ def without_secrets(text: str) -> str:
 def holds_credential(text: str) -> bool:
     """Whether there is a password or signature in an address, a token of a well-known kind, or a secret variable's
     value in it; what merely reads as if a key were named is let pass."""
+    return shaped_as_credential(text) or any(one in text for one in _secrets())
+
+
+def shaped_as_credential(text: str) -> bool:
+    """The same, but for the values of this process's variables."""
     patterns = (_USER, _PARAMETER, _BEARER, _KNOWN_SHAPE, _PRIVATE_KEY)
-    return any(one.search(text) for one in patterns) or any(one in text for one in _secrets())
+    return any(one.search(text) for one in patterns)
 
 
 def plain(text: str) -> str:
@@ -93,7 +99,7 @@ def _secrets() -> Iterator[str]:
     found = {
         value
         for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= LEAST_SECRET and not _is_path(value)
+        if SECRET_NAME.search(name) and len(value) >= LEAST_SECRET and not _is_path(value)
     }
     yield from sorted(found | {quote(value, safe="") for value in found}, key=len, reverse=True)
 

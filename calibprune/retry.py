@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import tenacity
 
-from calibprune.errors import UserError
+from calibprune.errors import StoreUnavailable, UserError
 from calibprune.plain import without_secrets
 
 RETRY_SECONDS = 120.0
@@ -41,7 +41,7 @@ def retrying(
 ) -> T:
     """What `operation` returns; while a store fails in passing it is called again, with growing and jittered waits.
 
-    Raises UserError at once where access is denied, OSError when the trouble outlasts `patience_seconds`
+    Raises UserError at once where access is denied, StoreUnavailable when the trouble outlasts `patience_seconds`
     (default RETRY_SECONDS), and every other error as it is.
     """
     patience = RETRY_SECONDS if patience_seconds is None else patience_seconds
@@ -63,7 +63,7 @@ def retrying(
         return attempts(operation)
     except Exception as error:
         if passes(error):
-            raise OSError(
+            raise StoreUnavailable(
                 f"cannot {verb} {shown(url)}: {reason(error)}, for {patience:.0f} s"
             ) from error
         if denied(error):

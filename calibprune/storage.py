@@ -23,7 +23,7 @@ import fsspec
 import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
 
-from calibprune.errors import UserError
+from calibprune.errors import StoreUnavailable, UserError
 from calibprune.failpoint import failpoint
 from calibprune.plain import one_line
 from calibprune.retry import passes, retrying, shown, status
@@ -278,7 +278,8 @@ def remove_folder(url: str) -> None:
 
 
 def check_writable(url: str) -> None:
-    """Writes and removes a probe file. Raises UserError when the folder cannot hold a run."""
+    """Writes and removes a probe file. Raises UserError when the folder cannot hold a run, StoreUnavailable when it
+    is not to be told yet."""
     if url.startswith("hf://"):
         raise UserError(
             f"{url}: a run cannot live on the Hugging Face hub, where every file would be a commit: choose a local "
@@ -288,6 +289,8 @@ def check_writable(url: str) -> None:
     try:
         write(probe, b"")
         remove(probe)
+    except StoreUnavailable:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write to {shown(url)}: {one_line(error)}") from None
 

@@ -64,7 +64,7 @@ def versions() -> dict[str, str | None]:
 def source_hash() -> str | None:
     """A hash of calibprune's own source as it would be imported here; None where it cannot be."""
     digest = hashlib.sha256()
-    for package in ("calibprune", "cluster"):
+    for package in ("calibprune", "cluster", "jobs"):
         try:
             folder = Path(str(importlib.import_module(package).__file__)).parent
         except ImportError:
@@ -114,14 +114,17 @@ def storage_errors(
     seen: tuple[str, str] | None = None,
     model: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """What goes wrong with the run's folder and with the model, and the free bytes of a folder on a local disk."""
-    told: dict[str, Any] = {"output_error": None, "model_error": None, "output_free_bytes": None}
+    """What goes wrong with the run's folder and with the model, whether it is a store's trouble that passes, and the
+    free bytes of a folder on a local disk."""
+    told: dict[str, Any] = {"output_free_bytes": None}
+    told["output_error"], told["output_passes"] = None, False
+    told["model_error"], told["model_passes"] = None, False
     if output is not None:
-        told["output_error"] = _error(lambda: _use(output, seen))
+        told["output_error"], told["output_passes"] = _error(lambda: _use(output, seen))
         if "://" not in output:
             told["output_free_bytes"] = _free(output)
     if model:
-        told["model_error"] = _error(lambda: _read(*model))
+        told["model_error"], told["model_passes"] = _error(lambda: _read(*model))
     return told
 
 
@@ -155,14 +158,14 @@ def _read(config: str, weights: str) -> None:
     storage.read_range(weights, 0, 8, PATIENCE_SECONDS)
 
 
-def _error(work: Any) -> str | None:
+def _error(work: Any) -> tuple[str | None, bool]:
     try:
         work()
     except FileNotFoundError as error:
-        return f"not there: {error.filename or error}"
+        return f"not there: {error.filename or error}", False
     except Exception as error:  # whatever it is, it is that node's answer
-        return _in_a_line(error)
-    return None
+        return _in_a_line(error), type(error).__name__ == "StoreUnavailable"
+    return None, False
 
 
 def _in_a_line(error: Exception) -> str:
@@ -174,7 +177,7 @@ def _in_a_line(error: Exception) -> str:
         text = one_line(error)
     except ImportError:  # calibprune is missing there, or another version
         text = " ".join(str(error).split())[:300]
-    if kind in ("UserError", "OSError"):
+    if kind in ("UserError", "OSError", "StoreUnavailable"):
         return text
     if module == "builtins":
         return f"{kind}: {text}"

@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,8 @@ def needs_gpus(vllm: str | None) -> bool:
 class Actors:
     """`count` actors of one class, each on a bundle of its own; killed and their places freed on leaving.
 
-    Raises NoRoom, saying what was asked, what is free and what is busy, when they do not come in time.
+    Raises NoRoom, saying what was asked, what is free and what is busy, when they do not come in time; or whatever
+    `go_on` raises, which is called about once a second until they come, in the place of that.
     """
 
     def __init__(
@@ -155,16 +156,17 @@ class Actors:
         arguments: Sequence[Any],
         *,
         timeout_seconds: float,
+        go_on: Callable[[], None] | None = None,
         concurrency_groups: Mapping[str, int] | None = None,
         spinning: bool = False,
         label: Label | None = None,
     ) -> None:
         self._bundle, self._label = bundle, label
         self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
-        waiting = Waiting(count, bundle, timeout_seconds)
+        go_on = go_on or Waiting(count, bundle, timeout_seconds).go_on
         try:
             while not self._group.wait(POLL_SECONDS):
-                waiting.go_on()
+                go_on()
         except BaseException:
             remove_placement_group(self._group)
             raise

@@ -1,13 +1,12 @@
 """Ray's job server as seen from outside the cluster: how to reach it, to follow a log, to learn the true exit code."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import requests
@@ -25,6 +24,7 @@ SILENT_SECONDS = 60.0
 """After which the log is asked for anew: a connection that is lost without a word looks like a job that is silent."""
 PATIENCE_SECONDS = 900.0
 """For which a job is followed though its cluster does not answer."""
+LOG_TRIES = 5
 ENVIRONMENT = "RAY_API_SERVER_ADDRESS"
 for _module in ("dashboard_sdk", "job.sdk"):
     logging.getLogger(f"ray.dashboard.modules.{_module}").setLevel(logging.WARNING)
@@ -32,8 +32,15 @@ STOPPED, UNKNOWN = 143, 1
 """Exit codes where Ray knows none: that of a process that SIGTERM ended, and that of a failure."""
 
 
+T = TypeVar("T")
+
+
 class Unreachable(UserError):
     """The cluster does not answer."""
+
+
+class Failing(Unreachable):
+    """What answers there says that it cannot for now: a proxy whose cluster is on its way, a busy head."""
 
 
 class Client(JobSubmissionClient):
@@ -43,11 +50,30 @@ class Client(JobSubmissionClient):
         # until a request is sent the first limit counts, and a package may go over a slow line
         limits = (SENDING_SECONDS if more.get("data") else CONNECT_SECONDS, ANSWER_SECONDS)
         try:
-            return super()._do_request(method, endpoint, timeout=limits, **more)
+            answer = super()._do_request(method, endpoint, timeout=limits, **more)
         except AuthenticationError as error:
             raise UserError(_about_token(self._address, error)) from None
         except requests.exceptions.RequestException as error:
             raise Unreachable(_about_reaching(self._address, error)) from None
+        # Ray itself answers 500 to a job that it refuses
+        if answer.status_code in (502, 503, 504) or (answer.status_code, method) == (500, "GET"):
+            raise Failing(f"the job server at {self._address} answers {answer.status_code}")
+        return answer
+
+
+def patiently(work: Callable[[], T], notice: Callable[[str], None]) -> T:
+    """What `work` returns, done again while the job server is failing, for PATIENCE_SECONDS. Raises as it does."""
+    deadline, tries = time.monotonic() + PATIENCE_SECONDS, 0
+    while True:
+        try:
+            return work()
+        except Failing as error:
+            if time.monotonic() > deadline:
+                raise
+            if tries == 0:
+                notice(f"{error}, trying again for {PATIENCE_SECONDS:.0f} s")
+        tries += 1
+        time.sleep(min(10.0, 0.5 * tries))
 
 
 def reach(address: str | None) -> Client:
@@ -95,21 +121,23 @@ async def _follow(
 ) -> JobDetails:
     shown, broken, heard_at = 0, 0, time.monotonic()
     while True:
-        at = 0
-        try:
-            async for text in _pieces(client, submission_id):
-                at += len(text)
-                if at > shown:
-                    show(text[shown - at :])
-                    shown, broken = at, 0
-        except (Unreachable, RuntimeError, aiohttp.ClientError, OSError):
-            broken += 1
+        at, pieces = 0, _pieces(client, submission_id)
+        while True:
+            try:
+                text = await anext(pieces, None)
+            except (Unreachable, RuntimeError, aiohttp.ClientError, OSError):
+                text, broken = None, broken + 1
+            if text is None:
+                break
+            at += len(text)
+            if at > shown:
+                show(text[shown - at :])  # whose own errors are not the connection's
+                shown, broken = at, 0
         try:
             job = describe(client, submission_id)
             heard_at = time.monotonic()
             if job.status.is_terminal():
-                with contextlib.suppress(RuntimeError):  # gone with its node
-                    show(client.get_job_logs(submission_id)[shown:])
+                show(await _whole_log(client, submission_id, shown))
                 return job
         except Unreachable as error:
             broken += 1
@@ -120,6 +148,18 @@ async def _follow(
         if broken == 1:
             notice("the connection to the log is lost, making it anew")
         await asyncio.sleep(min(10.0, 0.5 + broken))
+
+
+async def _whole_log(client: Client, submission_id: str, start: int) -> str:
+    """An ended job's log from there on; nothing where it is gone with its node."""
+    for _ in range(LOG_TRIES):
+        try:
+            return client.get_job_logs(submission_id)[start:]
+        except Unreachable:
+            await asyncio.sleep(1.0)
+        except RuntimeError:
+            break
+    return ""
 
 
 async def _pieces(client: Client, submission_id: str) -> AsyncIterator[str]:
@@ -150,12 +190,16 @@ async def _pieces(client: Client, submission_id: str) -> AsyncIterator[str]:
 
 
 def describe(client: Client, submission_id: str) -> JobDetails:
-    """What Ray knows of a job. Raises UserError when it knows none of that name."""
+    """What Ray knows of a job. Raises UserError when it knows none of that name, Unreachable when not Ray answers."""
     try:
         return client.get_job_info(submission_id)
     except RuntimeError as error:
-        if "404" not in str(error) and "does not exist" not in str(error):
-            raise
+        if "status code 404" not in str(error) or f"{submission_id} does not exist" not in str(
+            error
+        ):
+            raise Failing(
+                f"no answer of Ray's about job {submission_id}: {one_line(error, 150)}"
+            ) from None
         raise UserError(
             f"the cluster knows no job {submission_id}: was it started anew? Submitting again resumes the run"
         ) from None

@@ -13,7 +13,7 @@ from ray.util import client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from calibprune import storage
-from calibprune.errors import UserError
+from calibprune.errors import StoreUnavailable, UserError
 from calibprune.plain import one_line
 from cluster import probe
 from cluster.room import Node, nodes
@@ -106,14 +106,25 @@ def _seen_by_all(output: str | None) -> Iterator[tuple[str, str] | None]:
 
 
 def check_survey(survey: Survey) -> None:
-    """Raises UserError where versions differ, or a node does not reach the run's folder or the model."""
+    """Raises UserError where versions differ, or a node does not reach the run's folder or the model; StoreUnavailable
+    where only that is wrong which passes."""
     if found := problems(survey):
-        raise UserError("; ".join(found))
+        raise (StoreUnavailable if only_passing(survey) else UserError)("; ".join(found))
 
 
 def problems(survey: Survey) -> list[str]:
     """Versions that differ, then what nodes do not reach, one line each."""
     return [skew for skew in (version_skew(survey),) if skew] + unreachable(survey)
+
+
+def only_passing(survey: Survey) -> bool:
+    """Whether nothing is wrong, or only what a store fails at in passing."""
+    return version_skew(survey) is None and all(
+        one.facts[f"{what}_passes"]
+        for one in survey.nodes
+        for what in ("output", "model")
+        if one.facts[f"{what}_error"]
+    )
 
 
 def version_skew(survey: Survey) -> str | None:

@@ -20,7 +20,7 @@ from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record
 from cluster.label import Label
 from cluster.layer_worker import LayerWorker
-from cluster.room import Bundle, NoRoom, capacity
+from cluster.room import Bundle, NoRoom, Waiting, capacity
 from cluster.session import Actors, death, node_died
 
 ATTEMPTS = 3
@@ -29,8 +29,6 @@ NOWHERE = -(1 << 30)
 POLL_SECONDS = 1.0
 CULPRIT_SECONDS = 15.0
 """How long a worker whose peers are gone waits for one of them to turn out dead."""
-REBUILD_SECONDS = 10.0
-"""How long a new gang waits for its places before it looks again at what the cluster has."""
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 180.0
 
 
@@ -42,6 +40,10 @@ class WorkerLost(RuntimeError):
     ) -> None:
         super().__init__(message)
         self.host, self.layer, self.kind = host, layer, kind
+
+
+class RoomChanged(Exception):
+    """The cluster has room for more workers, or for fewer, than are being waited for."""
 
 
 class WorkFailed(RuntimeError):
@@ -91,23 +93,32 @@ def run_gang(
 def rebuild(
     workers: int, bundle: Bundle, cluster: ClusterSettings, label: Label | None = None
 ) -> "WorkerGroup":
-    """A gang of as many workers, up to `workers`, as there is room for in the cluster."""
-    deadline = time.monotonic() + cluster.start_timeout_seconds
+    """A gang of as many workers, up to `workers`, as there is room for in the cluster.
+
+    Waits for places, which is told now and then, and asks anew only when the cluster has become larger or smaller.
+    Raises WorkFailed, saying what was asked, what is free and what is busy, after `start_timeout_seconds`.
+    """
+    waiting = Waiting(workers, bundle, cluster.start_timeout_seconds)
+    lost: WorkerLost | None = None
     while True:
         room = min(workers, capacity(bundle))
+
+        def go_on(room: int = room) -> None:
+            waiting.go_on()
+            if min(workers, capacity(bundle)) != room:
+                raise RoomChanged
+
         try:
+            waiting.go_on()
             if room:
-                return WorkerGroup(
-                    room, bundle, cluster, place_seconds=REBUILD_SECONDS, label=label
-                )
-        except (NoRoom, WorkerLost) as error:
-            reason = str(error)
-        else:
-            reason = "no node has room for a worker"
-        if time.monotonic() > deadline:
-            raise WorkFailed(
-                f"no new gang came up within {cluster.start_timeout_seconds} s: {reason}"
-            )
+                return WorkerGroup(room, bundle, cluster, go_on=go_on, label=label)
+            lost = None
+        except RoomChanged:
+            continue
+        except WorkerLost as error:
+            lost = error
+        except NoRoom as error:
+            raise WorkFailed(f"no new gang came up: {lost or error}") from None
         time.sleep(POLL_SECONDS)
 
 
@@ -120,16 +131,18 @@ class WorkerGroup:
         bundle: Bundle,
         cluster: ClusterSettings,
         *,
-        place_seconds: float | None = None,
+        go_on: Callable[[], None] | None = None,
         label: Label | None = None,
     ) -> None:
+        """`go_on` as in `Actors`."""
         seconds = cluster.start_timeout_seconds
         self._actors = Actors(
             LayerWorker,
             count,
             bundle,
             [bundle.cpus, seconds],
-            timeout_seconds=place_seconds or seconds,
+            timeout_seconds=seconds,
+            go_on=go_on,
             concurrency_groups={"health": 1},
             spinning=True,
             label=label,

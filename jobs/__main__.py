@@ -132,8 +132,8 @@ def check(
         print(f"{name.removesuffix('_bytes').replace('_', ' '):<26} {shown}")
     settings = cluster_to_look_at(checked.config.cluster, cluster)
     if settings is not None:
-        notes = check_cluster(checked, settings)
-        print("the configuration is fine, and the cluster has what it needs")
+        answered, notes = check_cluster(checked, settings)
+        print(f"the configuration is fine, and the cluster has what it needs: {answered}")
     else:
         notes = advice(needed, checked.config.cluster.workers)
         print("the configuration is fine")

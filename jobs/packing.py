@@ -16,6 +16,7 @@ from pathlib import Path
 from pathspec import GitIgnoreSpec
 
 from calibprune.errors import UserError
+from calibprune.plain import SECRET_NAME, shaped_as_credential
 
 CONFIG = "calibprune-submitted.yaml"
 """The configuration's name in the package."""
@@ -34,16 +35,20 @@ CREDENTIALS = """
     .env .env.* *.env .envrc *.pem *.key *.p12 *.pfx *.jks *.kdbx *.ppk *.keytab id_rsa* id_dsa* id_ecdsa* id_ed25519*
     .netrc _netrc .pgpass .pypirc .npmrc .htpasswd .git-credentials .boto .s3cfg .dockercfg rclone.conf
     credentials credentials.* *credentials*.json client_secret*.json *service[-_]account*.json
-    secret.* secrets.* *.secret auth_token *.token kubeconfig* *.tfstate*
+    *[-_]key.json adc.json secret.* secrets.* *.secret kubeconfig* *.tfstate*
+    token token.txt *[-_]token *[-_]token.txt *.token
     .aws .azure .config .docker .gcloud .gnupg .huggingface .kube .ray .ssh
 """
 """Files and folders that hold credentials by their names."""
-SECRET = re.compile(
-    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----|aws_secret_access_key\W{1,8}[A-Za-z0-9/+]{30}"
-    rb"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b"
-    rb"|\bgithub_pat_\w{40,}\b|\bxox[abprs]-[\w-]{20,}\b|\bsk-[A-Za-z0-9_-]{40,}\b"
+_SETTING = re.compile(
+    r"""(?<![\w.-])(?P<name>[\w.-]{1,100})["']?\]?(?P<between>[ \t]*[:=][ \t]*)["']?"""
+    r"""(?P<value>[\w+/=.~@:!-]{6,})(?=["'\s,;)}\]#]|$)"""
 )
-"""Private keys, and the tokens of well-known services, which have shapes of their own."""
+_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|\.{0,2}/[\w./-]*|~/.*|\w+://.*")
+"""A value that is looked up, or says where something lies."""
+_PLACEHOLDER = re.compile(
+    r"(your|my|some|change|replace|example|dummy|placeholder|insert|x{3}|\.{3})", re.I
+)
 
 
 _no_source = GitIgnoreSpec.from_lines(NOT_SOURCE.split())
@@ -113,11 +118,13 @@ def write_package(target: Path, tree: Tree | None, config: str) -> None:
 
 def _candidates(root: Path) -> Iterator[str]:
     """Files of the tree that are not ignored: by git's own word, else by the root's ignore files."""
-    ignored = GitIgnoreSpec.from_lines(_lines(root, [".rayignore"]))
+    named = CREDENTIALS.split()  # which are told apart from what is merely ignored
+    lines = [line for line in _lines(root, [".rayignore"]) if line not in named]
     listed = _listed_by_git(root)
     if listed is None:
-        ignored = GitIgnoreSpec.from_lines(_lines(root, [".gitignore", ".rayignore"]))
+        lines += _lines(root, [".gitignore"])
         listed = _walk(root)
+    ignored = GitIgnoreSpec.from_lines(lines)
     yield from (name for name in listed if not ignored.match_file(name))
 
 
@@ -150,9 +157,26 @@ def _lines(root: Path, names: Sequence[str]) -> list[str]:
 def _looks_secret(root: Path, name: str) -> bool:
     path = root / name
     real = str(path.resolve().relative_to(root))
-    if _credentials.match_file(name) or _credentials.match_file(real):
+    if _credentials.match_file(name.lower()) or _credentials.match_file(real.lower()):
         return True
-    return path.stat().st_size <= SCANNED_BYTES and SECRET.search(path.read_bytes()) is not None
+    return path.stat().st_size <= SCANNED_BYTES and holds_secret(path.read_text("utf-8", "replace"))
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a file's text holds a private key, a token of a well-known kind, a password or signature in an address,
+    or a value given to a name that says it is secret."""
+    return shaped_as_credential(text) or any(map(_gives_secret, _SETTING.finditer(text)))
+
+
+def _gives_secret(setting: re.Match[str]) -> bool:
+    """Code and documents name secrets more often than they give them: a word after such a name is none, but where it
+    is set as a shell does."""
+    name, value = setting["name"], setting["value"]
+    if not SECRET_NAME.search(name) or _CODE.fullmatch(value) or _PLACEHOLDER.match(value):
+        return False
+    as_shell = name.isupper() and setting["between"] == "="
+    digits = sum(sign.isdigit() for sign in value)
+    return as_shell or (len(value) >= 10 and 0 < digits < len(value))
 
 
 def _without_runs(files: list[str]) -> list[str]:

@@ -10,10 +10,10 @@ from rich.text import Text
 
 from calibprune import storage
 from calibprune.config import ClusterSettings
-from calibprune.errors import UserError
+from calibprune.errors import StoreUnavailable, UserError
 from cluster.room import never_fits, nodes, shown, wanted
 from cluster.session import connect
-from cluster.survey import Survey, Surveyed, check_survey, problems, take_survey
+from cluster.survey import Survey, Surveyed, check_survey, only_passing, problems, take_survey
 from jobs.needs import Need, bytes_read, bytes_stored, needs
 from jobs.progress import say
 from jobs.run_folder import Run
@@ -57,10 +57,11 @@ def cluster_to_look_at(settings: ClusterSettings, wanted: bool | None) -> Cluste
     return settings.model_copy(update={"address": "auto"}) if wanted else None
 
 
-def check_cluster(run: Run, settings: ClusterSettings) -> list[str]:
-    """Joins the cluster, prints what it is and what the run needs of it; returns what may turn out badly.
+def check_cluster(run: Run, settings: ClusterSettings) -> tuple[str, list[str]]:
+    """Joins the cluster, prints what it is and what the run needs of it; returns how many nodes answered, in words, and
+    what may turn out badly.
 
-    Raises UserError naming all that is missing.
+    Raises UserError naming all that is missing, or StoreUnavailable where that is all and may pass.
     """
     with _joined(settings):
         survey, needed = _surveyed(run), needs(run)
@@ -72,10 +73,14 @@ def check_cluster(run: Run, settings: ClusterSettings) -> list[str]:
         missing += lacking
         notes += remarks
     missing += _disks(run, survey)
+    count = len(survey.nodes) + len(survey.silent)
+    if not survey.nodes:
+        missing.append(f"none of {count} nodes answered, the first: {notes[0]}")
     notes += _small_disks(needed, survey)
     if missing:
-        raise UserError("; ".join(missing))
-    return notes
+        passing = missing == problems(survey) and only_passing(survey)
+        raise (StoreUnavailable if passing else UserError)("; ".join(missing))
+    return f"{len(survey.nodes)} of {count} nodes answered", notes
 
 
 @contextmanager

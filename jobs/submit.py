@@ -11,9 +11,10 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.job_submission import JobDetails, JobStatus
 
@@ -21,8 +22,9 @@ from calibprune import __version__, storage
 from calibprune.config import Config
 from calibprune.config_file import dump_config, load_config
 from calibprune.errors import UserError
-from calibprune.plain import one_line
-from cluster.submission import Client, already_used, describe, exit_code, follow, reach
+from calibprune.plain import HIDDEN, holds_credential, one_line
+from calibprune.retry import shown
+from cluster.submission import Client, already_used, describe, exit_code, follow, patiently, reach
 from jobs import log
 from jobs.packing import CONFIG, Tree, source_tree, write_package
 from jobs.progress import Steps, console, duration, say, tick
@@ -31,6 +33,7 @@ ENTRYPOINT = f"python -m jobs run {CONFIG}"
 STOP_SECONDS = 60.0
 ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file"}
 DETACHED = 130
+T = TypeVar("T")
 
 
 def submit(path: str, overrides: Sequence[str], address: str | None, wait: bool) -> int:
@@ -42,7 +45,7 @@ def submit(path: str, overrides: Sequence[str], address: str | None, wait: bool)
     config = load_config(path, overrides)
     tree = source_tree(Path.cwd())
     check_paths(config, tree)
-    client = reach(address)
+    client = _reach(address)
     job_id = _start(client, config, tree, _metadata(config, path, overrides))
     again = f"calibprune stop {job_id}{_at(address)}"
     if not wait:
@@ -68,7 +71,8 @@ def submit(path: str, overrides: Sequence[str], address: str | None, wait: bool)
 
 def list_jobs(address: str | None) -> Iterator[str]:
     """A line for each of calibprune's jobs that the cluster remembers, the latest last."""
-    found = _ours(reach(address))
+    client = _reach(address)
+    found = _patiently(lambda: _ours(client))
     width = max((len(job.submission_id or "") for job in found), default=0)
     if not found:
         yield "no jobs of calibprune"
@@ -84,21 +88,20 @@ def stop(target: str, address: str | None) -> str:
 
     Raises UserError when there is none.
     """
-    client = reach(address)
-    found = [job for job in _ours(client) if job.submission_id == target] or attempts(
-        client, target
-    )
+    client = _reach(address)
+    found = _patiently(lambda: _working_on(client, target))
     if not found:
         raise UserError(
-            f"the cluster knows no job of calibprune named {target}, nor one that works on a run there"
+            f"the cluster knows no job of calibprune named {target}, nor one that works on a run there: "
+            f"`calibprune jobs{_at(address)}` lists their ids"
         )
     job = found[-1]
     job_id = str(job.submission_id)
     if job.status.is_terminal():
         return f"job {job_id} has ended before: it {_outcome(job)}"
-    client.stop_job(job_id)
+    _patiently(lambda: client.stop_job(job_id))
     deadline = time.monotonic() + STOP_SECONDS
-    while not (job := describe(client, job_id)).status.is_terminal():
+    while not (job := _patiently(lambda: describe(client, job_id))).status.is_terminal():
         if time.monotonic() > deadline:
             raise UserError(f"job {job_id} did not stop within {STOP_SECONDS:.0f} s: try again")
         time.sleep(0.2)
@@ -136,7 +139,9 @@ def check_paths(config: Config, tree: Tree | None) -> None:
 def job_name(output: str) -> str:
     """The submission id of the first job that works on a run: the same for every way to write the run's URL."""
     scheme, path = _parted(output)
-    path = posixpath.normpath(path)
+    path = posixpath.normpath(
+        re.sub(r"^/+", "/", path)
+    )  # POSIX lets two slashes mean something else
     readable = re.sub(r"[^a-z0-9]+", "-", posixpath.basename(path).lower()).strip("-")[:40]
     digest = hashlib.sha256(f"{ALIASES.get(scheme, scheme)}://{path}".encode()).hexdigest()[:8]
     return "-".join(part for part in ("calibprune", readable, digest) if part)
@@ -153,11 +158,28 @@ def attempts(client: Client, output: str) -> list[JobDetails]:
     return [job for _, job in sorted(numbered, key=lambda pair: pair[0])]
 
 
+def _working_on(client: Client, target: str) -> list[JobDetails]:
+    """The jobs of that id, or those that work on that run, the latest last; also those that `ray job submit` started,
+    whose command names the run's URL."""
+    ours = _ours(client)
+    if named := [job for job in ours if job.submission_id == target]:
+        return named
+    ids = {job.submission_id for job in attempts(client, target)}
+    found = [job for job in ours if job.submission_id in ids or _names(job.entrypoint, target)]
+    return sorted(found, key=lambda job: not job.status.is_terminal())
+
+
+def _names(entrypoint: str, output: str) -> bool:
+    """Whether a command gives a run that output."""
+    given = re.findall(r"\boutput=(?:'([^']*)'|\"([^\"]*)\"|(\S+))", entrypoint)
+    return any(job_name("".join(one)) == job_name(output) for one in given)
+
+
 def _start(client: Client, config: Config, tree: Tree | None, metadata: dict[str, str]) -> str:
     """Submits the next attempt, unless one is under way; returns the id of the one that now is."""
     said = False
     while True:
-        earlier = attempts(client, config.output)
+        earlier = _patiently(lambda: attempts(client, config.output))
         if earlier and not earlier[-1].status.is_terminal():
             return _attach(earlier[-1], metadata)
         job_id = job_name(config.output)
@@ -174,18 +196,28 @@ def _start(client: Client, config: Config, tree: Tree | None, metadata: dict[str
                 write_package(
                     package, tree, dump_config(config.model_copy(update={"cluster": alone}))
                 )
-                client.submit_job(
+                sending = partial(
+                    client.submit_job,
                     entrypoint=ENTRYPOINT,
                     submission_id=job_id,
                     runtime_env={"working_dir": str(package), "env_vars": _ways_to_tell()},
                     metadata=metadata,
                 )
+                _patiently(sending)
         except RuntimeError as error:
             if already_used(error):  # another submit was quicker
                 continue
             raise UserError(f"the cluster refuses the job: {one_line(error, 500)}") from None
         say(f"submit: job {job_id} on {client.get_address()}")
         return job_id
+
+
+def _reach(address: str | None) -> Client:
+    return _patiently(lambda: reach(address))
+
+
+def _patiently(work: Callable[[], T]) -> T:
+    return patiently(work, lambda line: say(f"note: {line}"))
 
 
 def _ways_to_tell() -> dict[str, str]:
@@ -228,11 +260,18 @@ def _metadata(config: Config, path: str, overrides: Sequence[str]) -> dict[str, 
     """Everybody on the cluster can read it."""
     return {
         "calibprune": __version__,
-        "config": posixpath.basename(path),
+        "config": posixpath.basename(shown(path)),
         "output": config.output,
         "settings": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16],
-        "command": shlex.join(["calibprune", "submit", path, *overrides]),
+        "command": shlex.join(
+            ["calibprune", "submit", shown(path), *map(_without_credentials, overrides)]
+        ),
     }
+
+
+def _without_credentials(override: str) -> str:
+    """The key alone of one that holds a credential, which a later override may have replaced."""
+    return f"{override.partition('=')[0]}={HIDDEN}" if holds_credential(override) else override
 
 
 def _ours(client: Client) -> list[JobDetails]:

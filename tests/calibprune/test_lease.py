@@ -12,7 +12,7 @@ import uuid
 import pytest
 
 from calibprune import storage
-from calibprune.errors import LeaseLost, UserError
+from calibprune.errors import LeaseExpired, LeaseLost, UserError
 from calibprune.lease import FILE, Lease
 from tests.servers import s3_server, weak_s3_server
 
@@ -134,7 +134,9 @@ def test_a_foreign_lease_ends_ours(tmp_path):
     with lease:
         storage.write_json(lease.url, content(str(tmp_path)) | {"owner": "foreign"})
         wait_for(lambda: lease.lost)
-        with pytest.raises(LeaseLost, match="nothing committed is lost"):
+        with pytest.raises(
+            LeaseLost, match=r"took over .* driver with .* nothing committed is lost"
+        ):
             lease.check()
     assert content(str(tmp_path))["owner"] == "foreign"
 
@@ -157,6 +159,12 @@ def test_a_lease_that_cannot_be_written_is_lost(tmp_path):
         time.sleep(0.2)
         assert not lease.lost
         wait_for(lambda: lease.lost)
+        with pytest.raises(
+            LeaseExpired, match=r"not be renewed for 1 s: .*: this one stops"
+        ) as end:
+            lease.check()
+    assert not isinstance(end.value, UserError) and "None" not in str(end.value)
+    assert "took over" not in str(end.value)
 
 
 def test_an_unreadable_lease_expires(tmp_path):

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import time
 import uuid
 
 import pyarrow as pa
@@ -12,9 +13,11 @@ import pytest
 
 from calibprune import storage
 from calibprune.calibration.texts import documents
-from calibprune.errors import UserError
+from calibprune.errors import LeaseExpired, StoreUnavailable, UserError
+from calibprune.lease import Lease
 from calibprune.retry import passes, retrying, shown
 from calibprune.run import Stage
+from cluster import probe
 from tests.servers import Fault, faulty_proxy, make_bucket, moto, s3_at, web_server
 
 
@@ -112,6 +115,31 @@ def test_trouble_that_lasts_is_told_in_the_end(proxy, url, monkeypatch):
     ):
         storage.write(f"{url}/file", b"1")
     assert proxy.count("PUT", "run-") > 3
+
+
+def test_an_outage_is_nobodys_bad_input(proxy, url, monkeypatch):
+    """By the exit code it is decided whether a scheduler tries again."""
+    monkeypatch.setattr("calibprune.retry.RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(probe, "PATIENCE_SECONDS", 0.2)
+    proxy.faults.append(Fault("PUT", "run-", 9999, 503))
+    with pytest.raises(StoreUnavailable, match="SlowDown") as trouble:
+        storage.check_writable(url)
+    assert not isinstance(trouble.value, UserError)
+    assert probe.storage_errors(url)["output_passes"]
+    proxy.faults[:] = [Fault("PUT", "run-", 9999, 403)]
+    assert not probe.storage_errors(url)["output_passes"]
+
+
+@pytest.mark.slow
+def test_a_lease_that_runs_out_tells_the_trouble_of_the_store(proxy, url):
+    with Lease(url, heartbeat_seconds=0.2, expire_seconds=1.5) as lease:
+        proxy.faults += [Fault(method, "run-", 9999, 503) for method in ("GET", "HEAD", "PUT")]
+        deadline = time.monotonic() + 10
+        while not lease.lost and time.monotonic() < deadline:
+            time.sleep(0.05)
+        told = r"for 2 s: cannot .* the store answers (SlowDown|503)"
+        with pytest.raises(LeaseExpired, match=told):
+            lease.check()
 
 
 def test_without_credentials_it_is_told_what_to_set(proxy, url, monkeypatch, tmp_path):

@@ -78,6 +78,17 @@ def test_cluster_launcher_accepts():
     check_launcher(read(DEPLOY / "cluster-launcher.yaml"))
 
 
+def test_only_the_head_has_a_role_that_starts_machines():
+    """Ray makes no role where the head has a profile, and starts the workers with the head's."""
+    kinds = read(DEPLOY / "cluster-launcher.yaml")["available_node_types"]
+    profiles = [kinds[name]["node_config"]["IamInstanceProfile"]["Name"] for name in kinds]
+    assert len(set(profiles)) == len(profiles) == 2
+    text = (DEPLOY / "cluster-launcher.yaml").read_text()
+    for needed in ("RunInstances", "TerminateInstances", "CreateTags", "Describe*", "iam:PassRole"):
+        assert needed in text
+    assert "pip install boto3" in text
+
+
 def test_skypilot_accepts():
     check_skypilot(read(DEPLOY / "skypilot.yaml"))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group_table
 
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.evaluation.perplexity import sweep_perplexity
@@ -20,7 +21,7 @@ from calibprune.pruning.layer import layer_unit
 from calibprune.run import Record, Stage
 from cluster.room import Bundle, NoRoom
 from cluster.session import Actors
-from cluster.worker_group import WorkerGroup, WorkFailed, run_gang
+from cluster.worker_group import WorkerGroup, WorkFailed, rebuild, run_gang
 from tests.cluster.gangs import BUNDLE, GENERATED, LAYERS, MORE_WAYS, SETTINGS, WAYS, shards
 from tests.cluster.leftovers import assert_nothing_left, leftovers
 from tests.cluster.nodes import cluster_of
@@ -210,6 +211,22 @@ def test_a_worker_that_always_dies_ends_the_run_with_its_name_and_place(
     with pytest.raises(WorkFailed, match=r"3 losses in a row: worker 1 on .* at layer 2"):
         run()
     (failpoints / "solve-2-1").unlink(missing_ok=True)
+
+
+def test_a_new_gang_says_what_it_waits_for_and_in_the_end_what_there_was(nodes, monkeypatch, capfd):
+    monkeypatch.setattr("cluster.room.FIRST_LINE_SECONDS", 0.5)
+    soon = SETTINGS.model_copy(update={"start_timeout_seconds": 2})
+    with pytest.raises(
+        WorkFailed, match=r"2 x \(1 CPU, 1 GPU\) did not .* within 2 s; .* has 4 CPU"
+    ):
+        rebuild(2, Bundle(1, 1), soon)
+    assert "waiting for 2 x (1 CPU, 1 GPU): 0 free, 0 busy" in capfd.readouterr().err
+    with Actors(Idle, 4, BUNDLE, [], timeout_seconds=60):
+        asked = len(placement_group_table())
+        with pytest.raises(WorkFailed, match=r"within 2 s; .* free now 0 CPU, busy 4 CPU \("):
+            rebuild(2, BUNDLE, soon)
+        assert len(placement_group_table()) == asked + 1
+    assert re.search(r"waiting for 2 x \(1 CPU\): 0 free, 4 busy.* of 2 s", capfd.readouterr().err)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from calibprune import storage
 from tests.jobs.command import calibprune, calibprune_here
-from tests.servers import s3_server
+from tests.servers import s3_at, s3_server
 
 BASE = """
 model: {{path: {model}}}
@@ -174,7 +174,16 @@ def test_a_model_in_a_bucket_wants_what_vllm_reads_it_by(capsys, config, tiny_ll
 def test_a_hub_that_cannot_be_reached_is_told(config):
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     result = calibprune("check", config, "model.path=some/model", **hub)
-    assert result.returncode == 2 and "cannot read the model at some/model" in result.stderr
+    assert result.returncode == 1 and "cannot read the model at some/model" in result.stderr
+
+
+def test_a_store_that_is_out_for_long_is_no_bad_input(capsys, config, monkeypatch):
+    """Exit code 2 would end a run for good: who restarts it takes that for something to mend."""
+    monkeypatch.setattr("calibprune.retry.RETRY_SECONDS", 0.5)
+    with s3_at("http://127.0.0.1:9"):
+        code, _, errors = calibprune_here(capsys, "run", config, "output=s3://bucket/run")
+    assert code == 1 and len(errors.strip().splitlines()) == 1
+    assert "failed: StoreUnavailable: cannot write s3://bucket/run" in errors
 
 
 def test_a_report_of_nothing_is_told(capsys, config, tmp_path):

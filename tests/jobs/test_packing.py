@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from calibprune.errors import UserError
 from jobs import packing
@@ -31,8 +32,33 @@ SECRETS = {
     "innocent.txt": "-----BEGIN RSA PRIVATE" + " KEY-----\nplanted",
     "innocent.yaml": "key: " + "AKIA" + "ABCDEFGHIJKLMNOP",
     "innocent.sh": "export HF_TOKEN=" + "hf_" + "a" * 34,
-    "innocent.ini": "aws_secret_access_key = " + "planted/" * 5,
+    "innocent.ini": "aws_secret_access_key = " + "planted1/" * 5,
+    "upper.sh": "export AWS_SECRET_ACCESS_KEY=" + "planted/" * 5,
+    "upper.yaml": 'AWS_SECRET_ACCESS_KEY: "' + "planted1/" * 5 + '"',
+    "upper.py": 'os.environ["AWS_SECRET_ACCESS_KEY"] = "' + "planted1/" * 5 + '"',
+    "camel.yaml": "secretAccessKey: " + "planted1/" * 5,
+    "google.js": "'AI" + "za" + "S" * 35 + "'",
+    "gitlab.txt": "gl" + "pat-" + "a" * 20,
+    "short-hub.txt": "h" + "f_" + "a" * 24,
+    "openai.txt": "s" + "k-" + "a" * 32,
+    "address.txt": "https://me" + ":pw@host",
+    "wandb.sh": "WANDB_API_KEY=" + "a1" * 20,
+    "ray.sh": "RAY_AUTH_TOKEN=" + "ab" * 32,
+    "mlflow.sh": "MLFLOW_TRACKING_PASSWORD=" + "planted" * 2,
+    "words.toml": "password = " + '"planted2planted2"',
+    "hub/token": "planted",
+    "token.txt": "planted",
+    "hf_token": "planted",
+    "gcp-key.json": "planted",
+    "keys/ID_RSA": "planted",
 }
+NO_SECRETS = """
+export HF_TOKEN=$HF_TOKEN WANDB_API_KEY=${KEY} RAY_AUTH_TOKEN=$(cat token)
+API_KEY=<your key> RAY_AUTH_TOKEN_PATH=/run/secrets/ray_token_1 AWS_SECRET_ACCESS_KEY=your-key-0123
+token = tokenizer2.bos_token_id; access_key=os.environ["AWS_SECRET_ACCESS_KEY"]
+max_tokens: 2048, token_ids=[1, 2], eos_token: "<|end_of_text|>", password: str, signature = inspect.signature(f)
+--secret RAY_AUTH_TOKEN=... git@github.com:org/name https://example.com/a?page=1
+"""
 STAYS = [
     ".venv/lib/module.py",
     "venv/lib/module.py",
@@ -64,7 +90,10 @@ def tree(tmp_path: Path) -> Path:
     for name, content in SECRETS.items():
         write(tmp_path / name, content.encode())
     for name in (*STAYS, *TRAVELS):
-        write(tmp_path / name, b'private_key = aws_secret_access_key = os.environ["KEY"]')
+        write(
+            tmp_path / name,
+            b'private_key = aws_secret_access_key = os.environ["KEY"]' + NO_SECRETS.encode(),
+        )
     return tmp_path
 
 
@@ -92,6 +121,28 @@ def test_source_travels_and_credentials_caches_and_outputs_do_not(tree, tmp_path
     assert not any(b"planted" in content for content in contents.values())
     assert not any(name.startswith((".git/", ".venv")) for name in contents)
     assert set(source_tree(tree).withheld) == set(SECRETS)  # type: ignore[union-attr]
+
+
+def test_rays_own_command_leaves_the_same_names_out(tree, tmp_path_factory):
+    names = [line for line in (HERE / ".rayignore").read_text().splitlines() if line[0] != "#"]
+    assert names == packing.NOT_SOURCE.split() + packing.CREDENTIALS.split()
+    shutil.copy(HERE / ".rayignore", tree)
+    target = tmp_path_factory.mktemp("zip") / "package.zip"
+    create_package(str(tree), target, include_gitignore=True)
+    with zipfile.ZipFile(target) as package:
+        sent = set(package.namelist())
+    assert {"jobs/__main__.py", *TRAVELS} <= sent
+    by_name = {name for name in SECRETS if packing._credentials.match_file(name)}
+    assert len(by_name) > 15 and not sent & by_name
+    assert not sent & {name for name in STAYS if not name.startswith("results/")}
+    withheld = source_tree(tree).withheld  # type: ignore[union-attr]
+    assert set(withheld) == set(SECRETS)
+
+
+def test_all_of_the_project_that_a_job_needs_travels():
+    found = source_tree(HERE)
+    assert found is not None
+    assert [name for name in found.withheld if not name.startswith("tests/")] == []
 
 
 @pytest.mark.parametrize("with_git", [False, True])

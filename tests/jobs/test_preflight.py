@@ -1,5 +1,11 @@
 """What is judged of clusters that this machine is not: GPUs of some size, builds for some CUDA, heads without vLLM."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from cluster import probe
@@ -8,6 +14,7 @@ from cluster.survey import Survey, Surveyed, version_skew
 from jobs.needs import Need
 from jobs.preflight import judged
 
+ROOT, PACKAGES = Path(__file__).parents[2], ("calibprune", "cluster", "jobs")
 GIB = 1 << 30
 GPU = {"name": "NVIDIA H100 80GB HBM3", "bytes": 80 * GIB, "free_bytes": 79 * GIB}
 
@@ -82,6 +89,24 @@ def test_a_driver_and_a_head_without_gpus_need_no_vllm_and_no_cuda():
 def test_workers_that_differ_are_told(change, told):
     skew = version_skew(survey(node("2", gpus=8), node("3", gpus=8, **change)))
     assert skew is not None and told in skew
+
+
+def test_every_package_of_ours_counts_for_the_version(tmp_path):
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc"))
+    hashes = {_hash_at(tmp_path)}
+    for package in PACKAGES:
+        with (tmp_path / package / "__init__.py").open("a") as file:
+            file.write("# another line\n")
+        hashes.add(_hash_at(tmp_path))
+    assert len(hashes) == 1 + len(PACKAGES)
+
+
+def _hash_at(folder):
+    code = "from cluster.probe import source_hash; print(source_hash())"
+    line = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, check=True).stdout
 
 
 def test_gpus_are_read_off_the_lines_of_nvidia_smi(tmp_path, monkeypatch):

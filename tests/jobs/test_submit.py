@@ -17,11 +17,12 @@ import pytest
 from calibprune.config_file import load_config
 from calibprune.errors import UserError
 from calibprune.run import Stage
-from cluster.submission import STOPPED, Client, exit_code, follow, reach
+from cluster.submission import STOPPED, Client, describe, exit_code, follow, reach
 from jobs.packing import Tree, source_tree
-from jobs.submit import check_paths, job_name
+from jobs.submit import _metadata, check_paths, job_name
 from tests.jobs.command import calibprune_here
 from tests.jobs.head import Head, Line, free_ports, head_with_token
+from tests.servers import Fault, faulty_proxy
 from tests.tiny import write_tiny_llama
 
 HERE = Path(__file__).parents[2]
@@ -72,6 +73,10 @@ def command(
     return subprocess.run(
         line, cwd=where, env=head.environment | environment, capture_output=True, text=True, timeout=240, check=False
     )  # fmt: skip
+
+
+def _closed_pipe(_: str) -> None:
+    raise BrokenPipeError(32, "Broken pipe")
 
 
 def wait_until(condition, seconds: float = 120) -> None:
@@ -151,6 +156,32 @@ def test_a_log_is_shown_once_though_its_connection_is_lost_again_and_again(head)
     assert notices
 
 
+@pytest.mark.slow
+def test_a_proxy_whose_cluster_is_away_for_a_moment_ends_nothing(head, tmp_path):
+    """Nor does its "not found" mean that the job is gone."""
+    with faulty_proxy(head.address) as proxy:
+        client = head.client(int(proxy.endpoint.rsplit(":", 1)[1]))
+        output = f"output={tmp_path}/plain"
+        entry = f"echo begun; sleep 100; : python -m jobs run x.yaml {output}"
+        job_id = client.submit_job(entrypoint=entry)
+        notices: list[str] = []
+        with pytest.raises(BrokenPipeError):  # what reads the log is gone, not the cluster
+            follow(head.client(), job_id, _closed_pipe, notices.append)
+        assert not notices
+        proxy.faults += [Fault("GET", f"/api/jobs/{job_id}", 1, code) for code in (502, 500, 404)]
+        with ThreadPoolExecutor() as beside:
+            shown: list[str] = []
+            following = beside.submit(follow, client, job_id, shown.append, lambda _: None)
+            wait_until(lambda: not any(fault.times for fault in proxy.faults))
+            faults = [Fault("GET", "/api/version", 1, 503), Fault("GET", "/api/jobs/", 1, 502)]
+            proxy.faults[:] = [*faults, Fault("POST", "/stop", 1, 504)]
+            done = command(head, HERE, "stop", tmp_path / "plain", "--address", proxy.endpoint)
+            assert done.returncode == 0 and "is stopped" in done.stdout, done
+            assert exit_code(following.result()) == STOPPED and "begun" in "".join(shown)
+        with pytest.raises(UserError, match="knows no job nosuch"):
+            describe(client, "nosuch")
+
+
 def test_without_a_token_or_with_a_wrong_one_it_is_said_what_to_set(head, tmp_path):
     nobody = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}
     refused = command(head, HERE, "jobs", "--address", head.address, **nobody)
@@ -214,9 +245,29 @@ def test_paths_that_mean_nothing_on_a_cluster_are_refused(tmp_path, monkeypatch,
         check_paths(load_config(str(path), [fine]), tree)
 
 
+def test_what_everybody_can_read_of_a_job_holds_no_credential(tmp_path):
+    config = load_config(str(write_config(tmp_path, tmp_path, tmp_path)), [])
+    for path in (
+        "https://bucket.host/run.yaml?X-Amz-Credential=AK&X-Amz-Signature=" + PLANTED,
+        f"https://me:{PLANTED}@bucket.host/run.yaml",
+    ):
+        overrides = [f"output=s3://u:{PLANTED}@h/x", "output=s3://b/x", "prune.sparsity=0.6"]
+        told = _metadata(config, path, overrides)
+        assert PLANTED not in str(told) and told["config"] == "run.yaml"
+        assert told["command"].startswith("calibprune submit https://bucket.host/run.yaml 'output=")
+        assert told["command"].endswith(" output=s3://b/x prune.sparsity=0.6")
+
+
 def test_a_run_has_one_name_however_its_url_is_written():
     for same in (
-        ("/data/run", "/data/run/", "/data//run", "file:///data/run", "/data/x/../run"),
+        (
+            "/data/run",
+            "/data/run/",
+            "/data//run",
+            "//data/run",
+            "file:///data/run",
+            "/data/x/../run",
+        ),
         ("s3://bucket/run", "s3a://bucket/run/"),
         ("gs://bucket/run", "gcs://bucket/run"),
     ):
