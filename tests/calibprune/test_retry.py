@@ -233,7 +233,8 @@ def texts(url, monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "b.parquet", pytest.param("c.txt.gz", marks=pytest.mark.slow)]
+    "name",
+    ["a.jsonl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("b.parquet", "c.txt.gz"))],
 )
 def test_texts_are_read_through_passing_trouble_wherever_it_comes(proxy, url, texts, name):
     opened = name == "b.parquet"  # and so small that it is read as a whole then

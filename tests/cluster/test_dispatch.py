@@ -154,7 +154,7 @@ def test_what_the_user_can_mend_ends_the_stage_at_once(cluster, tmp_path):
     assert len(list(tmp_path.glob("0.*"))) == 1
 
 
-@pytest.mark.parametrize("trouble", ["die", "hang"])
+@pytest.mark.parametrize("trouble", ["die", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_start_that_fails_once_costs_no_unit_an_attempt(cluster, tmp_path, trouble):
     seconds = 10 if trouble == "hang" else 60
     attempts, _ = run(tmp_path, {"start": trouble}, workers=1, units=3, start_seconds=seconds)

@@ -104,6 +104,7 @@ def test_any_number_of_workers_on_any_number_of_nodes_writes_the_same_bytes(
         assert len(found) == size and all(each == perplexities for each in found)
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_counts_the_same_positions(
     nodes, models, marked_pool, alone, tmp_path
 ):

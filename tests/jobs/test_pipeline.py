@@ -243,6 +243,7 @@ def test_a_changed_setting_is_refused_by_name(finished, folder, joined, capsys):
     assert code == 2 and "prune.sparsity was 0.5, now 0.6" in errors
 
 
+@pytest.mark.slow
 def test_a_corrupted_pruned_shard_is_detected_and_named(finished, folder, joined, capsys):
     run = folder / "corrupted"
     shutil.copytree(finished, run)
