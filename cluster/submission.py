@@ -194,9 +194,9 @@ def describe(client: Client, submission_id: str) -> JobDetails:
     try:
         return client.get_job_info(submission_id)
     except RuntimeError as error:
-        if "status code 404" not in str(error) or f"{submission_id} does not exist" not in str(
-            error
-        ):
+        if "status code 404" not in str(error):
+            raise
+        if f"{submission_id} does not exist" not in str(error):
             raise Failing(
                 f"no answer of Ray's about job {submission_id}: {one_line(error, 150)}"
             ) from None

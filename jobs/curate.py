@@ -32,7 +32,7 @@ from calibprune.run import Record, Stage
 from cluster.room import Bundle, capacity
 from cluster.tasks import run_tasks
 from jobs import analysis, progress
-from jobs.generate import dispatched, engines
+from jobs.generate import dispatched, engines, most_failures
 from jobs.progress import Steps, say
 from jobs.run_folder import Run
 from jobs.watching import Watch
@@ -142,7 +142,7 @@ def _score_documents(
         raise RuntimeError(f"{unit} failed {attempts} times: {reason}")
 
     def in_a_row(failures: int, reason: str) -> None:
-        if failures >= 2 * attempts:
+        if failures >= most_failures(run, crew, 2):
             raise RuntimeError(f"{failures} attempts in a row failed, the last time: {reason}")
 
     tokens = curation.settings.sequence_tokens

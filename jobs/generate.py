@@ -108,7 +108,7 @@ def _generate(
 
     def in_a_row(failures: int, reason: str) -> None:
         most = settings.max_bad_shards + (MOST_IN_A_ROW if tokens or longest else MOST_AT_FIRST)
-        if failures >= settings.attempts * (most + 1):
+        if failures >= most_failures(run, crew, most + 1):
             raise ShardsFailed(
                 f"{failures} attempts at shards failed in a row, the last time: {reason}"
             )
@@ -160,6 +160,12 @@ def engines(
         label=watch.label,
         failed=watch.lost,
     )  # fmt: skip
+
+
+def most_failures(run: Run, crew: Crew, units: int) -> int:
+    """Attempts that may fail in a row: those of so many units, or of all that are under way when a store is out."""
+    settings = run.config.generate
+    return settings.attempts * max(units, crew.count * settings.shards_in_flight)
 
 
 def dispatched(

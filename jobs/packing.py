@@ -42,10 +42,13 @@ CREDENTIALS = """
 """Files and folders that hold credentials by their names."""
 _SETTING = re.compile(
     r"""(?<![\w.-])(?P<name>[\w.-]{1,100})["']?\]?(?P<between>[ \t]*[:=][ \t]*)["']?"""
-    r"""(?P<value>[\w+/=.~@:!-]{6,})(?=["'\s,;)}\]#]|$)"""
+    r"""(?P<value>[\w+/=.~@:!-]{6,1000}+)(?=["'\s,;)}\]#]|$)"""
 )
-_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|\.{0,2}/[\w./-]*|~/.*|\w+://.*")
-"""A value that is looked up, or says where something lies."""
+_CODE = re.compile(
+    r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|\.{0,2}/[\w./-]*|~/.*|\w+://.*"
+    r"|[a-z]{1,12}(_[a-z0-9]{1,12})+|[\d_.]+|[\w.-]+\.(safetensors|json|txt|py|ya?ml|bin)"
+)
+"""A value that is looked up, says where something lies, or is a number."""
 _PLACEHOLDER = re.compile(
     r"(your|my|some|change|replace|example|dummy|placeholder|insert|x{3}|\.{3})", re.I
 )
@@ -122,7 +125,7 @@ def _candidates(root: Path) -> Iterator[str]:
     lines = [line for line in _lines(root, [".rayignore"]) if line not in named]
     listed = _listed_by_git(root)
     if listed is None:
-        lines += _lines(root, [".gitignore"])
+        lines = _lines(root, [".gitignore"]) + lines
         listed = _walk(root)
     ignored = GitIgnoreSpec.from_lines(lines)
     yield from (name for name in listed if not ignored.match_file(name))

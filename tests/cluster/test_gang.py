@@ -251,6 +251,7 @@ def test_more_workers_than_the_cluster_has_room_for(nodes):
             Actors(Idle, count, bundle, [], timeout_seconds=2)
 
 
+@pytest.mark.slow
 def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeypatch, capfd):
     monkeypatch.setattr("cluster.room.FIRST_LINE_SECONDS", 0.5)
     other = ray.remote(num_cpus=2)(Idle).remote()

@@ -171,6 +171,7 @@ def test_a_model_in_a_bucket_wants_what_vllm_reads_it_by(capsys, config, tiny_ll
     assert code == 2 and 'pip install "vllm[runai]"' in errors, errors
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_told(config):
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     result = calibprune("check", config, "model.path=some/model", **hub)

@@ -58,6 +58,8 @@ API_KEY=<your key> RAY_AUTH_TOKEN_PATH=/run/secrets/ray_token_1 AWS_SECRET_ACCES
 token = tokenizer2.bos_token_id; access_key=os.environ["AWS_SECRET_ACCESS_KEY"]
 max_tokens: 2048, token_ids=[1, 2], eos_token: "<|end_of_text|>", password: str, signature = inspect.signature(f)
 --secret RAY_AUTH_TOKEN=... git@github.com:org/name https://example.com/a?page=1
+token_mask=attention_mask_4d token_budget: 1_000_000_000
+"transformer.token_embedding.weight": "model-00001-of-00002.safetensors"
 """
 STAYS = [
     ".venv/lib/module.py",

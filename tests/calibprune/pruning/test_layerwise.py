@@ -219,7 +219,8 @@ print(json.dumps([before, host_memory("VmHWM")]))
 """
 
 
-@pytest.mark.parametrize("method", [pytest.param("wanda", marks=pytest.mark.slow), "sparsegpt"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_memory_is_predicted(tmp_path, method):
     path = write_tiny_llama(
         tmp_path / "model", layers=3, hidden=256, intermediate=1408, dtype=torch.bfloat16
