@@ -132,7 +132,7 @@ def driver(tmp_path, monkeypatch):
 
         monkeypatch.setattr(generate, "dispatched", dispatched)
         monkeypatch.setattr(
-            generate, "engines", lambda *_: nullcontext(SimpleNamespace(ready_at=0.0))
+            generate, "engines", lambda *_: nullcontext(SimpleNamespace(ready_at=0.0, count=1))
         )
         monkeypatch.setattr(generate, "Steps", Steps)
         done = stage.done_units()
