@@ -116,19 +116,14 @@ class Skeleton:
                     owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
 
-def read_config(settings: ModelSettings, url: str) -> Any:
-    """The transformers config of a causal language model.
+def read_config(settings: ModelSettings, folder: str) -> Any:
+    """The transformers config of a causal language model, from a local folder with its side files.
 
     Raises UserError for a missing or unreadable config, an encoder, or an unknown architecture.
     """
     trust = settings.trust_remote_code
     try:
-        with local_side_files(url) as folder:
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust, local_files_only=True
-            )
-    except StoreUnavailable:
-        raise
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
     except Exception as error:  # of a file that others wrote: anything
         raise UserError(f"cannot use the model at {settings.path}: {_hint(error)}") from None
     architectures = list(config.architectures or ())
@@ -182,9 +177,9 @@ def _one_device(device: torch.device | str) -> torch.device:
 
 def _place_buffers(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
     """Puts rotary tables and the like on the device, those that the checkpoint stores with its values."""
-    stored = [name for name in model.state_dict(keep_vars=True) if name in checkpoint.locations]
-    buffers = dict(model.named_buffers())
-    learned = checkpoint.read([name for name in stored if name in buffers])
+    persistent = model.state_dict(keep_vars=True)
+    buffers = [name for name, _ in model.named_buffers() if name in persistent]
+    learned = checkpoint.read([name for name in buffers if name in checkpoint.locations])
     for path, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:

@@ -19,6 +19,10 @@ from cluster.label import label_of
 from cluster.metrics import SampleMetrics
 
 
+def shard_unit(shard: int) -> str:
+    return f"{shard:05d}"
+
+
 def shard_rows(unit: str, settings: GenerateSettings) -> range:
     """The rows of a shard."""
     start = int(unit) * settings.shard_rows

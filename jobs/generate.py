@@ -12,7 +12,7 @@ from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
 from cluster.crew import Crew
 from cluster.dispatch import FIRST_SECONDS, dispatch
-from cluster.generator import Generator, shard_rows
+from cluster.generator import Generator, shard_rows, shard_unit
 from cluster.room import Bundle, capacity
 from cluster.session import worker_bundle
 from cluster.tasks import run_tasks
@@ -42,7 +42,7 @@ def run(run: Run) -> None:
     if run.no_samples_because is not None:
         say(f"generate: not needed, {run.no_samples_because}")
         return
-    shards = [f"{shard:05d}" for shard in range(-(-settings.samples // settings.shard_rows))]
+    shards = [shard_unit(n) for n in range(-(-settings.samples // settings.shard_rows))]
     units = [*prefix_units(settings), *shards]
     identity = {
         "model": run.model_identity,
@@ -195,7 +195,7 @@ def first_seconds(settings: GenerateSettings) -> float:
 def longest_done(stage: Stage, shards: int, missing: Collection[str]) -> float:
     """Seconds that the longest of the last shards done before took; 0 where there is none."""
     left = set(missing)
-    done = [unit for shard in range(shards) if (unit := f"{shard:05d}") not in left]
+    done = [unit for unit in map(shard_unit, range(shards)) if unit not in left]
     records = stage.done(done[-PACE_SHARDS:]).values() if done else ()
     return max((record.facts.get("seconds", 0.0) for record in records), default=0.0)
 

@@ -52,9 +52,10 @@ def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[s
     """Has the missing units committed; returns what the workers used, all of them together."""
     settings = run.config.prune
     workers = usable_workers(run)
-    say(_plan(run, workers))
     chosen = chosen_linears(run.skeleton, settings)
-    _say_if_missed(run, foreseen(settings, shapes_of(run.skeleton, chosen)))
+    removed = foreseen(settings, shapes_of(run.skeleton, chosen))
+    say(_plan(run, workers, chosen, removed))
+    _say_if_missed(run, removed)
     losses: list[str] = []
     used: list[dict[str, Any]] = []
     units = len(stage.read_plan()["units"])
@@ -116,14 +117,14 @@ def usable_workers(run: Run) -> int:
     return min(wanted, batches)
 
 
-def _plan(run: Run, workers: int) -> str:
+def _plan(run: Run, workers: int, chosen: list[tuple[str, ...]], removal: dict[str, Any]) -> str:
     """What is about to be done, in one line."""
-    settings, chosen = run.config.prune, chosen_linears(run.skeleton, run.config.prune)
+    settings = run.config.prune
     total = sum(len(run.skeleton.linears(index)) for index in range(len(chosen)))
     picked = sum(map(len, chosen))
     dense = f", {total - picked} linears left dense" if picked < total else ""
     workers_named = f"{workers} worker{'s' if workers > 1 else ''}"
-    removed = in_words(foreseen(settings, shapes_of(run.skeleton, chosen)))
+    removed = in_words(removal)
     if is_measured(settings):
         removed += f", shared out by {settings.allocation.type}"
     method = settings.method.type + (f" and {settings.refine.type}" if settings.refine else "")
