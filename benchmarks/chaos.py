@@ -24,6 +24,9 @@ parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
 parser.add_argument("--store", default="s3", choices=["s3", "disk"])
 parser.add_argument("--samples", type=int, default=1500)
 parser.add_argument("--layers", type=int, default=16)
+parser.add_argument(
+    "--windows", type=int, default=16, help="of held-out text; many make evaluate long"
+)
 parser.add_argument("--nodes", type=int, default=3, help="with one CPU each; two are asked for")
 parser.add_argument("--stages", nargs="+", help="kill only in these; default: in all")
 parser.add_argument("--least", type=float, default=5, help="seconds between two kills")
@@ -59,7 +62,8 @@ generate: {{samples: {options.samples}, max_tokens: 128, min_tokens: 128, shard_
   engines: 2, attempts: 10, shard_timeout_seconds: 120}}
 curate: {{sequences: 128, sequence_tokens: 128}}
 prune: {{method: sparsegpt, batch_sequences: 8, layer_timeout_seconds: 120}}
-evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: 16, sequence_tokens: 128}}
+evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: {options.windows},
+  sequence_tokens: 128}}
 """
     )
     return path

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
 from calibprune.config import Config
+from calibprune.process import host_memory
 from calibprune.run import Record, Stage
 from cluster import generator
 from cluster.session import connect
@@ -35,6 +36,9 @@ parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--samples", type=int, default=192, help="of `speed`")
 parser.add_argument("--tokens", type=int, default=64, help="of a sample, in `speed`")
 parser.add_argument("--rows", type=int, default=10_000_000, help="of `scale`")
+parser.add_argument(
+    "--texts", help="a source that `scale` cuts prefixes from; default: none, they are computed"
+)
 options = parser.parse_args()
 
 CONCURRENT = 16
@@ -141,7 +145,8 @@ class Inventor(generator.Generator):
 def scale() -> None:
     generate.Generator = Inventor  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(config(f"{folder}/run", samples=options.rows, shard_rows=500))
+        prefixes = {"type": "dataset", "path": options.texts} if options.texts else {"type": "bos"}
+        run = Run(config(f"{folder}/run", samples=options.rows, shard_rows=500, prefixes=prefixes))
         with connect(run.config.cluster):
             _ = run.skeleton
             before = _peak_megabytes()
@@ -149,24 +154,33 @@ def scale() -> None:
             generate.run(run)
             finished = time.time()
         stage = Stage(run.url("generate"))
-        times = sorted(record.finished_at for record in stage.records())
+        records = list(stage.records())
+        times = sorted(record.finished_at for record in records if record.unit.isdigit())
+        cut = [record.finished_at for record in records if not record.unit.isdigit()]
         shards = len(times)
         print(f"scale: {options.rows:,} rows in {shards:,} shards")
         print(
             f"scale: first shard committed {times[0] - begun:.1f} s after the start, a worker's start included"
         )
+        if cut:
+            print(f"scale: prefixes cut {max(cut) - begun:.1f} s after the start, {len(cut)} files")
         print(f"scale: {shards / (times[-1] - times[0]):.0f} shards/s")
         print(f"scale: manifest written {finished - times[-1]:.1f} s after the last shard")
         begun = time.perf_counter()
         generate.run(run)
         print(f"scale: {time.perf_counter() - begun:.1f} s to find that all is done")
         print(
-            f"scale: peak memory of the driver {_peak_megabytes():.0f} MB, {before:.0f} MB of it before the stage"
+            f"scale: peak memory of the driver {_peak_megabytes():.0f} MB, {before:.0f} MB of it before the stage; "
+            f"{_own_megabytes():.0f} MB of it its own at the end, the rest are libraries' pages"
         )
 
 
 def _peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _own_megabytes() -> float:
+    return host_memory("RssAnon") / 2**20
 
 
 if __name__ == "__main__":

@@ -53,8 +53,12 @@ def dispatch(
     longest: float = 0.0,
     first_seconds: float = FIRST_SECONDS,
     fatal: tuple[type[Exception], ...] = (),
+    more: Iterator[Sequence[str]] | None = None,
 ) -> Iterator[Record | None]:
     """Calls `method(unit)` for every unit; yields records as they come, and None about once a second in between.
+
+    `more` has the units that others are still preparing: once a second or more often, until it ends, it is asked for
+    those that are ready now.
 
     An actor that dies, or whose unit takes longer than the time limit (the one given, or ten times the longest
     measured unit, which begins with `longest`; `first_seconds` at least before a unit is done), or whose unit raises a
@@ -63,7 +67,7 @@ def dispatch(
     these failures there were since the last unit done, and the last cause; what it raises ends the stage, and a
     UserError of a unit does so at once. `crew.failed` is told of every failure.
     """
-    queue = Queue(units, attempts, set_aside, in_a_row)
+    queue = Queue(units, attempts, set_aside, in_a_row, more)
     metrics = QueueMetrics(crew.label) if crew.label else None
     running: dict[Any, Call] = {}
     done = False
@@ -87,6 +91,7 @@ def dispatch(
         queue.failed(lost, cause, counted)
 
     while queue or running:
+        queue.refill()
         crew.fill(len(queue) + len(running))
         _assign(crew, method, queue, running, in_flight)
         starting = crew.pending()
@@ -161,13 +166,27 @@ class Queue:
         attempts: int,
         set_aside: Callable[[str, str], None],
         in_a_row: Callable[[int, str], None] = _bear,
+        more: Iterator[Sequence[str]] | None = None,
     ) -> None:
         self._waiting, self._attempts, self._set_aside = deque(units), attempts, set_aside
         self._failures, self._suspects = Counter[str](), set[str]()
         self._in_a_row, self._tell = 0, in_a_row
+        self._more = more
+        """None once no more units are being prepared."""
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __bool__(self) -> bool:
+        return self._more is not None or bool(self._waiting)
+
+    def refill(self) -> None:
+        """Takes in the units that have become ready."""
+        if self._more is not None:
+            ready = next(self._more, None)
+            if ready is None:
+                self._more = None
+            self._waiting.extend(ready or ())
 
     def failures(self, unit: str) -> int:
         return self._failures[unit]

@@ -28,9 +28,9 @@ class Bundle:
         return {name: float(amount) for name, amount in resources.items() if amount}
 
     def fits_in(self, resources: Mapping[str, float]) -> int:
-        """How many of them such resources of one node hold."""
+        """How many of them such resources of one node hold; one of those that ask for nothing."""
         needs = self.as_resources().items()
-        return int(min(resources.get(name, 0) // amount for name, amount in needs))
+        return int(min((resources.get(name, 0) // amount for name, amount in needs), default=1))
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,12 @@ def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:
     largest = max(cluster, key=lambda node: [node.total.get(n, 0) for n in ("GPU", "CPU")])
     return (
         f"no node has room for {shown(bundle.as_resources())}, the cluster has {total} in all, its largest node "
-        f"{shown(largest.total)}: lower cluster.cpus_per_worker, cluster.gpus_per_worker or "
-        f"generate.tensor_parallel"
+        f"{shown(largest.total)}: "
+        + (
+            "set cluster.gpus_per_worker=0 to work on CPUs, for which generate needs vLLM's build for CPUs"
+            if bundle.gpus and not largest.total.get("GPU")
+            else "lower cluster.cpus_per_worker, cluster.gpus_per_worker or generate.tensor_parallel"
+        )
     )
 
 

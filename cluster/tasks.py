@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from calibprune.journal import Failure, nobody
 from calibprune.plain import one_line
 from calibprune.run import Record
 from cluster.label import Label
-from cluster.room import Bundle, Waiting, capacity
+from cluster.room import Bundle, Waiting, capacity, nodes
 from cluster.session import death
 
 IN_FLIGHT_PER_PLACE = 2
@@ -49,17 +50,19 @@ def run_tasks(
     start_seconds: float,
     label: Label,
     failed: Callable[[Failure], None] = nobody,
+    poll_seconds: float = POLL_SECONDS,
 ) -> Iterator[Done | None]:
     """Calls `function(*arguments, units)`, a generator, for every batch of units; yields what they commit as it comes.
 
-    None about once a second in between. A call that is lost with its process or its node, which `failed` is told, is
+    None every `poll_seconds` in between. A call that is lost with its process or its node, which `failed` is told, is
     made again for the units that are missing. What a call raises ends the work, as RayTaskError with its `cause`;
     others' commits stay. Raises TaskLost, and NoRoom where no call finds a place within `start_seconds`.
     """
-    task: Any = ray.remote(_timed).options(
-        num_cpus=bundle.cpus, num_gpus=bundle.gpus, max_retries=0, num_returns="streaming",
-        name=label.task(function.__name__.strip("_")),
-    )  # fmt: skip
+    task: Any = ray.remote(_timed)
+    options = {
+        "num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "max_retries": 0, "num_returns": "streaming",
+        "name": label.task(function.__name__.strip("_")),
+    }  # fmt: skip
     queue = deque(_Call(tuple(units)) for units in batches)
     running: dict[Any, _Call] = {}
     waiting = Waiting(1, bundle, start_seconds)
@@ -69,8 +72,9 @@ def run_tasks(
                 most = max(2, IN_FLIGHT_PER_PLACE * capacity(bundle))
                 for _ in range(min(len(queue), most - len(running))):
                     call = queue.popleft()
-                    running[task.remote(function, *arguments, call.units)] = call
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+                    placed = task.options(**options, **_place(bundle))
+                    running[placed.remote(function, *arguments, call.units)] = call
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=poll_seconds)
             for stream in ready:
                 call = running[stream]
                 try:
@@ -98,6 +102,14 @@ def run_tasks(
     finally:
         for stream in running:
             ray.cancel(stream)
+
+
+def _place(bundle: Bundle) -> dict[str, Any]:
+    """Of a task that asks for nothing: where most cores are free, not the head that may be kept free of work."""
+    if bundle.as_resources():
+        return {}
+    node = max(nodes(), key=lambda node: (node.free.get("CPU", 0), node.total.get("CPU", 0)))
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=True)}
 
 
 def _timed(function: Callable[..., Iterator[Record]], *arguments: Any) -> Iterator[Done | None]:

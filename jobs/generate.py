@@ -1,21 +1,32 @@
 """generate: vLLM engines continue prefixes in shards; every shard commits on its own."""
 
 import time
+from collections import abc, deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
+from ray.exceptions import RayTaskError
+
 from calibprune.calibration.engine import EngineDied, vllm_version
-from calibprune.calibration.prefixes import cut_prefixes, longest_prefix, prefix_units
+from calibprune.calibration.prefixes import (
+    cut_prefixes,
+    longest_prefix,
+    prefix_units,
+    prefix_units_of,
+)
 from calibprune.config import GenerateSettings, ModelSettings
+from calibprune.errors import UserError
 from calibprune.journal import SET_ASIDE, Failure
 from calibprune.model import load_tokenizer
+from calibprune.plain import one_line
 from calibprune.run import Record, Stage
 from cluster.crew import Crew
 from cluster.dispatch import FIRST_SECONDS, dispatch
 from cluster.generator import Generator, shard_rows, shard_unit
-from cluster.room import Bundle, capacity
+from cluster.room import Bundle, NoRoom, capacity
 from cluster.session import worker_bundle
-from cluster.tasks import run_tasks
+from cluster.tasks import POLL_SECONDS, Done, TaskLost, run_tasks
 from jobs.progress import Steps, say, tick
 from jobs.run_folder import Run
 from jobs.watching import Watch
@@ -56,28 +67,74 @@ def run(run: Run) -> None:
         return
     started = time.monotonic()
     watch = Watch(stage, len(units), len(units) - len(missing))
-    _cut_prefixes(run, stage, {unit for unit in missing if not unit.isdigit()}, watch)
-    facts = _generate(run, stage, len(shards), [unit for unit in missing if unit.isdigit()], watch)
+    left = [unit for unit in missing if unit.isdigit()]
+    uncut = {unit for unit in missing if not unit.isdigit()}
+    facts = _generate(run, stage, len(shards), left, uncut, watch)
     seconds = time.monotonic() - started
     facts |= {"seconds": seconds, "resumed": len(missing) < len(units)}
     stage.finish(facts | {"model": run.model_identity})  # for those that read the published samples
 
 
-def _cut_prefixes(run: Run, stage: Stage, missing: set[str], watch: Watch) -> None:
-    """Has the missing files of prefixes committed, by one task that reads the source from its start."""
-    if not missing:
-        return
-    model = run.skeleton.checkpoint.url
-    with Steps("prefixes", "files", len(missing)) as steps:
-        for done in run_tasks(
-            _cut, (run.config.model, model, run.config.generate, stage.url), [sorted(missing)], Bundle(1, 0),
+class _Prefixes:
+    """The files of prefixes that are still uncut, and the shards that wait for them."""
+
+    def __init__(self, run: Run, stage: Stage, uncut: set[str], watch: Watch) -> None:
+        self._run, self._stage, self._uncut, self._watch = run, stage, uncut, watch
+        self._count = len(uncut)
+        self.trouble: Exception | None = None
+        """With which the cutting ended too early."""
+
+    def ready_of(self, shards: Sequence[str]) -> abc.Generator[list[str]]:
+        """The shards in order, each once its prefixes are there; nothing while the next ones are being cut.
+
+        One task reads the source from its start. It asks for no place, or engines might hold the one that it needs.
+        Raises what the user has to mend; after other trouble no more shards become ready, and where none wait that is
+        raised too.
+        """
+        settings, waiting = self._run.config.generate, deque(shards)
+
+        def ready() -> list[str]:
+            found = []
+            while waiting and self._uncut.isdisjoint(
+                prefix_units_of(shard_rows(waiting[0], settings), settings)
+            ):
+                found.append(waiting.popleft())
+            return found
+
+        yield ready()
+        try:
+            for done in self._cutting():
+                if done is not None:
+                    self._watch.committed(*done)
+                    self._uncut.discard(done.record.unit)
+                yield ready()
+        except (RayTaskError, TaskLost, NoRoom) as error:
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, UserError) or not shards:
+                raise
+            reason, units = one_line(cause), tuple(sorted(self._uncut))
+            say(f"generate: no more prefixes, the shards that have theirs go on: {reason}")
+            self._watch.failed(Failure("task", reason, units))
+            self.trouble = error
+
+    def _cutting(self) -> Iterator[Done | None]:
+        if not self._uncut:
+            return
+        run = self._run
+        say(
+            f"generate: cutting {self._count} file{'s' * (self._count > 1)} of prefixes, engines start with the first"
+        )
+        settings = (run.config.model, run.skeleton.checkpoint.url, run.config.generate)
+        yield from run_tasks(
+            _cut, (*settings, self._stage.url), [sorted(self._uncut)], Bundle(0, 0),
             start_seconds=run.config.cluster.start_timeout_seconds,
-            label=watch.label, failed=watch.lost,
-        ):  # fmt: skip
-            tick()
-            if done is not None:
-                watch.committed(*done)
-                steps.add(f"{done.record.facts['prefixes']} prefixes")
+            label=self._watch.label, failed=self._watch.lost, poll_seconds=0.0,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        """What is cut, in words; nothing when all is."""
+        cut = self._count - len(self._uncut)
+        return f"{cut} of {self._count} files of prefixes" if self._uncut else ""
 
 
 def _cut(
@@ -92,12 +149,20 @@ def _cut(
 
 
 def _generate(
-    run: Run, stage: Stage, shards: int, missing: list[str], watch: Watch
+    run: Run, stage: Stage, shards: int, missing: list[str], uncut: set[str], watch: Watch
 ) -> dict[str, Any]:
-    """Has the missing shards committed; returns what it took. Raises ShardsFailed when too many fail."""
+    """Has the missing shards and files of prefixes committed; returns what it took.
+
+    Raises ShardsFailed when too many fail, and what ended the cutting of prefixes too early.
+    """
+    settings, prefixes = run.config.generate, _Prefixes(run, stage, uncut, watch)
+    arriving = prefixes.ready_of(missing)
     if not missing:
+        with closing(arriving):
+            for _ in arriving:
+                tick()
+                time.sleep(POLL_SECONDS)
         return {"tokens": 0, "working_seconds": 0.0}
-    settings = run.config.generate
     bad: dict[str, str] = {}
     longest, tokens = longest_done(stage, shards, missing), 0
 
@@ -113,17 +178,34 @@ def _generate(
                 f"{failures} attempts at shards failed in a row, the last time: {reason}"
             )
 
+    def detail() -> str:
+        pace = ""
+        if crew.ready_at is not None and tokens:
+            pace = f"{tokens / (time.monotonic() - crew.ready_at):.0f} tokens/s"
+        return ", ".join(filter(None, (str(prefixes), pace)))
+
     with (
+        closing(arriving),
         engines(run, stage, len(missing), watch) as crew,
         Steps("generate", "shards", shards, shards - len(missing)) as steps,
     ):
-        for record in dispatched(run, crew, "complete", missing, set_aside, in_a_row, longest):
-            tick()
+        told = ""
+        for record in dispatched(
+            run, crew, "complete", [], set_aside, in_a_row, longest, more=arriving
+        ):
+            cut = str(prefixes)
             if isinstance(record, Record) and crew.ready_at is not None:
                 tokens += record.facts["tokens"]
                 watch.committed(record)
-                steps.add(f"{tokens / (time.monotonic() - crew.ready_at):.0f} tokens/s")
+                steps.add(detail())
+            elif cut or told:
+                steps.still(detail())
+            else:
+                tick()
+            told = cut
         working = time.monotonic() - (crew.ready_at or time.monotonic())
+    if prefixes.trouble is not None:
+        raise prefixes.trouble
     if len(bad) > settings.max_bad_shards:
         first = next(iter(bad))
         raise ShardsFailed(
@@ -169,9 +251,10 @@ def most_failures(run: Run, crew: Crew, units: int) -> int:
 
 
 def dispatched(
-    run: Run, crew: Crew, method: str, units: list[str], set_aside: Any, in_a_row: Any, longest: float = 0.0
+    run: Run, crew: Crew, method: str, units: Sequence[str], set_aside: Any, in_a_row: Any,
+    longest: float = 0.0, more: Iterator[Sequence[str]] | None = None,
 ) -> Any:  # fmt: skip
-    """The units' records as the engines commit them."""
+    """The units' records as the engines commit them; `more` has those that are still being prepared."""
     settings = run.config.generate
     return dispatch(
         crew, method, units,
@@ -183,6 +266,7 @@ def dispatched(
         longest=longest,
         first_seconds=first_seconds(settings),
         fatal=(EngineDied,),
+        more=more,
     )  # fmt: skip
 
 

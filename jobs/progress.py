@@ -89,17 +89,21 @@ class Steps:
     def to(self, done: int, detail: str = "") -> None:
         """`done` steps are done now. Raises as `tick` does."""
         tick()
+        ended = done == self._total != self._done
         self._done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, detail=escape(plain(detail)))
-        elif time.monotonic() - self._said_at >= LOG_SECONDS or done == self._total:
+        elif time.monotonic() - self._said_at >= LOG_SECONDS or ended:
             self._said_at = time.monotonic()
-            say(
-                f"{self._stage}: {done} of {self._total} {self._unit}{self._pace()} {detail}".rstrip()
-            )
+            details = f", {detail}" if detail else ""
+            say(f"{self._stage}: {done} of {self._total} {self._unit}{self._pace()}{details}")
 
     def add(self, detail: str = "") -> None:
         self.to(self._done + 1, detail)
+
+    def still(self, detail: str) -> None:
+        """No further step is done. Raises as `tick` does."""
+        self.to(self._done, detail)
 
     def _pace(self) -> str:
         made, seconds = self._done - self._begun_with, time.monotonic() - self._begun_at

@@ -19,6 +19,7 @@ from jobs.progress import say
 from jobs.run_folder import Run, versions
 
 SAMPLE_CHARACTERS = 4000
+SHOWN_OF_LINEARS = ("relative_error", "unrefined_error", "parameters")
 ORDER = ("generate", "curate", "prune", "evaluate", "report")
 
 
@@ -121,8 +122,7 @@ def prune_facts(run: Run) -> dict[str, Any]:
         facts["linears"] = {
             name: {
                 "sparsity": linear["zeros"] / linear["parameters"],
-                "relative_error": linear["relative_error"],
-                "parameters": linear["parameters"],
+                **{name: linear[name] for name in SHOWN_OF_LINEARS if name in linear},
             }
             for name, linear in record.facts["linears"].items()
         }

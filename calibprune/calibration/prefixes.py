@@ -44,9 +44,19 @@ _MOST_DRAWS = 10_000
 
 def prefix_units(settings: GenerateSettings) -> list[str]:
     """Names of the files of prefixes, in order; none where prefixes are computed."""
+    return prefix_units_of(range(settings.samples), settings)
+
+
+def prefix_units_of(rows: range, settings: GenerateSettings) -> list[str]:
+    """Those files that the prefixes of these rows lie in; none where prefixes are computed."""
     if not isinstance(settings.prefixes, DatasetPrefixes | PromptPrefixes):
         return []
-    return [f"prefixes-{i:05d}" for i in range(-(-_prefix_count(settings) // PREFIXES_PER_FILE))]
+    each = settings.samples_per_prefix * PREFIXES_PER_FILE
+    return [_prefix_unit(file) for file in range(rows[0] // each, rows[-1] // each + 1)]
+
+
+def _prefix_unit(file: int) -> str:
+    return f"prefixes-{file:05d}"
 
 
 def cut_prefixes(
@@ -134,7 +144,7 @@ class PrefixReader:
             case VocabularyPrefixes():
                 return self._front + self._ordinary.draw(prefixes.tokens, seed, index)
         file, place = divmod(index, PREFIXES_PER_FILE)
-        return self._file(f"prefixes-{file:05d}")[place].tolist()
+        return self._file(_prefix_unit(file))[place].tolist()
 
     def _file(self, unit: str) -> list[np.ndarray]:
         held, prefixes = self._held

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from calibprune.checkpoint import to_bytes
@@ -19,7 +20,7 @@ from calibprune.model import Skeleton
 from calibprune.parking import Fetched
 from calibprune.process import host_memory
 from calibprune.pruning.masks import Target
-from calibprune.pruning.methods import need_of, prune_group
+from calibprune.pruning.methods import need_of, prune_group, refine_group
 from calibprune.pruning.positions import Positions, shapes_of
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import (
@@ -102,19 +103,22 @@ class LayerInWork:
             )
             failpoint(f"solve-{self.index}-{self.gang.rank}")
             settings, targets = self.settings, [self.targets[path] for path in paths]
-            pruned = prune_group(
-                mine, statistics, targets, settings.method, shares, settings.refine
-            )
+            made = [prune_group(mine, statistics, targets, settings.method, shares)]
+            if settings.refine:
+                start, way = made[0], settings.refine
+                made.append(
+                    refine_group(mine, start, statistics, targets, settings.method, way, shares)
+                )
         except ValueError as error:
             group = ", ".join(paths)
             raise ValueError(f"layer {self.index}, group {group}: {error}") from error
         self.clock.lap("solve")
-        self._measure(paths, shares, mine, pruned, inputs)
+        self._measure(paths, shares, mine, made, inputs)
         self.clock.lap("measure")
         if self.settings.inputs == "dense":  # the forwards go on through the weights as they were
             weights = [torch.empty_like(weight) for weight in weights]
             self.loaded.tensors.update(zip(names, weights, strict=True))
-        for target, part in zip(shares.mine(weights), pruned, strict=True):
+        for target, part in zip(shares.mine(weights), made[-1], strict=True):
             target.copy_(part)
         self.gang.broadcast(shares.pieces(weights))
         if self.settings.inputs == "pruned":
@@ -126,24 +130,32 @@ class LayerInWork:
         paths: list[str],
         shares: RowShares,
         before: list[Tensor],
-        after: list[Tensor],
+        made: list[list[Tensor]],
         inputs: Sequence[Tensor],
     ) -> None:
-        """Every linear's zeros and relative output error, each worker measuring its own rows."""
+        """Every linear's zeros and relative output error, each worker measuring its own rows.
+
+        `made` is what the method made of `before` and, where it was refined, what came of that.
+        """
         tokens = self._sample(inputs).to(torch.float32)
-        measured = [output_error(b, a, tokens) for b, a in zip(before, after, strict=True)]
-        values = torch.zeros(self.gang.size, len(paths), 3, dtype=torch.float64)
+        measured = [
+            torch.stack([output_error(b, a, tokens) for b, a in zip(before, after, strict=True)])
+            for after in made
+        ]
+        values = torch.zeros(self.gang.size, len(made), len(paths), 3, dtype=torch.float64)
         values[self.gang.rank] = torch.stack(measured).cpu()
         values = self.gang.collect(values, [self.gang.rank])
-        for path, rows, dense, of_workers in zip(
-            paths, shares.rows, before, values.unbind(1), strict=True
+        for path, rows, dense, of_path in zip(
+            paths, shares.rows, before, values.unbind(2), strict=True
         ):
-            error, size, zeros = (math.fsum(column) for column in of_workers.T.tolist())
-            relative = math.sqrt(error / size) if size else 0.0 if error == 0 else math.inf
+            errors, sizes, zeros = (_summed(column) for column in of_path.unbind(-1))
+            relative = [_relative(*each) for each in zip(errors, sizes, strict=True)]
+            unrefined = {"unrefined_error": relative[0]} if len(made) > 1 else {}
             self.facts[path] = {
                 "parameters": rows * dense.shape[1],
-                "zeros": int(zeros),
-                "relative_error": float(f"{relative:.5g}"),  # the rest is rounding
+                "zeros": int(zeros[-1]),
+                "relative_error": relative[-1],
+                **unrefined,
                 **self._asked(path),
             }
 
@@ -201,6 +213,17 @@ class LayerInWork:
     def _stored_name(self, path: str) -> str:
         prefix = self.skeleton.layer_prefix(self.index)
         return self.skeleton.stored_name(f"{prefix}{path}.weight")
+
+
+def _summed(of_workers: Float64[Tensor, "workers made"]) -> list[float]:
+    """Over the workers, in whatever order."""
+    return [math.fsum(column) for column in of_workers.T.tolist()]
+
+
+def _relative(error: float, size: float) -> float:
+    """Of a linear's output, from sums of squares; five digits, as the rest is rounding."""
+    relative = math.sqrt(error / size) if size else 0.0 if error == 0 else math.inf
+    return float(f"{relative:.5g}")
 
 
 def _peak_memory(device: torch.device) -> int:

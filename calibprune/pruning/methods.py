@@ -61,7 +61,6 @@ def prune_group(
     targets: list[Target],
     settings: BaseModel,
     shares: RowShares | None = None,
-    refine: config.Swaps | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
     """Prunes this worker's rows of linears that share one input; returns new weights, each in its own dtype.
 
@@ -72,11 +71,25 @@ def prune_group(
     _check_finite(weights, "weights")
     method, shares = METHODS[type(settings)], shares or RowShares.of(weights)
     pruned = method.prune(weights, statistics, targets, settings, shares)
-    if refine is not None:
-        damping = getattr(settings, "damping", 0.0) if method.updates else None
-        pruned = swaps.refine(weights, pruned, statistics, targets, refine, shares, damping)
     _check_finite(pruned, "pruned weights")
     return pruned
+
+
+def refine_group(
+    weights: list[Float[Tensor, "_ in"]],
+    pruned: list[Float[Tensor, "_ in"]],
+    statistics: Statistics,
+    targets: list[Target],
+    settings: BaseModel,
+    refine: config.Swaps,
+    shares: RowShares | None = None,
+) -> list[Float[Tensor, "_ in"]]:
+    """Improves on what the method with these `settings` made of `weights`; the rest is as for `prune_group`."""
+    damping = getattr(settings, "damping", 0.0) if METHODS[type(settings)].updates else None
+    shares = shares or RowShares.of(weights)
+    refined = swaps.refine(weights, pruned, statistics, targets, refine, shares, damping)
+    _check_finite(refined, "refined weights")
+    return refined
 
 
 def _check_finite(weights: list[Float[Tensor, "_ in"]], name: str) -> None:

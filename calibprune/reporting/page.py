@@ -5,6 +5,7 @@ Collecting the values and writing the files is the report stage's work. Any sect
 
 import json
 import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -51,6 +52,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         draw=_draw(report, seconds),
         layers=_layers(report),
         quantities=_quantities(_layers(report)),
+        refined=_refined(_layers(report)),
     )
 
 
@@ -123,6 +125,18 @@ def _quantities(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
             ],
         }
     return quantities
+
+
+def _refined(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """By which share the refinement lowered the linears' errors; None without one."""
+    linears = [linear for layer in layers for linear in layer["linears"].values()]
+    errors = [(x.get("unrefined_error"), x.get("relative_error")) for x in linears]
+    pairs = [(start, end) for start, end in errors if start is not None and end is not None]
+    lowered = [1 - end / start for start, end in pairs if end < start < np.inf]
+    if not lowered:
+        return {"linears": 0, "of": len(pairs)} if pairs else None
+    shares = {"least": min(lowered), "median": statistics.median(lowered), "most": max(lowered)}
+    return {"linears": len(lowered), "of": len(pairs), **shares}
 
 
 def _set_aside(shards: Sequence[Mapping[str, Any]]) -> str:

@@ -68,7 +68,7 @@ class Worker:
         return Record(unit, None, 0, None, {"attempt": attempt, "node": os.environ.get("NODE")})
 
 
-def run(folder, trouble, *, units=6, workers=2, start_seconds=60, **options):
+def run(folder, trouble, *, units=6, workers=2, start_seconds=60, in_flight=2, **options):
     """(attempt that did it, for every unit done; cause, for every unit set aside)"""
     bad: dict[str, str] = {}
     with Crew(
@@ -76,7 +76,7 @@ def run(folder, trouble, *, units=6, workers=2, start_seconds=60, **options):
     ) as crew:  # fmt: skip
         records = dispatch(
             crew, "work", [str(u) for u in range(units)],
-            in_flight=2, attempts=3, set_aside=bad.__setitem__, **options,
+            in_flight=in_flight, attempts=3, set_aside=bad.__setitem__, **options,
         )  # fmt: skip
         done = [record for record in records if record is not None]
     assert len({record.unit for record in done}) == len(done)
@@ -86,6 +86,12 @@ def run(folder, trouble, *, units=6, workers=2, start_seconds=60, **options):
 def test_every_unit_is_done_once(cluster, tmp_path):
     assert run(tmp_path, {}) == ({str(unit): 0 for unit in range(6)}, {})
     assert len(list(tmp_path.glob("[0-9]*"))) == 6
+
+
+def test_units_may_become_ready_while_others_are_worked_on(cluster, tmp_path):
+    more = iter([["0"], [], ["1", "2"], ["3"]])
+    assert run(tmp_path, {"1": "raise"}, units=0, more=more)[0].keys() == {"0", "1", "2", "3"}
+    assert next(more, None) is None
 
 
 @pytest.mark.parametrize("trouble", ["die", "raise"])
@@ -129,8 +135,23 @@ def test_units_that_went_down_together_are_tried_alone_at_once_and_the_deadly_on
 def test_failures_in_a_row_are_counted_from_the_last_unit_done(cluster, tmp_path):
     told = []
     bad = {"0": "raise always", "1": "raise always"}
-    run(tmp_path, bad, workers=1, units=4, in_a_row=lambda count, reason: told.append(count))
-    assert told in ([1, 2, 1, 2, 3, 4], [1, 2, 1, 1, 2, 3])  # of two in flight either may be first
+    run(
+        tmp_path, bad, workers=1, units=4, in_flight=1, in_a_row=lambda count, reason: told.append(count)
+    )  # fmt: skip
+    assert told == [1, 2, 1, 2, 3, 4]
+
+
+def test_what_no_unit_can_be_blamed_for_is_no_failure_in_a_row():
+    told = []
+    queue = Queue(["a", "b"], 9, print, lambda count, reason: told.append(count))
+    queue.failed(["a"], ValueError())
+    queue.failed(["b"], ValueError())
+    queue.failed(["a"], ValueError(), counted=False)
+    queue.failed(["a", "b"], OSError())
+    assert told == [1, 2]
+    queue.succeeded()
+    queue.failed(["b"], ValueError())
+    assert told == [1, 2, 1]
 
 
 def test_the_first_unit_may_take_longer_than_what_was_measured_by_another_driver(
@@ -164,7 +185,7 @@ def test_a_start_that_fails_once_costs_no_unit_an_attempt(cluster, tmp_path, tro
 def test_starts_that_fail_again_and_again_end_the_stage(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.crew.RESTART_SECONDS", 0.1)
     with pytest.raises(StartFailed, match="5 starts in a row failed"):
-        run(tmp_path, {"start": "die always"})
+        run(tmp_path, {"start": "die always"}, workers=1)
     with pytest.raises(UserError, match="the context is too short"):
         run(tmp_path, {"start": "user"})
 

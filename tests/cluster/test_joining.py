@@ -1,8 +1,13 @@
 """Nodes that join and leave while units are worked on: real raylets, one of them killed."""
 
+import ray
+
+from calibprune.run import Record
 from cluster.crew import Crew
 from cluster.dispatch import dispatch
+from cluster.label import Label
 from cluster.room import Bundle
+from cluster.tasks import run_tasks
 from tests.cluster.nodes import cluster_of
 from tests.cluster.test_dispatch import Worker
 
@@ -33,3 +38,17 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_costs_no_unit(tmp_path):
                 left = True
     assert left, "the second node was never used"
     assert sorted(done) == [f"{unit:03d}" for unit in range(120)] and not bad
+
+
+def where(units: tuple[str, ...]):
+    yield Record(units[0], None, 0, None, {"node": ray.get_runtime_context().get_node_id()})
+
+
+def test_a_task_that_asks_for_nothing_goes_where_work_is_placed():
+    """Not to a head that is to have none, though the driver is there."""
+    with cluster_of(0, 1) as cluster:
+        work = run_tasks(
+            where, (), [("a",)], Bundle(0, 0), start_seconds=60, label=Label("run", "x")
+        )
+        (node,) = (one.record.facts["node"] for one in work if one is not None)
+        assert node == cluster.list_all_nodes()[1].node_id

@@ -40,10 +40,10 @@ def commit(folder: str, trouble: dict[str, str], units: tuple[str, ...]):
         yield Stage(folder).commit(unit, None, {})
 
 
-def run(folder: Path, batches, trouble=None, start_seconds=60.0, failed=nobody):
+def run(folder: Path, batches, trouble=None, start_seconds=60.0, failed=nobody, cpus=1):
     done: list[Record] = []
     for one in run_tasks(
-        commit, (str(folder), trouble or {}), batches, Bundle(1, 0),
+        commit, (str(folder), trouble or {}), batches, Bundle(cpus, 0),
         start_seconds=start_seconds, label=Label("run", "curate"), failed=failed,
     ):  # fmt: skip
         if one is not None:
@@ -98,6 +98,9 @@ def test_a_core_that_others_hold_is_told_waited_for_and_given_up(
     ):
         run(tmp_path, [("a",)], start_seconds=2)
     assert re.search(r"waiting for 1 x \(1 CPU\): 0 free, .* busy", capfd.readouterr().err)
+    none = tmp_path / "none"
+    none.mkdir()
+    assert run(none, [("a",), ("b", "c")], {"b": "die"}, cpus=0) == ["a", "b", "c"]
     ray.kill(other)
     assert run(tmp_path, [("a",), ("b",)]) == ["a", "b"]
     assert calls(tmp_path) == ["a", "b"]  # the one that was given up has not run after all

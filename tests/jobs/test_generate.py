@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from ray.exceptions import RayTaskError
 
 from calibprune.calibration.engine import model_and_revision
 from calibprune.calibration.prefixes import prefix_units
 from calibprune.config import Config, GenerateSettings
 from calibprune.errors import UserError
-from calibprune.run import Stage
+from calibprune.journal import Failure
+from calibprune.run import Record, Stage
 from cluster.dispatch import Queue
 from cluster.room import Bundle
-from cluster.tasks import Done
+from cluster.tasks import Done, TaskLost
 from jobs import generate
 from jobs.check import check_vllm
 from jobs.generate import first_seconds, longest_done
@@ -72,11 +74,57 @@ def test_prefixes_of_a_model_on_the_hub_are_cut_and_read_where_no_cache_has_it(
     monkeypatch.setattr(generate, "capacity", lambda bundle: 1)
     stage, units = hub_run.stage("generate"), prefix_units(hub_run.config.generate)
     watch: Any = SimpleNamespace(committed=lambda *_: None, lost=None, label=None)
-    generate._cut_prefixes(hub_run, stage, set(units), watch)
+    cutting = generate._Prefixes(hub_run, stage, set(units), watch)
+    assert list(cutting.ready_of(["00000"])) == [[], ["00000"]] and str(cutting) == ""
     assert stage.done_units() == set(units)
     crew = generate.engines(hub_run, stage, 1, watch)
     reader = generate.Generator(*crew._arguments)._prefixes
     assert [hub_run.tokenizer.decode(ids) for ids in reader.of(range(2))] == ["<s>so", "<s>mo"]
+
+
+def test_shards_are_made_while_later_prefixes_are_still_being_cut(tmp_path, monkeypatch):
+    """Two samples a prefix, four prefixes a file: shards of five lie in one file or in two."""
+    monkeypatch.setattr("calibprune.calibration.prefixes.PREFIXES_PER_FILE", 4)
+    prefixes = {"type": "prompts", "path": "prompts.txt"}
+    settings = {"samples": 30, "shard_rows": 5, "samples_per_prefix": 2, "prefixes": prefixes}
+    config = {"model": {"path": str(write_tiny_llama(tmp_path / "tiny"))}, "output": str(tmp_path)}
+    made = Run(Config.model_validate(config | {"generate": settings}))
+    files = prefix_units(made.config.generate)
+    assert files == [f"prefixes-0000{n}" for n in range(4)]  # rows 0-7, 8-15, 16-23, 24-29
+
+    def cut(*_, **__):
+        for file in files[1:]:
+            yield None
+            yield Done(Record(file, None, 0, None, {}), 1.0)
+
+    monkeypatch.setattr(generate, "run_tasks", cut)
+    watch: Any = SimpleNamespace(committed=lambda *_: None, lost=None, label=None)
+    shards, uncut = [f"0000{n}" for n in (0, 2, 3, 4, 5)], set(files[1:])  # the second is done
+    cutting = generate._Prefixes(made, made.stage("generate"), uncut, watch)
+    one, two, three = ["00000"], ["00002"], ["00003"]
+    ready = cutting.ready_of(shards)
+    assert [next(ready) for _ in range(3)] == [one, [], two]
+    assert str(cutting) == "1 of 3 files of prefixes"
+    assert list(ready) == [[], three, [], ["00004", "00005"]] and not uncut
+
+    source = OSError("the source is gone")
+    told: list[Failure] = []
+    watch.failed = told.append
+    for error, reason in (
+        (TaskLost("again and again"), "again and again"),
+        (RayTaskError("cut", "Traceback " * 100, source), "OSError: the source is gone"),
+    ):
+
+        def lost(*_, error=error, **__):
+            yield None
+            raise error
+
+        monkeypatch.setattr(generate, "run_tasks", lost)
+        cutting = generate._Prefixes(made, made.stage("generate"), set(files[1:]), watch)
+        assert list(cutting.ready_of(shards)) == [one, []] and cutting.trouble is error
+        assert reason.endswith(told[-1].message) and told[-1].units == tuple(files[1:])
+        with pytest.raises(type(error)):
+            generate._generate(made, made.stage("generate"), 6, [], set(files[1:]), watch)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +156,7 @@ class Steps:
 
     def __exit__(self, *_): ...
     def add(self, *_): ...
+    def still(self, *_): ...
 
 
 @pytest.fixture
@@ -120,8 +169,9 @@ def driver(tmp_path, monkeypatch):
     units = [f"{unit:05d}" for unit in range(30)]
 
     def go(bad: set[str], most_done: int = 30) -> set[str]:
-        def dispatched(run, crew, method, missing, set_aside, in_a_row, longest):
-            queue = Queue(missing, run.config.generate.attempts, set_aside, in_a_row)
+        def dispatched(run, crew, method, missing, set_aside, in_a_row, longest, more):
+            queue = Queue(missing, run.config.generate.attempts, set_aside, in_a_row, more)
+            queue.refill(), queue.refill()
             while queue and len(stage.done_units()) < most_done:
                 unit = queue.take([])
                 if unit in bad:
@@ -138,7 +188,7 @@ def driver(tmp_path, monkeypatch):
         done = stage.done_units()
         missing: Any = [unit for unit in units if unit not in done]
         try:
-            generate._generate(made, stage, 30, missing, watch)  # type: ignore[arg-type]
+            generate._generate(made, stage, 30, missing, set(), watch)  # type: ignore[arg-type]
         except generate.ShardsFailed as error:
             print(error)
         return set(units) - stage.done_units()

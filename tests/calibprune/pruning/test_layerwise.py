@@ -115,6 +115,21 @@ def test_errors_recorded_are_those_of_the_linears_outputs(tiny_llama, tmp_path, 
     assert recorded == pytest.approx(expected, rel=1e-4)
 
 
+def test_refined_linears_have_both_errors_recorded(tiny_llama, tmp_path):
+    """The first is what the method alone would have had recorded."""
+    start, _ = prune(tiny_llama, tmp_path / "start", method="wanda")
+    stage, _ = prune(tiny_llama, tmp_path / "refined", method="wanda", refine="swaps")
+    first = [s.record(layer_unit(0)).facts["linears"] for s in (start, stage)]
+    for path in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+    ):  # whose inputs are equal
+        before, after = (linears[path] for linears in first)
+        assert after["unrefined_error"] == before["relative_error"] > after["relative_error"]
+        assert "unrefined_error" not in before
+
+
 def some_positions() -> torch.Tensor:
     """Continuations after prefixes of different lengths; nothing of the second micro-batch of two sequences."""
     starts = torch.tensor([3, 39, 40, 40, 17, 0])

@@ -6,7 +6,7 @@ import torch
 
 from calibprune import config
 from calibprune.pruning.masks import Target
-from calibprune.pruning.methods import need_of, prune_group
+from calibprune.pruning.methods import need_of, prune_group, refine_group
 from calibprune.pruning.statistics import Statistics
 from tests.calibprune.pruning.data import (
     correlated_inputs,
@@ -85,7 +85,7 @@ def test_statistics_that_a_method_does_not_need_may_be_missing():
         with pytest.raises(ValueError, match=needed):
             prune_group(weights, nothing, targets(0.5), settings)
     with pytest.raises(ValueError, match="Gram"):
-        prune_group(weights, nothing, targets(0.5), MAGNITUDE, refine=SWAPS)
+        refine_group(weights, weights, nothing, targets(0.5), MAGNITUDE, SWAPS)
 
 
 def test_the_sums_that_a_method_and_its_refinement_read():

@@ -3,7 +3,7 @@ import torch
 
 from calibprune import config
 from calibprune.pruning import rows, swaps
-from calibprune.pruning.methods import METHODS, prune_group
+from calibprune.pruning.methods import METHODS, prune_group, refine_group
 from tests.calibprune.pruning.data import (
     correlated_inputs,
     plain_statistics,
@@ -39,6 +39,12 @@ def path(request, monkeypatch):
 
 def damping_of(x):
     return 0.01 * x.double().square().sum(0).mean()
+
+
+def swapped(weights, statistics, wanted, method, settings=SWAPS):
+    """What the method makes of the weights, refined."""
+    start = prune_group(weights, statistics, wanted, method)
+    return refine_group(weights, start, statistics, wanted, method, settings)
 
 
 def best_exchange(w, v, x, out, group, updates):
@@ -92,7 +98,7 @@ def test_equals_the_reference(group, updates, path):
     (start,) = prune_group([dense], statistics, wanted, method)
     for max_swaps in (1, 3, 100):
         settings = SWAPS.model_copy(update={"max_swaps": max_swaps})
-        (found,) = prune_group([dense], statistics, wanted, method, refine=settings)
+        (found,) = swapped([dense], statistics, wanted, method, settings)
         expected = reference(dense, start, x, group or 16, max_swaps, updates)
         assert torch.equal(found == 0, expected == 0)
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
@@ -105,9 +111,7 @@ def test_no_exchange_is_left_that_would_lower_the_error(group, updates, path):
     x, (dense,) = correlated_inputs(80, 24), random_weights(12, width=24)
     pattern = (4, 8) if group else None
     method = config.SparseGPT(type="sparsegpt") if updates else config.Wanda(type="wanda")
-    (found,) = prune_group(
-        [dense], plain_statistics(x), targets(0.5, n_of_m=pattern), method, refine=SWAPS
-    )
+    (found,) = swapped([dense], plain_statistics(x), targets(0.5, n_of_m=pattern), method)
     x = x.double()
     for w, v in zip(dense.double(), found.double(), strict=True):
         least = 2 * swaps.LEAST_GAIN * (x @ w).square().sum()
@@ -122,7 +126,7 @@ def test_every_method_gets_better_and_keeps_its_counts(method, pattern, path):
     x, weights = correlated_inputs(300, 64), random_weights(20, 9, width=64)
     statistics, wanted = plain_statistics(x), targets(0.6, 0.5, n_of_m=pattern)
     before = prune_group(weights, statistics, wanted, method)
-    after = prune_group(weights, statistics, wanted, method, refine=SWAPS)
+    after = swapped(weights, statistics, wanted, method)
     for dense, start, end in zip(weights, before, after, strict=True):
         assert relative_error(dense, end, x) < relative_error(dense, start, x)
         assert torch.equal((end == 0).sum(1), (start == 0).sum(1))
@@ -136,7 +140,7 @@ def test_the_best_there_is_stays():
     x, (dense,) = correlated_inputs(50, 8), random_weights(3, width=8)
     statistics, wanted = plain_statistics(x), targets(0.5)
     method = config.Wanda(type="wanda")
-    (once,) = prune_group([dense], statistics, wanted, method, refine=SWAPS)
+    (once,) = swapped([dense], statistics, wanted, method)
     again = swaps.refine(
         [dense], [once], statistics, wanted, SWAPS, rows.RowShares.of([dense]), None
     )
@@ -147,7 +151,7 @@ def test_inputs_that_are_always_zero(path):
     x, (dense,) = correlated_inputs(200, 32), random_weights(16, width=32)
     x[:, :10] = 0
     for method in METHODS_TO_START_FROM[:2]:
-        (found,) = prune_group([dense], plain_statistics(x), targets(0.5), method, refine=SWAPS)
+        (found,) = swapped([dense], plain_statistics(x), targets(0.5), method)
         assert found.isfinite().all()
 
 
@@ -158,9 +162,9 @@ def test_inputs_that_are_nearly_always_zero_get_no_weights_beyond_measure(method
     x[:, 0] += 1e-6 * x[:, 20]
     statistics, wanted = plain_statistics(x), targets(0.5)
     (start,) = prune_group([dense], statistics, wanted, method)
-    (found,) = prune_group([dense], statistics, wanted, method, refine=SWAPS)
+    (found,) = swapped([dense], statistics, wanted, method)
     assert not torch.equal(found == 0, start == 0)
     assert found.abs().max() < 10 * start.abs().max()
     assert relative_error(dense, found, x) < relative_error(dense, start, x)
-    (half,) = prune_group([dense.half()], statistics, wanted, method, refine=SWAPS)
+    (half,) = swapped([dense.half()], statistics, wanted, method)
     assert half.isfinite().all()

@@ -358,6 +358,21 @@ def test_parts_of_sections_may_be_missing():
     assert "Sparsity per layer and linear" in page
 
 
+def test_what_refinement_gained_is_said():
+    report = example_report(2)
+    assert "Refinement" not in render_page(report)
+    linears = [x for layer in report["prune"]["layers"] for x in layer["linears"].values()]
+    for linear, gain in zip(linears, (0, 0.1, 0.2, *[0.4] * len(linears)), strict=False):
+        linear["unrefined_error"] = linear["relative_error"] / (1 - gain)
+    said = f"lowered it in {len(linears) - 1} of {len(linears)} linears, by 40.0% in the median (10.0% to 40.0%)."
+    assert f"Refinement {said}" in render_page(report)
+    for linear in linears:
+        linear["unrefined_error"] = linear["relative_error"]
+    assert f"lowered it in 0 of {len(linears)} linears." in render_page(report)
+    linears[0]["unrefined_error"] = linears[1]["relative_error"] = None
+    assert f"lowered it in 0 of {len(linears) - 2} linears." in render_page(report)
+
+
 def test_values_that_are_not_finite_are_said_and_not_drawn():
     report = example_report()
     report["generate"] |= {
