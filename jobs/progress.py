@@ -110,7 +110,14 @@ class Steps:
         if not made:
             return ""
         left = (self._total - self._done) * seconds / made
-        return f", {seconds / made:.2g} s each, {duration(left)} left"
+        return f", {pace(seconds / made)}, {duration(left)} left"
+
+
+def pace(each: float) -> str:
+    """Seconds for each of many alike things in words: `143 s each`, `2.4 s each`, `250 a second`."""
+    if each < 0.1:
+        return f"{1 / max(each, 1e-9):.0f} a second"
+    return f"{each:.{0 if each >= 9.95 else 1}f} s each"
 
 
 def duration(seconds: float) -> str:

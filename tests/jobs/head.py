@@ -19,6 +19,7 @@ import psutil
 import requests
 
 from cluster.submission import Client
+from tests.servers import free_ports
 
 BIN = Path(sys.executable).parent
 
@@ -66,6 +67,15 @@ class Head:
 @contextmanager
 def head_with_token(cpus: int = 2) -> Iterator[Head]:
     """Raises RuntimeError with Ray's own words where it does not come up. Gone afterwards, and nobody else's Ray is."""
+    head, process = _start(cpus, tries=3)
+    try:
+        yield head
+    finally:
+        _end(head, process)
+
+
+def _start(cpus: int, tries: int) -> tuple[Head, subprocess.Popen]:
+    """Again with other ports, for Ray has no way to hold those that it is told."""
     folder = Path(tempfile.mkdtemp(prefix="head-"))
     port, dashboard, agent, client = free_ports(4)
     head = Head(folder, port, dashboard, secrets.token_hex(32))
@@ -80,23 +90,22 @@ def head_with_token(cpus: int = 2) -> Iterator[Head]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         _wait_for(head, process)
-        yield head
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        for left in head.processes():
-            with suppress(psutil.Error):
-                left.kill()
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        _end(head, process)
+        if isinstance(error, RuntimeError) and tries > 1:
+            return _start(cpus, tries - 1)
+        raise
+    return head, process
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+def _end(head: Head, process: subprocess.Popen) -> None:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    for left in head.processes():
+        with suppress(psutil.Error):
+            left.kill()
+    shutil.rmtree(head.folder, ignore_errors=True)
 
 
 class Line:
@@ -150,4 +159,5 @@ def _wait_for(head: Head, process: subprocess.Popen) -> None:
             if requests.get(f"{head.address}/api/jobs/", headers=headers, timeout=5).ok:
                 return
         time.sleep(0.2)
-    raise RuntimeError((head.folder / "start.log").read_text())
+    logs = [head.folder / "start.log", *head.folder.glob("session_2*/logs/gcs_server.*")]
+    raise RuntimeError("\n".join(f"{log.name}:\n{log.read_text()[-5000:]}" for log in logs))

@@ -16,6 +16,7 @@ from calibprune.config import Config
 from calibprune.journal import MOST, SET_ASIDE, Failure, Journal, read_failures
 from calibprune.lease import FILE, Lease
 from calibprune.run import Stage
+from jobs.progress import pace
 from jobs.run_status import run_status, seconds_each
 from jobs.status import describe
 from tests.jobs.command import ENVIRONMENT, calibprune_here
@@ -68,6 +69,12 @@ def test_twenty_thousand_units_are_counted_by_name_without_reading_one(tmp_path)
     assert generate["left_seconds"] == pytest.approx(800, rel=1e-3)
     assert generate["since_last_seconds"] == pytest.approx(30, abs=10)
     assert not status["finished"] and status["driver"] is None
+
+
+def test_paces_are_plain_numbers():
+    said = {143.2: "143 s each", 9.97: "10 s each", 2.44: "2.4 s each", 0.1: "0.1 s each"}
+    said |= {0.05: "20 a second", 0.0071: "141 a second"}
+    assert {each: pace(each) for each in said} == said
 
 
 def test_a_pause_between_two_drivers_does_not_count():

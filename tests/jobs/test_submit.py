@@ -21,8 +21,8 @@ from cluster.submission import STOPPED, Client, describe, exit_code, follow, rea
 from jobs.packing import Tree, source_tree
 from jobs.submit import _metadata, check_paths, job_name
 from tests.jobs.command import calibprune_here
-from tests.jobs.head import Head, Line, free_ports, head_with_token
-from tests.servers import Fault, faulty_proxy
+from tests.jobs.head import Head, Line, head_with_token
+from tests.servers import Fault, faulty_proxy, free_ports
 from tests.tiny import write_tiny_llama
 
 HERE = Path(__file__).parents[2]
