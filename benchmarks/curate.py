@@ -151,8 +151,8 @@ def made_up_scores(stage: Stage, units: list[str]) -> None:
             "row": np.arange(number * each, (number + 1) * each),
             "tokens": random.integers(100, 2049, each).astype(np.int32),
             "perplexity": np.exp(random.normal(2.5, 0.4, each)).astype(np.float32),
-            "0.share": random.beta(1, 8, each).astype(np.float32),
-            "0.longest": random.geometric(0.05, each).astype(np.int32),
+            "share.4": random.beta(1, 8, each).astype(np.float32),
+            "longest": random.geometric(0.05, each).astype(np.int32),
             "hash": random.integers(0, 1 << 63, each, dtype=np.uint64),
         }
         for band in range(count):

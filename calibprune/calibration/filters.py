@@ -62,7 +62,7 @@ class Outcome:
 
 class Load(Protocol):
     def __call__(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
-        """A column of scores, of some samples or all: `perplexity`, or a filter's number and measure, as `1.share`."""
+        """A column of scores, of some samples or all: `perplexity`, or of a filter by number, as `1.band.000`."""
         ...
 
 
@@ -87,9 +87,9 @@ def apply_filters(
                 if one.max_tokens is not None:
                     _drop(outcome, mark(index, OVER), tokens > one.max_tokens)
             case RepetitionFilter():
-                _drop(outcome, mark(index, SHARE), load(f"{index}.share") > one.max_share)
+                _drop(outcome, mark(index, SHARE), load(share_column(one)) > one.max_share)
                 if one.max_repeat_tokens is not None:
-                    repeats = load(f"{index}.longest") > one.max_repeat_tokens
+                    repeats = load("longest") > one.max_repeat_tokens
                     _drop(outcome, mark(index, LONGEST), repeats)
             case DuplicateFilter():
                 _duplicates(outcome, index, one, load)
@@ -147,6 +147,10 @@ def _duplicates(outcome: Outcome, index: int, one: DuplicateFilter, load: Load) 
     outcome.same_as[index] = first[first != kept]
 
 
+def share_column(one: RepetitionFilter) -> str:
+    return f"share.{one.ngram}"
+
+
 def band_column(index: int, number: int) -> str:
     return f"{index}.band.{number:03d}"
 
@@ -166,10 +170,10 @@ def reason(one: Filter, index: int, clause: int, scores: dict[str, Any]) -> str:
             limit = f"under {one.min_tokens}" if clause == UNDER else f"over {one.max_tokens}"
             return f"length: {scores['tokens']} tokens, {limit}"
         case RepetitionFilter() if clause == SHARE:
-            share = scores[f"{index}.share"]
+            share = scores[share_column(one)]
             return f"repetition: {share:.0%} of its {one.ngram}-grams stood there before, over {one.max_share:.0%}"
         case RepetitionFilter():
-            longest = scores[f"{index}.longest"]
+            longest = scores["longest"]
             return f"repetition: {longest} tokens stand there twice, over {one.max_repeat_tokens}"
         case DuplicateFilter():
             how = "equal" if clause == EQUAL else "nearly equal"

@@ -11,16 +11,19 @@ import pyarrow as pa
 from jaxtyping import Int32
 
 from calibprune.calibration.duplicates import bands, sample_hashes, signatures
-from calibprune.calibration.filters import band_column, perplexity
+from calibprune.calibration.filters import band_column, perplexity, share_column
 from calibprune.calibration.pool import parquet_bytes
 from calibprune.calibration.repetition import longest_repeat, repetition_share
 from calibprune.calibration.sources import Shard, flat_tokens, read_shard, scored_from
 from calibprune.config import DuplicateFilter, Filter, RepetitionFilter
 from calibprune.run import Record, Stage
 
+MEASURED = RepetitionFilter(type="repetition")
+"""How repetition is measured for the report where no filter says it."""
+
 
 def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.ndarray]:
-    """The scores of one shard by column: row, tokens, perplexity, and what the filters ask for.
+    """The scores of one shard by column: row, tokens, perplexity, hash, repetition, and what the filters ask for.
 
     Bands of a duplicate filter are [samples, bytes]. Perplexity is NaN where there are no log-probabilities.
     """
@@ -35,24 +38,20 @@ def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.nd
         "row": table["row"].to_numpy(),
         "tokens": lengths.astype(np.int32),
         "perplexity": values,
+        "hash": sample_hashes(tokens, offsets),
     }
-    if any(isinstance(one, DuplicateFilter) for one in filters):
-        columns["hash"] = sample_hashes(tokens, offsets)
-    if any(isinstance(one, RepetitionFilter | DuplicateFilter) for one in filters):
-        tokens, offsets = _written(tokens, offsets, table["prefix_length"].to_numpy())
+    tokens, offsets = _written(tokens, offsets, table["prefix_length"].to_numpy())
+    columns["longest"] = longest_repeat(tokens, offsets)
+    for one in (MEASURED, *filters):
+        if isinstance(one, RepetitionFilter) and share_column(one) not in columns:
+            columns[share_column(one)] = repetition_share(tokens, offsets, one.ngram)
     for index, one in enumerate(filters):
-        match one:
-            case RepetitionFilter():
-                columns[f"{index}.share"] = repetition_share(tokens, offsets, one.ngram)
-                if one.max_repeat_tokens is not None:
-                    columns[f"{index}.longest"] = longest_repeat(tokens, offsets)
-            case DuplicateFilter():
-                if one.near:
-                    count, rows = bands(one.similarity, one.permutations)
-                    signed = signatures(tokens, offsets, one.ngram, one.permutations)
-                    for number in range(count):
-                        part = signed[:, number * rows : (number + 1) * rows]
-                        columns[band_column(index, number)] = np.ascontiguousarray(part)
+        if isinstance(one, DuplicateFilter) and one.near:
+            count, rows = bands(one.similarity, one.permutations)
+            signed = signatures(tokens, offsets, one.ngram, one.permutations)
+            for number in range(count):
+                part = signed[:, number * rows : (number + 1) * rows]
+                columns[band_column(index, number)] = np.ascontiguousarray(part)
     return columns
 
 

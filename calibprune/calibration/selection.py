@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int16, Int32, Int64, UInt8
 
+from calibprune.calibration.duplicates import first_equal
 from calibprune.calibration.filters import (
     EQUAL,
     KEPT,
@@ -22,10 +23,11 @@ from calibprune.calibration.filters import (
     apply_filters,
     dropped_by,
     mark,
+    share_column,
 )
 from calibprune.calibration.mixing import mixture, place_samples, shortage
 from calibprune.calibration.pool import read_parquet
-from calibprune.calibration.scores import ScratchColumns
+from calibprune.calibration.scores import MEASURED, ScratchColumns
 from calibprune.config import CurateSettings, DuplicateFilter, RepetitionFilter
 from calibprune.errors import UserError
 from calibprune.run import Record, Stage
@@ -107,7 +109,8 @@ def select(
         start = _place(settings, outcome, tokens, shard_rows, sources)
         same = _same(outcome, columns, sources)
         facts = _facts(settings, outcome, tokens, start, sources, steps)
-        facts["repetition"] = _repetition(settings, outcome, columns)
+        facts |= _repetition(settings, outcome, columns)
+        facts["duplicates"] = _duplicates(settings, outcome, columns)
     return Decision(outcome.marks, start, same, shard_rows), facts
 
 
@@ -260,7 +263,6 @@ def _facts(
         "steps": steps,
         "perplexity": steps[0]["perplexity"] | {"cut": outcome.cut},
         "lengths": _before_and_after(tokens, kept, edges),
-        "duplicates": _duplicates(settings, outcome),
     }
 
 
@@ -308,20 +310,30 @@ def _before_and_after(values: np.ndarray, kept: np.ndarray, edges: np.ndarray) -
 
 def _repetition(
     settings: CurateSettings, outcome: Outcome, columns: ScratchColumns
-) -> dict[str, Any] | None:
-    for index, one in enumerate(settings.filters):
-        if isinstance(one, RepetitionFilter):
-            shares, edges = columns.load(f"{index}.share"), np.linspace(0, 1, BINS + 1)
-            return _before_and_after(shares, outcome.marks == KEPT, edges)
-    return None
+) -> dict[str, Any]:
+    """By the n-grams of the first filter that looks at them, or by `MEASURED`."""
+    found = [one for one in settings.filters if isinstance(one, RepetitionFilter)]
+    shares, longest = columns.load(share_column([*found, MEASURED][0])), columns.load("longest")
+    kept = outcome.marks == KEPT
+    return {
+        "repetition": _before_and_after(shares, kept, np.linspace(0, 1, BINS + 1)),
+        "repeats": _before_and_after(
+            longest, kept, np.linspace(0, max(1, longest.max()), BINS + 1)
+        ),
+    }
 
 
-def _duplicates(settings: CurateSettings, outcome: Outcome) -> dict[str, int] | None:
+def _duplicates(
+    settings: CurateSettings, outcome: Outcome, columns: ScratchColumns
+) -> dict[str, int | None]:
+    """How many were dropped; without a filter for them, how many equal an earlier sample."""
     found = [i for i, one in enumerate(settings.filters) if isinstance(one, DuplicateFilter)]
     if not found:
-        return None
+        first = first_equal(columns.load("hash"))
+        return {"exact": int((first != np.arange(len(first))).sum()), "near": None}
     exact, near = (
         sum(int((outcome.marks == mark(index, clause)).sum()) for index in found)
         for clause in (EQUAL, NEAR)
     )
-    return {"exact": exact, "near": near}
+    looked = any(one.near for one in settings.filters if isinstance(one, DuplicateFilter))
+    return {"exact": exact, "near": near if looked else None}

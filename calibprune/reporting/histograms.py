@@ -90,6 +90,17 @@ def repetition(histogram: Mapping[str, Any]) -> str:
     )
 
 
+@svg.styled
+def repeats(histogram: Mapping[str, Any]) -> str:
+    """Tokens of the longest passage that a sample says twice, `before` and `after` all filters, over common `edges`."""
+    return _before_after(
+        "repeats",
+        "Histograms of the longest passages that samples say twice",
+        "tokens of the longest passage that stands in a sample twice",
+        histogram,
+    )
+
+
 def _before_after(
     name: str, title: str, label: str, histogram: Mapping[str, Any], *, shares: bool = False
 ) -> str:

@@ -73,6 +73,7 @@ def _draw(report: Mapping[str, Any], seconds: Mapping[str, Any]) -> dict[str, Ma
         "kept": (comparisons.kept_bars, steps if any(step["filter"] for step in steps) else None),
         "lengths": (histograms.lengths, _counted(curate.get("lengths"), "before")),
         "repetition": (histograms.repetition, _counted(curate.get("repetition"), "before")),
+        "repeats": (histograms.repeats, _counted(curate.get("repeats"), "before")),
         **{
             f"similarity_{measure}": (
                 partial(comparisons.similarity_map, measure=measure),

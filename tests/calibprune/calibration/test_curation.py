@@ -66,7 +66,20 @@ def test_a_pool_has_fixed_lengths_and_no_dropped_sample(tmp_path, pack):
         assert len({flat[0], *(flat[i] for i in changes)}) == len(changes) + 1
     found = facts(made)
     assert (found["samples"], found["kept"], found["dropped"]) == (10, 8, {"perplexity": 2})
-    assert sum(found["perplexity"]["counts"]) == 10 and found["duplicates"] is None
+    assert sum(found["perplexity"]["counts"]) == 10 and found["duplicates"] == {
+        "exact": 0,
+        "near": None,
+    }
+
+
+def test_repetition_and_duplicates_are_measured_though_nothing_filters_by_them(tmp_path):
+    looping, other = [3, 4, 5, 6] * 5, list(range(100, 120))
+    stage = generated(tmp_path / "generate", [looping, other, looping, other[::-1]])
+    found = facts(curated(tmp_path / "curate", settings(filters=[]), own=stage))
+    assert found["duplicates"] == {"exact": 1, "near": None}
+    shares, repeats = found["repetition"]["before"], found["repeats"]["before"]
+    assert (shares[0], sum(shares[20:])) == (2, 2)
+    assert (repeats[0], repeats[-1], found["repeats"]["edges"][-1]) == (2, 2, 15)
 
 
 def test_the_pool_is_a_dataset_that_datasets_reads(tmp_path):

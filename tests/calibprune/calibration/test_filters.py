@@ -95,7 +95,7 @@ def test_filters_apply_in_turn_each_to_what_is_left():
 
 def test_repetition_drops_loops_and_long_quotations():
     filters = [{"type": "repetition", "max_share": 0.5, "max_repeat_tokens": 6}]
-    outcome = marks(filters, **{"0_share": [0.5, 0.6, 0.1], "0_longest": [6, 2, 7]})
+    outcome = marks(filters, **{"share_4": [0.5, 0.6, 0.1], "longest": [6, 2, 7]})
     assert outcome.marks.tolist() == [KEPT, mark(0, 0), mark(0, 1)]
 
 
@@ -122,7 +122,7 @@ def test_duplicates_keep_the_first_that_the_filters_before_kept():
 
 def test_every_clause_has_its_words_and_starts_with_the_filter():
     known = {
-        "perplexity": 12.3456, "tokens": 3, "0.share": 0.75, "0.longest": 40,
+        "perplexity": 12.3456, "tokens": 3, "share.4": 0.75, "longest": 40,
         "same_source": "c4", "same_row": 17,
     }  # fmt: skip
     filters = [

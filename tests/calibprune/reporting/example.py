@@ -116,6 +116,11 @@ def curated_report(layers: int = 3) -> dict[str, Any]:
             "before": [90, 130, 120, 80, 60, 40, 25, 14, 9, 6, 4, 3, 2, 2, 3, 1, 2, 4, 8, 11],
             "after": [85, 121, 110, 77, 55, 33, 20, 10, 7, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         },
+        "repeats": {
+            "edges": [50 * step for step in range(9)],
+            "before": [402, 110, 61, 20, 4, 2, 0, 41],
+            "after": [380, 102, 44, 9, 1, 0, 0, 0],
+        },
         "duplicates": {"exact": 12, "near": 31},
         "analysis": _analysis(),
     }

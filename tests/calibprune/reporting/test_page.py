@@ -67,9 +67,9 @@ def test_a_page_with_sources_and_filters_is_well_formed_too():
     page = render_page(curated_report())
     assert_loads_nothing(page)
     drawings = [svg.get("aria-labelledby") for svg in parse(page).iter(f"{SVG}svg")]
-    new = ["filter-steps", "kept", "lengths", "repetition", "similarity-jaccard",
-           "similarity-coverage", "similarity-unigram-js", "min-k"]  # fmt: skip
-    assert drawings[1:9] == [f"{name}-title" for name in new]
+    new = ["filter-steps", "kept", "lengths", "repetition", "repeats",
+           "similarity-jaccard", "similarity-coverage", "similarity-unigram-js", "min-k"]  # fmt: skip
+    assert drawings[1:10] == [f"{name}-title" for name in new]
     assert "Sources and reference corpora" in headings(page)
     assert not re.search(r"\b(nan|inf|None|Undefined)\b", text_of(parse(page).find("body")))
 
@@ -180,11 +180,11 @@ ANALYSIS = {"similarity-jaccard", "similarity-coverage", "similarity-unigram-js"
     [
         ({"steps"}, {"filter-steps", "kept"}),
         ({"lengths", "sources"}, {"lengths"}),
-        ({"repetition", "duplicates"}, {"repetition"}),
+        ({"repetition", "repeats", "duplicates"}, {"repetition", "repeats"}),
         ({"analysis"}, ANALYSIS),
         (
-            {"steps", "lengths", "sources", "repetition", "duplicates", "analysis"},
-            {"filter-steps", "kept", "lengths", "repetition", *ANALYSIS},
+            {"steps", "lengths", "sources", "repetition", "repeats", "duplicates", "analysis"},
+            {"filter-steps", "kept", "lengths", "repetition", "repeats", *ANALYSIS},
         ),
     ],
 )

@@ -31,6 +31,7 @@ def every_plot(report: dict) -> list[str]:
         histograms.filter_steps(curate["steps"]),
         histograms.lengths(curate["lengths"]),
         histograms.repetition(curate["repetition"]),
+        histograms.repeats(curate["repeats"]),
         comparisons.kept_bars(curate["steps"]),
         *(comparisons.similarity_map(similarity, measure) for measure in comparisons.MEASURES),
         comparisons.min_k_rows(curate["analysis"]["min_k"]),
@@ -199,6 +200,7 @@ def test_lengths_and_repetition_before_and_after():
     assert tips(histograms.lengths(curate["lengths"]))[0] == "0 to 128: 31 before the filters, 0 after"  # fmt: skip
     repetition = tips(histograms.repetition(curate["repetition"]))
     assert repetition[1] == "5.0% to 10.0%: 130 before the filters, 121 after"
+    assert tips(histograms.repeats(curate["repeats"]))[7] == "350 to 400: 41 before the filters, 0 after"  # fmt: skip
 
 
 def test_what_filters_kept_and_dropped():
