@@ -1,0 +1,94 @@
+"""A run has one driver: one that lives is left alone, one that lost its run ends and leaves what is committed."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from calibprune import storage
+from calibprune.config import ClusterSettings, Config
+from calibprune.errors import LeaseLost, UserError
+from calibprune.lease import FILE
+from cluster.session import connect
+from jobs import pipeline, progress
+from jobs.progress import Steps
+from jobs.run_folder import Run
+
+HOLDER = """
+import sys, time
+from calibprune.lease import Lease
+with Lease(sys.argv[1], heartbeat_seconds=0.2, expire_seconds=30.0):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def config(tmp_path, tiny_llama) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": str(tiny_llama)},
+            "output": str(tmp_path / "run"),
+            "generate": {"samples": 20, "max_tokens": 64},
+            "curate": {"sequences": 4, "sequence_tokens": 64},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connect(ClusterSettings()):
+        yield
+
+
+@pytest.fixture
+def holder(config):
+    """Another driver of the run, which lives."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, config.output], stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_run_with_a_living_driver_is_refused_before_anything_starts(config, holder, monkeypatch):
+    monkeypatch.setattr(pipeline, "connect", None)  # whoever joins a cluster stumbles
+    with pytest.raises(UserError, match=f"process id {holder.pid} on .* refused"):
+        pipeline.run_stages(config, ["generate", "curate"])
+    assert storage.names(config.output) == [FILE]
+    assert holder.poll() is None
+
+
+def test_a_driver_whose_run_another_took_over_ends_in_mid_stage(cluster, config, monkeypatch):
+    committed, begun = [], []
+
+    def generate(run: Run) -> None:
+        stage = run.stage("generate")
+        stage.plan({}, [f"shard-{number:05d}" for number in range(10_000)])
+        with Steps("generate", "shards", 10_000) as steps:
+            for number in range(10_000):
+                stage.commit(f"shard-{number:05d}", None, {})
+                committed.append(number)
+                time.sleep(0.02)
+                steps.add()
+                if number == 3:
+                    take_over(config.output)
+
+    monkeypatch.setattr(pipeline, "STAGES", {"generate": generate, "curate": begun.append})
+    with pytest.raises(LeaseLost, match=r"another driver took over .*: .*elsewhere"):
+        pipeline.run_stages(config, ["generate", "curate"])
+    assert 4 <= len(committed) < 10_000 and not begun
+    assert len(Run(config).stage("generate").done_units()) == len(committed)
+    assert b"foreign" in storage.read_bytes(storage.join(config.output, FILE))  # is not taken back
+    assert progress.still_ours is progress.nobody_else
+
+
+def take_over(output: str) -> None:
+    """As a driver on another machine would."""
+    url = storage.join(output, FILE)
+    mine = storage.read_json(url)
+    storage.write_json(url, mine | {"owner": "foreign", "host": "elsewhere", "pid": 7})
