@@ -61,26 +61,28 @@ def check_cluster(run: Run, settings: ClusterSettings) -> tuple[str, list[str]]:
     """Joins the cluster, prints what it is and what the run needs of it; returns how many nodes answered, in words, and
     what may turn out badly.
 
-    Raises UserError naming all that is missing, or StoreUnavailable where that is all and may pass.
+    Raises UserError naming all that is missing, nodes that gave no answer among it, or StoreUnavailable where that is all and may pass.
     """
     with _joined(settings):
         survey, needed = _surveyed(run), needs(run)
         _show(run, survey, needed)
-    missing = problems(survey)
-    notes = [f"no answer from {node.name}: {reason}" for node, reason in survey.silent]
+    missing, notes = problems(survey), []
     for need in needed:
         lacking, remarks = judged(need, survey)
         missing += lacking
         notes += remarks
     missing += _disks(run, survey)
-    count = len(survey.nodes) + len(survey.silent)
-    if not survey.nodes:
-        missing.append(f"none of {count} nodes answered, the first: {notes[0]}")
+    if survey.silent:
+        node, reason = survey.silent[0]
+        count = len(survey.nodes) + len(survey.silent)
+        missing.append(
+            f"{len(survey.silent)} of {count} nodes did not answer, the first: {node.name}, {reason}"
+        )
     notes += _small_disks(needed, survey)
     if missing:
         passing = missing == problems(survey) and only_passing(survey)
         raise (StoreUnavailable if passing else UserError)("; ".join(missing))
-    return f"{len(survey.nodes)} of {count} nodes answered", notes
+    return f"all {len(survey.nodes)} nodes answered", notes
 
 
 @contextmanager
@@ -122,11 +124,13 @@ def judged(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
         else:
             host_bytes = (host_bytes or 0) + need.movable_bytes
             notes.append(f"{need.stage}: {per_gpu}: {gib(need.movable_bytes)} move to host memory")
-    if host_bytes is not None and not survey.silent:
+    if host_bytes is not None:
         placed = sum(
             min(need.bundle.fits_in(one.node.total), int(one.facts["memory_bytes"] // host_bytes))
             for one in survey.nodes
         )
+        # those that gave no answer may have the memory
+        placed += sum(need.bundle.fits_in(node.total) for node, _ in survey.silent)
         if placed < need.least:
             each = ", ".join(
                 f"{gib(one.facts['memory_bytes'])} on {one.name}" for one in survey.nodes[:4]

@@ -72,7 +72,7 @@ def test_the_cluster_and_the_needs_of_every_stage_are_told(check, tmp_path):
     assert "2 x engine (1 CPU, 1 GPU)" in rows["generate"] and "1,280 tokens" in rows["generate"]
     assert "2 x worker (1 CPU, 1 GPU)" in rows["prune"] and "4 sequences of 64" in rows["prune"]
     assert "2 x worker" in rows["evaluate"] and "128 tokens" in rows["evaluate"]
-    assert "the cluster has what it needs: 2 of 2 nodes answered" in out
+    assert "the cluster has what it needs: all 2 nodes answered" in out
     assert "GPU memory is not known" in errors
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))
 
@@ -81,7 +81,7 @@ def test_a_cluster_of_which_nobody_answers_is_not_fine(check, monkeypatch):
     at_once = partial(take_survey, timeout_seconds=0)
     monkeypatch.setattr("jobs.preflight.take_survey", at_once)
     code, out, errors = check("--cluster")
-    assert code == 2 and "none of 2 nodes answered, the first: no answer from" in errors
+    assert code == 2 and "2 of 2 nodes did not answer, the first: " in errors
     assert "has what it needs" not in out and len(errors.splitlines()) == 1
 
 

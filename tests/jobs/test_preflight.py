@@ -66,6 +66,14 @@ def test_what_a_stage_needs_is_held_against_the_nodes(changes, missing, note):
     assert (missing or "") in " ".join(problems) and (note or "") in " ".join(notes)
 
 
+def test_a_node_that_gave_no_answer_may_have_the_memory():
+    bare = Node("3" * 8, "10.0.0.3", {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0})
+    silent = Survey(TWO.nodes[:1], ((bare, "no answer within 60 s"),), TWO.driver)
+    assert judged(need(host_bytes=30 * GIB), silent) == ([], [])
+    (missing,), _ = judged(need(host_bytes=33 * GIB), silent)  # the one that answered has not
+    assert "4 workers of 33.0 GiB of host memory do not fit" in missing
+
+
 def test_busy_places_are_no_reason_to_refuse():
     busy = survey(node("1", gpus=2, free={"CPU": 8.0}), node("2", gpus=2))
     problems, (note,) = judged(need(), busy)
