@@ -29,6 +29,7 @@ parser.add_argument(
 )
 parser.add_argument("--nodes", type=int, default=3, help="with one CPU each; two are asked for")
 parser.add_argument("--stages", nargs="+", help="kill only in these; default: in all")
+parser.add_argument("--kinds", nargs="+", help="of kills; default: all")
 parser.add_argument("--least", type=float, default=5, help="seconds between two kills")
 parser.add_argument("--most", type=float, default=30)
 parser.add_argument("--keep-log", help="a file for all that the drivers said")
@@ -43,7 +44,7 @@ os.environ |= {  # before anything else reads them
 }  # fmt: skip
 tempfile.tempdir = None
 
-from tests.chaos import STAGES, Chaos, Leaks, command, digest, nodes  # noqa: E402
+from tests.chaos import KINDS, STAGES, Chaos, Leaks, command, digest, nodes  # noqa: E402
 from tests.servers import Proxy, faulty_proxy, make_bucket, moto, s3_at  # noqa: E402
 from tests.tiny import write_tiny_llama  # noqa: E402
 
@@ -99,7 +100,8 @@ def main() -> None:
             output = f"{base}/seed-{seed}"
             chaos = Chaos(
                 cluster, command(config, output), output, log, seed, options.kills,
-                (options.least, options.most), proxy, stages=options.stages or STAGES,
+                (options.least, options.most), proxy,
+                options.kinds or KINDS, options.stages or STAGES,
             )  # fmt: skip
             seconds = chaos.run()
             same = digest(output) == wanted

@@ -61,7 +61,8 @@ def check_cluster(run: Run, settings: ClusterSettings) -> tuple[str, list[str]]:
     """Joins the cluster, prints what it is and what the run needs of it; returns how many nodes answered, in words, and
     what may turn out badly.
 
-    Raises UserError naming all that is missing, nodes that gave no answer among it, or StoreUnavailable where that is all and may pass.
+    Raises UserError naming all that is missing, such as answers of nodes, or StoreUnavailable where that is all and
+    may pass.
     """
     with _joined(settings):
         survey, needed = _surveyed(run), needs(run)

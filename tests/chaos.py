@@ -28,6 +28,8 @@ from tests.servers import Fault, Proxy
 KINDS = ("engine", "hang", "worker", "node", "driver", "terminate", "store")
 ACTORS = ("ray::Generator", "ray::LayerWorker", "ray::calibprune")
 ENGINES = ("VLLM::EngineCore",)
+VICTIM_SECONDS = 90.0
+"""For a kind of kill to have a victim; then another is drawn."""
 STAGES = ("generate", "curate", "prune", "evaluate")
 FAULTS = (
     Fault("PUT", "", 2, 503),
@@ -66,6 +68,20 @@ class Strike:
 
 
 @dataclass
+class Drawn:
+    """The kind of the next kill. It is waited for until it has a victim: an engine is not there most of the time."""
+
+    kinds: Sequence[str]
+    kind: str = ""
+    until: float = 0.0
+
+    def of(self, choice: random.Random) -> str:
+        if time.monotonic() > self.until:
+            self.kind, self.until = choice.choice(self.kinds), time.monotonic() + VICTIM_SECONDS
+        return self.kind
+
+
+@dataclass
 class Chaos:
     """Strikes now and then, and gives the command again whenever the driver is gone before it was done."""
 
@@ -88,7 +104,7 @@ class Chaos:
 
     def run(self, limit_seconds: float = 3600) -> float:
         """Until the command has succeeded; returns the seconds that took. Raises TimeoutError."""
-        choice = random.Random(self.seed)
+        choice, wanted = random.Random(self.seed), Drawn(self.kinds)
         begun = time.monotonic()
         driver = self._start()
         after = begun + choice.uniform(*self.pause)
@@ -103,7 +119,10 @@ class Chaos:
                     driver = self._start()
                 elif now >= after and len(self.strikes) < self.kills:
                     stage = stage_at_work(self.output)
-                    if stage in self.stages and self._strike(stage, driver, choice, now - begun):
+                    if stage in self.stages and self._strike(
+                        wanted.of(choice), stage, driver, choice, now - begun
+                    ):
+                        wanted = Drawn(self.kinds)
                         after = now + choice.uniform(*self.pause)
                 time.sleep(0.2)
         finally:
@@ -119,17 +138,21 @@ class Chaos:
             return subprocess.Popen(self.command, stdout=log, stderr=log)
 
     def _strike(
-        self, stage: str, driver: subprocess.Popen[bytes], choice: random.Random, at: float
+        self,
+        kind: str,
+        stage: str,
+        driver: subprocess.Popen[bytes],
+        choice: random.Random,
+        at: float,
     ) -> bool:
-        """One kill, of a kind for which there is a victim now; returns whether there was one."""
-        for kind in choice.sample(self.kinds, len(self.kinds)):
-            if self._hit(kind, driver, choice):
-                self.strikes.append(Strike(kind, stage, at))
-                print(f"{at:5.0f} s  {kind} in {stage}", flush=True)
-                with self.log.open("a") as log:
-                    log.write(f"-------- {at:.0f} s: {kind}\n")
-                return True
-        return False
+        """One kill; returns whether there was a victim."""
+        if not self._hit(kind, driver, choice):
+            return False
+        self.strikes.append(Strike(kind, stage, at))
+        print(f"{at:5.0f} s  {kind} in {stage}", flush=True)
+        with self.log.open("a") as log:
+            log.write(f"-------- {at:.0f} s: {kind}\n")
+        return True
 
     def _hit(self, kind: str, driver: subprocess.Popen[bytes], choice: random.Random) -> bool:
         match kind:
