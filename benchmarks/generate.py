@@ -53,7 +53,7 @@ if __name__ == "__main__":
     from vllm.v1.executor import UniProcExecutor
     dtype = str(AutoConfig.from_pretrained(model).dtype).removeprefix("torch.")
     llm = LLM(model, dtype=dtype, enforce_eager=True, max_num_seqs=concurrent, max_model_len=tokens + 1,
-              enable_prefix_caching=False, generation_config="vllm", disable_log_stats=True,
+              generation_config="vllm", disable_log_stats=True,
               distributed_executor_backend=UniProcExecutor)
     sampling = [SamplingParams(max_tokens=tokens, ignore_eos=True, seed=seed, logprobs=0, detokenize=False)
                 for seed in seeds]

@@ -107,7 +107,9 @@ class Engine:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_num_seqs=settings.max_concurrent,
             enforce_eager=eager,
-            enable_prefix_caching=False,  # the prefixes are short and differ
+            # A request that waits between two parts of its prompt has its random numbers wound back, which is not
+            # exact, and ends an engine on CPUs.
+            enable_chunked_prefill=False,
             generation_config="vllm",  # end-of-text tokens yes, sampling defaults no
             logprobs_mode="raw_logprobs",
             disable_log_stats=True,

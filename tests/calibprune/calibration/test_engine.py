@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(checkpoint, loop):
     async def start():
-        return Engine(str(checkpoint), "auto", SCHEDULED, max_model_tokens=110, cpu_threads=1)
+        return Engine(str(checkpoint), "auto", SCHEDULED, max_model_tokens=220, cpu_threads=1)
 
     engine = loop.run(start())
     yield engine
@@ -93,6 +93,17 @@ def test_the_same_seeds_give_the_same_tokens_in_any_order_and_company(
     other, again = loop.run(both())
     assert again[::-1] == completions
     assert other == scheduled
+
+
+def test_long_prefixes_with_a_common_start_change_nothing(engine, loop):
+    """More of them at once than a step of the engine has room for, and what they share computed once."""
+    common = [(7 * i) % 250 + 2 for i in range(200)]
+    prefixes = [[0, *common, 20 + i // 4] for i in range(60)]
+    settings = changed(stop_at_eos=False)
+    together = loop.run(engine.complete(prefixes, list(range(60)), settings))
+    for row in (0, 1, 37, 59):
+        assert loop.run(engine.complete([prefixes[row]], [row], settings)) == [together[row]]
+    assert len({tuple(one.token_ids) for one in together}) == 60
 
 
 def test_different_seeds_give_different_tokens(completions):
@@ -187,7 +198,7 @@ def test_scores_of_samples_are_what_sampling_gave(engine, loop, completions):
     assert scores == pytest.approx([c.cumulative_logprob for c in completions], rel=1e-3)
 
 
-@pytest.mark.parametrize(("tokens", "first"), [(5, 0), (5, 6), (110, 1)])
+@pytest.mark.parametrize(("tokens", "first"), [(5, 0), (5, 6), (220, 1)])
 def test_what_cannot_be_scored_is_refused(engine, loop, tokens, first):
     with pytest.raises(ValueError, match=f"a text of {tokens} tokens cannot be scored from"):
         loop.run(engine.score([[3] * tokens], [first]))
@@ -204,8 +215,8 @@ def test_a_text_ends_at_end_of_text_or_at_max_tokens(completions):
 
 
 def test_a_prefix_that_leaves_no_room_is_refused(engine, loop):
-    with pytest.raises(ValueError, match="11 tokens and 100 new ones exceed the 110"):
-        loop.run(engine.complete([[0] * 11], [0]))
+    with pytest.raises(ValueError, match="121 tokens and 100 new ones exceed the 220"):
+        loop.run(engine.complete([[0] * 121], [0]))
     assert len(loop.run(engine.complete([[0]], [0]))) == 1
 
 
@@ -266,7 +277,7 @@ def test_a_model_split_over_two_processes_writes_the_same(checkpoint, completion
     split = SETTINGS.model_copy(update={"tensor_parallel": 2})
 
     async def write():
-        engine = Engine(str(checkpoint), "auto", split, max_model_tokens=110, cpu_threads=1)
+        engine = Engine(str(checkpoint), "auto", split, max_model_tokens=220, cpu_threads=1)
         try:
             return await engine.complete(PREFIXES, SEEDS)
         finally:
