@@ -51,12 +51,14 @@ def run_tasks(
     label: Label,
     failed: Callable[[Failure], None] = nobody,
     poll_seconds: float = POLL_SECONDS,
+    at_once: int | None = None,
 ) -> Iterator[Done | None]:
     """Calls `function(*arguments, units)`, a generator, for every batch of units; yields what they commit as it comes.
 
-    None every `poll_seconds` in between. A call that is lost with its process or its node, which `failed` is told, is
-    made again for the units that are missing. What a call raises ends the work, as RayTaskError with its `cause`;
-    others' commits stay. Raises TaskLost, and NoRoom where no call finds a place within `start_seconds`.
+    None every `poll_seconds` in between. `at_once` calls run at the same time at most; None: as many as find a place.
+    A call that is lost with its process or its node, which `failed` is told, is made again for the units that are
+    missing. What a call raises ends the work, as RayTaskError with its `cause`; others' commits stay. Raises TaskLost,
+    and NoRoom where no call finds a place within `start_seconds`.
     """
     task: Any = ray.remote(_timed)
     options = {
@@ -69,7 +71,8 @@ def run_tasks(
     try:
         while queue or running:
             if queue:
-                most = max(2, IN_FLIGHT_PER_PLACE * capacity(bundle))
+                room = max(2, IN_FLIGHT_PER_PLACE * capacity(bundle))
+                most = min(room, at_once or room)
                 for _ in range(min(len(queue), most - len(running))):
                     call = queue.popleft()
                     placed = task.options(**options, **_place(bundle))

@@ -30,6 +30,7 @@ from calibprune.errors import UserError
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
 from cluster.room import Bundle, capacity
+from cluster.session import worker_bundle
 from cluster.tasks import run_tasks
 from jobs import analysis, progress
 from jobs.generate import dispatched, engines, most_failures
@@ -125,7 +126,7 @@ def _make(run: Run, curation: Curation, missing: Sequence[str], watch: Watch) ->
         (_select, [SELECTION]),
         (_write_files, ["dropped", "pool"]),
     ):
-        batches = _batches(_of_kind(missing, *kinds))
+        batches = _batches(run, _of_kind(missing, *kinds))
         yield from _tasks(run, function, (handle,), batches, watch)
 
 
@@ -159,9 +160,10 @@ def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
     return [unit for unit in units if unit.partition("-")[0] in kinds]
 
 
-def _batches(units: Sequence[str]) -> list[Sequence[str]]:
+def _batches(run: Run, units: Sequence[str]) -> list[Sequence[str]]:
     """Consecutive units together: they are of neighbouring shards."""
-    cpus = max(1, capacity(Bundle(1, 0)))
+    room = max(1, capacity(Bundle(1, 0)))
+    cpus = min(room, tasks_at_once(run) or room)
     size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cpus)))
     return [units[first : first + size] for first in range(0, len(units), size)]
 
@@ -173,11 +175,18 @@ def _tasks(
     for done in run_tasks(
         function, arguments, batches, Bundle(1, 0),
         start_seconds=run.config.cluster.start_timeout_seconds, label=watch.label, failed=watch.lost,
+        at_once=tasks_at_once(run),
     ):  # fmt: skip
         progress.tick()
         if done is not None:
             watch.committed(*done)
             yield done.record
+
+
+def tasks_at_once(run: Run) -> int | None:
+    """As many as the workers asked for have cores; None, any number, where nobody says how many workers."""
+    cluster = run.config.cluster
+    return cluster.workers and cluster.workers * worker_bundle(cluster).cpus
 
 
 def _read_documents(

@@ -293,5 +293,5 @@ def wanted_engines(run: Run, bundle: Bundle) -> int:
     """As many engines as the pruning workers' GPUs hold; without GPUs, one a worker."""
     cluster = run.config.cluster
     if not bundle.gpus:
-        return cluster.workers
-    return max(1, cluster.workers * (cluster.gpus_per_worker or 1) // bundle.gpus)
+        return cluster.worker_count
+    return max(1, cluster.worker_count * (cluster.gpus_per_worker or 1) // bundle.gpus)
