@@ -24,7 +24,7 @@ from calibprune.calibration.curation import (
 from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.mixing import mixture
 from calibprune.calibration.prefixes import start_token
-from calibprune.calibration.sources import scored_tokens, write_documents
+from calibprune.calibration.sources import scored_tokens, text_unit, write_documents
 from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
 from calibprune.errors import UserError
 from calibprune.model import load_tokenizer
@@ -149,11 +149,17 @@ def _score_documents(
     tokens = curation.settings.sequence_tokens
     most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
     with engines(run, curation.stage, len(units), watch, most) as crew:
-        for record in dispatched(run, crew, "score", units, give_up, in_a_row):
+        for record in dispatched(run, crew, "score", _tokens(curation, units), give_up, in_a_row):
             progress.tick()
             if record is not None:
                 watch.committed(record)
                 yield record
+
+
+def _tokens(curation: Curation, units: Sequence[str]) -> dict[str, int]:
+    """What each of these units has to score: nothing, where the source has fewer documents than were asked for."""
+    done = curation.stage.done(map(text_unit, units))
+    return {unit: done[text_unit(unit)].facts["tokens"] for unit in units}
 
 
 def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:

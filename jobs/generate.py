@@ -2,7 +2,7 @@
 
 import time
 from collections import abc, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -165,6 +165,7 @@ def _generate(
         return {"tokens": 0, "working_seconds": 0.0}
     bad: dict[str, str] = {}
     longest, tokens = longest_done(stage, shards, missing), 0
+    sizes = {unit: len(shard_rows(unit, settings)) * settings.max_tokens for unit in missing}
 
     def set_aside(unit: str, reason: str) -> None:
         bad[unit] = reason
@@ -191,7 +192,7 @@ def _generate(
     ):
         told = ""
         for record in dispatched(
-            run, crew, "complete", [], set_aside, in_a_row, longest, more=arriving
+            run, crew, "complete", sizes, set_aside, in_a_row, longest, more=arriving
         ):
             cut = str(prefixes)
             if isinstance(record, Record) and crew.ready_at is not None:
@@ -251,29 +252,30 @@ def most_failures(run: Run, crew: Crew, units: int) -> int:
 
 
 def dispatched(
-    run: Run, crew: Crew, method: str, units: Sequence[str], set_aside: Any, in_a_row: Any,
+    run: Run, crew: Crew, method: str, tokens: Mapping[str, int], set_aside: Any, in_a_row: Any,
     longest: float = 0.0, more: Iterator[Sequence[str]] | None = None,
 ) -> Any:  # fmt: skip
-    """The units' records as the engines commit them; `more` has those that are still being prepared."""
+    """The units' records as the engines commit them. `tokens`: of every unit, at most. `more`, if given, has the units
+    as they become ready."""
     settings = run.config.generate
     return dispatch(
-        crew, method, units,
+        crew, method, list(tokens) if more is None else [],
         in_flight=settings.shards_in_flight,
         attempts=settings.attempts,
         set_aside=set_aside,
         in_a_row=in_a_row,
         timeout_seconds=settings.shard_timeout_seconds,
         longest=longest,
-        first_seconds=first_seconds(settings),
+        first_seconds=first_seconds(settings, max(tokens.values(), default=0)),
+        work=tokens.__getitem__,
         fatal=(EngineDied,),
         more=more,
     )  # fmt: skip
 
 
-def first_seconds(settings: GenerateSettings) -> float:
-    """What an engine may take for the first shards that it has in flight."""
-    tokens = settings.shards_in_flight * settings.shard_rows * settings.max_tokens
-    return max(FIRST_SECONDS, tokens / LEAST_TOKENS_A_SECOND)
+def first_seconds(settings: GenerateSettings, tokens: int) -> float:
+    """What an engine may take for the first shards that it has in flight, of so many tokens each."""
+    return max(FIRST_SECONDS, settings.shards_in_flight * tokens / LEAST_TOKENS_A_SECOND)
 
 
 def longest_done(stage: Stage, shards: int, missing: Collection[str]) -> float:

@@ -169,8 +169,8 @@ def driver(tmp_path, monkeypatch):
     units = [f"{unit:05d}" for unit in range(30)]
 
     def go(bad: set[str], most_done: int = 30) -> set[str]:
-        def dispatched(run, crew, method, missing, set_aside, in_a_row, longest, more):
-            queue = Queue(missing, run.config.generate.attempts, set_aside, in_a_row, more)
+        def dispatched(run, crew, method, tokens, set_aside, in_a_row, longest, more):
+            queue = Queue([], run.config.generate.attempts, set_aside, in_a_row, more)
             queue.refill(), queue.refill()
             while queue and len(stage.done_units()) < most_done:
                 unit = queue.take([])
@@ -214,7 +214,6 @@ def test_a_resume_knows_how_long_a_shard_takes_and_a_first_shard_gets_time_by_it
     for unit, seconds in (("00000", 40.0), ("00002", 70.0)):
         stage.commit(unit, None, {"seconds": seconds})
     assert longest_done(stage, 3, ["00001"]) == 70.0
-    small = GenerateSettings(shard_rows=10, max_tokens=100)
-    assert first_seconds(small) == 3600
-    large = GenerateSettings(shard_rows=500, max_tokens=2048, shards_in_flight=2)
-    assert first_seconds(large) == 2 * 500 * 2048 / 100
+    settings = GenerateSettings(shards_in_flight=2)
+    assert first_seconds(settings, 10 * 100) == 3600
+    assert first_seconds(settings, 500 * 2048) == 2 * 500 * 2048 / 100
