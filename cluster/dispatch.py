@@ -24,6 +24,8 @@ HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
 """The floor leaves room for a store to be sat out, while a unit is read and while it is committed."""
 FIRST_SECONDS = 3600.0
 """For a unit while nobody knows how long one of its size takes, unless the caller knows better."""
+MOST_WITH_A_NODE = 5
+"""Losses of a unit together with its node, for which no unit is blamed: one more, and it may be what kills them."""
 POLL_SECONDS = 1.0
 
 
@@ -199,6 +201,7 @@ class Queue:
     ) -> None:
         self._waiting, self._attempts, self._set_aside = deque(units), attempts, set_aside
         self._failures, self._suspects = Counter[str](), set[str]()
+        self._with_node = Counter[str]()
         self._in_a_row, self._tell = 0, in_a_row
         self._more = more
         """None once no more units are being prepared."""
@@ -233,10 +236,13 @@ class Queue:
     def failed(self, units: Sequence[str], cause: Exception, counted: bool = True) -> None:
         """Queues units again, or sets one aside that failed too often. Raises the cause if the user can mend it.
 
-        Not `counted` is what no unit can be blamed for, such as the loss of a node.
+        Not `counted` is what no unit can be blamed for, such as the loss of a node, unless one is always there.
         """
         if isinstance(cause, UserError):
             raise cause from None
+        if not counted:
+            self._with_node.update(units)
+            counted = any(self._with_node[unit] > MOST_WITH_A_NODE for unit in units)
         if not counted:
             self._waiting.extendleft(reversed(units))
             return

@@ -154,6 +154,22 @@ def test_what_no_unit_can_be_blamed_for_is_no_failure_in_a_row():
     assert told == [1, 2, 1]
 
 
+def test_a_unit_that_is_lost_with_its_node_again_and_again_is_blamed_in_the_end():
+    bad: dict[str, str] = {}
+    queue, done, lost = Queue(["a", "b", "c"], 3, bad.__setitem__), [], 0
+    while queue and lost < 20:
+        units = [queue.take([])]
+        units += filter(None, [queue.take(units)])
+        if "b" in units:
+            queue.failed(units, OSError("its node has died"), counted=False)
+            lost += 1
+        else:
+            done += units
+    assert done == ["a", "c"] and bad == {"b": "its node has died"}
+    assert lost == 5 + 1 + 3  # the sixth time beside another
+    queue.failed([], OSError(), counted=False)  # a node without any
+
+
 def test_the_first_unit_may_take_longer_than_what_was_measured_by_another_driver(
     cluster, tmp_path, monkeypatch
 ):
