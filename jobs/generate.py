@@ -40,6 +40,8 @@ MOST_IN_A_ROW, MOST_AT_FIRST = 20, 2
 their own."""
 LEAST_TOKENS_A_SECOND = 100
 """Of an engine: while nobody knows how long a shard takes, a slower one is held to hang, after an hour at least."""
+STALL_SECONDS = 1800.0
+"""Without a sign of the cutting of prefixes, until its source is held to give nothing any more."""
 PACE_SHARDS = 64
 """Done earlier, from which a resume learns how long one takes."""
 
@@ -129,6 +131,7 @@ class _Prefixes:
             _cut, (*settings, self._stage.url), [sorted(self._uncut)], Bundle(0, 0),
             start_seconds=run.config.cluster.start_timeout_seconds,
             label=self._watch.label, failed=self._watch.lost, poll_seconds=0.0,
+            silent_seconds=STALL_SECONDS,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -143,7 +146,7 @@ def _cut(
     settings: GenerateSettings,
     stage_url: str,
     missing: Sequence[str],
-) -> Iterator[Record]:
+) -> Iterator[Record | None]:
     tokenizer = load_tokenizer(model_url, model.trust_remote_code)
     yield from cut_prefixes(Stage(stage_url), settings, tokenizer, set(missing))
 

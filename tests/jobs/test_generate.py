@@ -1,6 +1,7 @@
 """What the driver of generate hands to others, and when it gives up."""
 
 import re
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,14 @@ from ray.exceptions import RayTaskError
 
 from calibprune.calibration.engine import model_and_revision
 from calibprune.calibration.prefixes import prefix_units
-from calibprune.config import Config, GenerateSettings
+from calibprune.config import ClusterSettings, Config, GenerateSettings
 from calibprune.errors import UserError
 from calibprune.journal import Failure
 from calibprune.run import Record, Stage
 from cluster.dispatch import Queue
+from cluster.label import Label
 from cluster.room import Bundle
+from cluster.session import connect
 from cluster.tasks import Done, TaskLost
 from jobs import generate
 from jobs.check import check_vllm
@@ -125,6 +128,31 @@ def test_shards_are_made_while_later_prefixes_are_still_being_cut(tmp_path, monk
         assert reason.endswith(told[-1].message) and told[-1].units == tuple(files[1:])
         with pytest.raises(type(error)):
             generate._generate(made, made.stage("generate"), 6, [], set(files[1:]), watch)
+
+
+def test_a_source_of_prefixes_that_stalls_ends_the_cutting(tmp_path, monkeypatch):
+    monkeypatch.setattr("calibprune.calibration.prefixes.PREFIXES_PER_FILE", 4)
+    monkeypatch.setattr(generate, "STALL_SECONDS", 1.0)
+    settings = {"samples": 8, "prefixes": {"type": "dataset", "path": "texts.txt"}}
+    config = {"model": {"path": str(write_tiny_llama(tmp_path / "tiny"))}, "output": str(tmp_path)}
+    made = Run(Config.model_validate(config | {"generate": settings | {"shard_rows": 4}}))
+
+    def cut_one(*arguments):
+        yield Record("prefixes-00000", None, 0, None, {})
+        time.sleep(1000)
+
+    monkeypatch.setattr(generate, "_cut", cut_one)
+    told: list[Failure] = []
+    watch: Any = SimpleNamespace(
+        committed=lambda *_: None, failed=told.append, lost=print, label=Label("run", "generate")
+    )
+    uncut = set(prefix_units(made.config.generate))
+    cutting = generate._Prefixes(made, made.stage("generate"), uncut, watch)
+    with connect(ClusterSettings()):
+        ready = [shard for some in cutting.ready_of(["00000", "00001"]) for shard in some]
+    assert ready == ["00000"] and isinstance(cutting.trouble, TaskLost)
+    (failure,) = told
+    assert failure.units == ("prefixes-00001",) and "gave nothing for 1 s" in failure.message
 
 
 @pytest.mark.parametrize(
