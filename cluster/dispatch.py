@@ -23,12 +23,19 @@ from cluster.session import death, node_died
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
 """The floor leaves room for a store to be sat out, while a unit is read and while it is committed."""
 FIRST_SECONDS = 3600.0
-"""For a unit while nobody knows how long one takes, unless the caller knows better."""
+"""For a unit while nobody knows how long one of its size takes, unless the caller knows better."""
+MOST_WITH_A_NODE = 5
+"""Losses of a unit together with its node, for which no unit is blamed: one more, and it may be what kills them."""
 POLL_SECONDS = 1.0
 
 
 def _bear(failures: int, reason: str) -> None:
     """However many."""
+
+
+def _alike(unit: str) -> float:
+    """The work of units that are all of one size."""
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ def dispatch(
     timeout_seconds: float | None = None,
     longest: float = 0.0,
     first_seconds: float = FIRST_SECONDS,
+    work: Callable[[str], float] = _alike,
     fatal: tuple[type[Exception], ...] = (),
     more: Iterator[Sequence[str]] | None = None,
 ) -> Iterator[Record | None]:
@@ -61,16 +69,16 @@ def dispatch(
     those that are ready now.
 
     An actor that dies, or whose unit takes longer than the time limit (the one given, or ten times the longest
-    measured unit, which begins with `longest`; `first_seconds` at least before a unit is done), or whose unit raises a
-    `fatal` error, is replaced, and its units are queued again. Any other error that a unit raises counts as a failure
-    too; after `attempts` of them `set_aside` is called with the unit and the last cause. `in_a_row` is told how many of
-    these failures there were since the last unit done, and the last cause; what it raises ends the stage, and a
-    UserError of a unit does so at once. `crew.failed` is told of every failure.
+    measured unit, which begins with `longest`; `first_seconds` at least before a unit of as much `work` is done), or
+    whose unit raises a `fatal` error, is replaced, and its units are queued again. Any other error that a unit raises
+    counts as a failure too; after `attempts` of them `set_aside` is called with the unit and the last cause. `in_a_row`
+    is told how many of these failures there were since the last unit done, and the last cause; what it raises ends the
+    stage, and a UserError of a unit does so at once. `crew.failed` is told of every failure.
     """
     queue = Queue(units, attempts, set_aside, in_a_row, more)
     metrics = QueueMetrics(crew.label) if crew.label else None
+    patience = Patience(timeout_seconds, longest, first_seconds, work)
     running: dict[Any, Call] = {}
-    done = False
 
     def lose(member: Member, cause: Exception, counted: bool = True) -> None:
         lost = [reference for reference, call in running.items() if call.member is member]
@@ -114,13 +122,16 @@ def dispatch(
                 lose(call.member, death(error), counted=not node_died(error))
             else:
                 del running[reference]
-                longest, done = max(longest, time.monotonic() - call.since), True
+                patience.learn(call.unit, time.monotonic() - call.since)
                 queue.succeeded()
                 yield record
-        measured = max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)
-        limit = timeout_seconds or (measured if done else max(measured, first_seconds))
         now = time.monotonic()
-        for member in {c.member for c in running.values() if now - c.since > limit}:
+        late = {
+            call.member: limit
+            for call in running.values()
+            if now - call.since > (limit := patience.seconds(call.unit))
+        }
+        for member, limit in late.items():
             lose(
                 member, TimeoutError(f"no result within {limit:.0f} s (see shard_timeout_seconds)")
             )
@@ -156,6 +167,26 @@ def _ready(references: list[Any]) -> list[Any]:
     return ray.wait(references, num_returns=len(references), timeout=0)[0] if some else []
 
 
+class Patience:
+    """How long a unit may take before its actor is held to hang. A small unit says nothing of larger ones."""
+
+    def __init__(
+        self, given: float | None, longest: float, first: float, work: Callable[[str], float]
+    ) -> None:
+        self._given, self._longest, self._first, self._work = given, longest, first, work
+        self._most = 0.0
+        """Work of the largest unit done."""
+
+    def learn(self, unit: str, seconds: float) -> None:
+        self._longest = max(self._longest, seconds)
+        self._most = max(self._most, self._work(unit))
+
+    def seconds(self, unit: str) -> float:
+        measured = max(HANG_FLOOR_SECONDS, HANG_FACTOR * self._longest)
+        known = self._most and self._work(unit) <= self._most
+        return self._given or (measured if known else max(measured, self._first))
+
+
 class Queue:
     """Units still to be started. One of several units that went down with an actor may have killed it: to find out
     which, each of them is tried alone, and only a failure alone counts. A unit that failed comes last: others go on."""
@@ -170,6 +201,7 @@ class Queue:
     ) -> None:
         self._waiting, self._attempts, self._set_aside = deque(units), attempts, set_aside
         self._failures, self._suspects = Counter[str](), set[str]()
+        self._with_node = Counter[str]()
         self._in_a_row, self._tell = 0, in_a_row
         self._more = more
         """None once no more units are being prepared."""
@@ -204,10 +236,13 @@ class Queue:
     def failed(self, units: Sequence[str], cause: Exception, counted: bool = True) -> None:
         """Queues units again, or sets one aside that failed too often. Raises the cause if the user can mend it.
 
-        Not `counted` is what no unit can be blamed for, such as the loss of a node.
+        Not `counted` is what no unit can be blamed for, such as the loss of a node, unless one is always there.
         """
         if isinstance(cause, UserError):
             raise cause from None
+        if not counted:
+            self._with_node.update(units)
+            counted = any(self._with_node[unit] > MOST_WITH_A_NODE for unit in units)
         if not counted:
             self._waiting.extendleft(reversed(units))
             return

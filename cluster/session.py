@@ -132,7 +132,7 @@ def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) 
     cpus = settings.cpus_per_worker
     if cpus is None:
         largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
-        cpus = 1 if gpus else max(1, largest // settings.workers)
+        cpus = 1 if gpus else max(1, largest // settings.worker_count)
     return Bundle(cpus, gpus)
 
 

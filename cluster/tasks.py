@@ -1,8 +1,9 @@
 """Work that any process can do, as Ray tasks: enough at a time to keep every core busy, again where one was lost."""
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -25,7 +26,7 @@ NAMED = 4
 
 
 class TaskLost(RuntimeError):
-    """A task went down with its process or node too often; names its units and the last cause."""
+    """A task went down with its process or node too often, or nothing is heard of it; names its units and the cause."""
 
 
 class Done(NamedTuple):
@@ -38,11 +39,12 @@ class _Call(NamedTuple):
     units: tuple[str, ...]
     """Those that are missing."""
     attempt: int = 1
-    started: bool = False
+    heard: float | None = None
+    """When it last gave something, by time.monotonic(); None until there is a process for it."""
 
 
 def run_tasks(
-    function: Callable[..., Iterator[Record]],
+    function: Callable[..., Iterator[Record | None]],
     arguments: Sequence[Any],
     batches: Sequence[Sequence[str]],
     bundle: Bundle,
@@ -51,12 +53,16 @@ def run_tasks(
     label: Label,
     failed: Callable[[Failure], None] = nobody,
     poll_seconds: float = POLL_SECONDS,
+    at_once: int | None = None,
+    silent_seconds: float = math.inf,
 ) -> Iterator[Done | None]:
     """Calls `function(*arguments, units)`, a generator, for every batch of units; yields what they commit as it comes.
 
-    None every `poll_seconds` in between. A call that is lost with its process or its node, which `failed` is told, is
-    made again for the units that are missing. What a call raises ends the work, as RayTaskError with its `cause`;
-    others' commits stay. Raises TaskLost, and NoRoom where no call finds a place within `start_seconds`.
+    None every `poll_seconds` in between. `at_once` calls run at the same time at most; None: as many as find a place.
+    A call that is lost with its process or its node, which `failed` is told, is made again for the units that are
+    missing. What a call raises ends the work, as RayTaskError with its `cause`; others' commits stay. Raises TaskLost,
+    also where a call gives nothing for `silent_seconds`, be it None to say that it goes on, and NoRoom where no call
+    finds a place within `start_seconds`.
     """
     task: Any = ray.remote(_timed)
     options = {
@@ -69,7 +75,8 @@ def run_tasks(
     try:
         while queue or running:
             if queue:
-                most = max(2, IN_FLIGHT_PER_PLACE * capacity(bundle))
+                room = max(2, IN_FLIGHT_PER_PLACE * capacity(bundle))
+                most = min(room, at_once or room)
                 for _ in range(min(len(queue), most - len(running))):
                     call = queue.popleft()
                     placed = task.options(**options, **_place(bundle))
@@ -88,16 +95,18 @@ def run_tasks(
                     if call.units:
                         queue.append(_again(call, error, failed))
                 else:
+                    heard = time.monotonic()
                     if item is None:
-                        running[stream] = call._replace(started=True)
+                        running[stream] = call._replace(heard=heard)
                         continue
                     left = tuple(unit for unit in call.units if unit != item.record.unit)
-                    running[stream] = _Call(left, started=True)
+                    running[stream] = _Call(left, heard=heard)
                     yield item
-            if not running or any(call.started for call in running.values()):
+            if not running or any(call.heard is not None for call in running.values()):
                 waiting.restart()
             waiting.go_on()
             if not ready:
+                _check_heard(running.values(), silent_seconds)
                 yield None
     finally:
         for stream in running:
@@ -112,11 +121,16 @@ def _place(bundle: Bundle) -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=True)}
 
 
-def _timed(function: Callable[..., Iterator[Record]], *arguments: Any) -> Iterator[Done | None]:
-    """None as soon as there is a process for it, then its records."""
+def _timed(
+    function: Callable[..., Iterator[Record | None]], *arguments: Any
+) -> Iterator[Done | None]:
+    """None as soon as there is a process for it, then its records, and None where it gives that."""
     yield None
     since = time.monotonic()
     for record in function(*arguments):
+        if record is None:
+            yield None
+            continue
         now = time.monotonic()
         yield Done(record, now - since)
         since = now
@@ -126,6 +140,16 @@ def _again(call: _Call, error: RayError, failed: Callable[[Failure], None]) -> _
     reason = one_line(death(error))
     failed(Failure("task", reason, call.units, call.attempt))
     if call.attempt == ATTEMPTS:
-        named = ", ".join(call.units[:NAMED]) + (", ..." if len(call.units) > NAMED else "")
-        raise TaskLost(f"the task of {named} was lost {ATTEMPTS} times: {reason}") from None
+        raise TaskLost(f"the task of {_named(call)} was lost {ATTEMPTS} times: {reason}") from None
     return _Call(call.units, call.attempt + 1)
+
+
+def _check_heard(calls: Iterable[_Call], silent_seconds: float) -> None:
+    now = time.monotonic()
+    for call in calls:
+        if call.heard is not None and now - call.heard > silent_seconds:
+            raise TaskLost(f"the task of {_named(call)} gave nothing for {silent_seconds:g} s")
+
+
+def _named(call: _Call) -> str:
+    return ", ".join(call.units[:NAMED]) + (", ..." if len(call.units) > NAMED else "")

@@ -135,7 +135,7 @@ def check(
         answered, notes = check_cluster(checked, settings)
         print(f"the configuration is fine, and the cluster has what it needs: {answered}")
     else:
-        notes = advice(needed, checked.config.cluster.workers)
+        notes = advice(needed, checked.config.cluster.worker_count)
         print("the configuration is fine")
         print("no cluster was looked at: --cluster does, and so do cluster.address and RAY_ADDRESS")
     for line in notes:

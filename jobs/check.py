@@ -192,7 +192,7 @@ def requirements(run: Run) -> dict[str, Any]:
         linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
     ]
     sequences, tokens = pool_to_prune_with(run)
-    memory = pruning_memory(run, config.cluster.workers, on_gpu=False)
+    memory = pruning_memory(run, config.cluster.worker_count, on_gpu=False)
     picked = chosen_linears(skeleton, config.prune)
     pruned = sum(
         skeleton.linears(index)[name].weight.numel()

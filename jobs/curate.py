@@ -24,12 +24,13 @@ from calibprune.calibration.curation import (
 from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.mixing import mixture
 from calibprune.calibration.prefixes import start_token
-from calibprune.calibration.sources import scored_tokens, write_documents
+from calibprune.calibration.sources import scored_tokens, text_unit, write_documents
 from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
 from calibprune.errors import UserError
 from calibprune.model import load_tokenizer
 from calibprune.run import Record, Stage
 from cluster.room import Bundle, capacity
+from cluster.session import worker_bundle
 from cluster.tasks import run_tasks
 from jobs import analysis, progress
 from jobs.generate import dispatched, engines, most_failures
@@ -125,7 +126,7 @@ def _make(run: Run, curation: Curation, missing: Sequence[str], watch: Watch) ->
         (_select, [SELECTION]),
         (_write_files, ["dropped", "pool"]),
     ):
-        batches = _batches(_of_kind(missing, *kinds))
+        batches = _batches(run, _of_kind(missing, *kinds))
         yield from _tasks(run, function, (handle,), batches, watch)
 
 
@@ -148,20 +149,27 @@ def _score_documents(
     tokens = curation.settings.sequence_tokens
     most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
     with engines(run, curation.stage, len(units), watch, most) as crew:
-        for record in dispatched(run, crew, "score", units, give_up, in_a_row):
+        for record in dispatched(run, crew, "score", _tokens(curation, units), give_up, in_a_row):
             progress.tick()
             if record is not None:
                 watch.committed(record)
                 yield record
 
 
+def _tokens(curation: Curation, units: Sequence[str]) -> dict[str, int]:
+    """What each of these units has to score: nothing, where the source has fewer documents than were asked for."""
+    done = curation.stage.done(map(text_unit, units))
+    return {unit: done[text_unit(unit)].facts["tokens"] for unit in units}
+
+
 def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
     return [unit for unit in units if unit.partition("-")[0] in kinds]
 
 
-def _batches(units: Sequence[str]) -> list[Sequence[str]]:
+def _batches(run: Run, units: Sequence[str]) -> list[Sequence[str]]:
     """Consecutive units together: they are of neighbouring shards."""
-    cpus = max(1, capacity(Bundle(1, 0)))
+    room = max(1, capacity(Bundle(1, 0)))
+    cpus = min(room, tasks_at_once(run) or room)
     size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cpus)))
     return [units[first : first + size] for first in range(0, len(units), size)]
 
@@ -173,11 +181,18 @@ def _tasks(
     for done in run_tasks(
         function, arguments, batches, Bundle(1, 0),
         start_seconds=run.config.cluster.start_timeout_seconds, label=watch.label, failed=watch.lost,
+        at_once=tasks_at_once(run),
     ):  # fmt: skip
         progress.tick()
         if done is not None:
             watch.committed(*done)
             yield done.record
+
+
+def tasks_at_once(run: Run) -> int | None:
+    """As many as the workers asked for have cores; None, any number, where nobody says how many workers."""
+    cluster = run.config.cluster
+    return cluster.workers and cluster.workers * worker_bundle(cluster).cpus
 
 
 def _read_documents(

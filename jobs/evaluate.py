@@ -55,7 +55,7 @@ def _measure(run: Run, stage: Stage, prune: Stage, missing: list[str]) -> None:
             events = run_gang(
                 "evaluate",
                 (model, run.windows, settings.batch_sequences, hashes),
-                workers=min(cluster.workers, batches),
+                workers=min(cluster.worker_count, batches),
                 bundle=worker_bundle(cluster),
                 cluster=cluster,
                 progress=lambda: 0,

@@ -2,7 +2,7 @@
 
 import time
 from collections import abc, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -40,6 +40,8 @@ MOST_IN_A_ROW, MOST_AT_FIRST = 20, 2
 their own."""
 LEAST_TOKENS_A_SECOND = 100
 """Of an engine: while nobody knows how long a shard takes, a slower one is held to hang, after an hour at least."""
+STALL_SECONDS = 1800.0
+"""Without a sign of the cutting of prefixes, until its source is held to give nothing any more."""
 PACE_SHARDS = 64
 """Done earlier, from which a resume learns how long one takes."""
 
@@ -129,6 +131,7 @@ class _Prefixes:
             _cut, (*settings, self._stage.url), [sorted(self._uncut)], Bundle(0, 0),
             start_seconds=run.config.cluster.start_timeout_seconds,
             label=self._watch.label, failed=self._watch.lost, poll_seconds=0.0,
+            silent_seconds=STALL_SECONDS,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -143,7 +146,7 @@ def _cut(
     settings: GenerateSettings,
     stage_url: str,
     missing: Sequence[str],
-) -> Iterator[Record]:
+) -> Iterator[Record | None]:
     tokenizer = load_tokenizer(model_url, model.trust_remote_code)
     yield from cut_prefixes(Stage(stage_url), settings, tokenizer, set(missing))
 
@@ -165,6 +168,7 @@ def _generate(
         return {"tokens": 0, "working_seconds": 0.0}
     bad: dict[str, str] = {}
     longest, tokens = longest_done(stage, shards, missing), 0
+    sizes = {unit: len(shard_rows(unit, settings)) * settings.max_tokens for unit in missing}
 
     def set_aside(unit: str, reason: str) -> None:
         bad[unit] = reason
@@ -191,7 +195,7 @@ def _generate(
     ):
         told = ""
         for record in dispatched(
-            run, crew, "complete", [], set_aside, in_a_row, longest, more=arriving
+            run, crew, "complete", sizes, set_aside, in_a_row, longest, more=arriving
         ):
             cut = str(prefixes)
             if isinstance(record, Record) and crew.ready_at is not None:
@@ -251,29 +255,30 @@ def most_failures(run: Run, crew: Crew, units: int) -> int:
 
 
 def dispatched(
-    run: Run, crew: Crew, method: str, units: Sequence[str], set_aside: Any, in_a_row: Any,
+    run: Run, crew: Crew, method: str, tokens: Mapping[str, int], set_aside: Any, in_a_row: Any,
     longest: float = 0.0, more: Iterator[Sequence[str]] | None = None,
 ) -> Any:  # fmt: skip
-    """The units' records as the engines commit them; `more` has those that are still being prepared."""
+    """The units' records as the engines commit them. `tokens`: of every unit, at most. `more`, if given, has the units
+    as they become ready."""
     settings = run.config.generate
     return dispatch(
-        crew, method, units,
+        crew, method, list(tokens) if more is None else [],
         in_flight=settings.shards_in_flight,
         attempts=settings.attempts,
         set_aside=set_aside,
         in_a_row=in_a_row,
         timeout_seconds=settings.shard_timeout_seconds,
         longest=longest,
-        first_seconds=first_seconds(settings),
+        first_seconds=first_seconds(settings, max(tokens.values(), default=0)),
+        work=tokens.__getitem__,
         fatal=(EngineDied,),
         more=more,
     )  # fmt: skip
 
 
-def first_seconds(settings: GenerateSettings) -> float:
-    """What an engine may take for the first shards that it has in flight."""
-    tokens = settings.shards_in_flight * settings.shard_rows * settings.max_tokens
-    return max(FIRST_SECONDS, tokens / LEAST_TOKENS_A_SECOND)
+def first_seconds(settings: GenerateSettings, tokens: int) -> float:
+    """What an engine may take for the first shards that it has in flight, of so many tokens each."""
+    return max(FIRST_SECONDS, settings.shards_in_flight * tokens / LEAST_TOKENS_A_SECOND)
 
 
 def longest_done(stage: Stage, shards: int, missing: Collection[str]) -> float:
@@ -293,5 +298,5 @@ def wanted_engines(run: Run, bundle: Bundle) -> int:
     """As many engines as the pruning workers' GPUs hold; without GPUs, one a worker."""
     cluster = run.config.cluster
     if not bundle.gpus:
-        return cluster.workers
-    return max(1, cluster.workers * (cluster.gpus_per_worker or 1) // bundle.gpus)
+        return cluster.worker_count
+    return max(1, cluster.worker_count * (cluster.gpus_per_worker or 1) // bundle.gpus)

@@ -166,7 +166,7 @@ def _prune(run: Run) -> Iterator[Need]:
         return
     bundle, (sequences, tokens) = worker_bundle(run.config.cluster), pool_to_prune_with(run)
     batches = -(-sequences // run.config.prune.batch_sequences)
-    count = min(run.config.cluster.workers, batches)
+    count = min(run.config.cluster.worker_count, batches)
     host = pruning_memory(run, count, on_gpu=False)
     host_bytes, gpu_bytes, movable = host.bytes, 0, 0
     if bundle.gpus:
@@ -186,7 +186,7 @@ def _evaluate(run: Run) -> Iterator[Need]:
     if not windows or run.stage("evaluate").finished:
         return
     batches = sum(-(-len(ids) // settings.batch_sequences) for ids in windows.values())
-    count = min(run.config.cluster.workers, batches)
+    count = min(run.config.cluster.worker_count, batches)
     tokens = sum(ids.numel() for ids in windows.values())
     work = f"{tokens:,} tokens, dense and pruned"
     bundle = worker_bundle(run.config.cluster)

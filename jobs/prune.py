@@ -106,7 +106,7 @@ def _say_if_missed(run: Run, allocation: dict[str, Any]) -> None:
 
 def usable_workers(run: Run) -> int:
     """The workers asked for, but no more than there are micro-batches to sweep."""
-    wanted = run.config.cluster.workers
+    wanted = run.config.cluster.worker_count
     sequences, _ = pool_shape(run.pool_url)
     batches = -(-sequences // run.config.prune.batch_sequences)
     if batches < wanted:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFIXES_PER_FILE = 20_000
+_GOES_ON_EVERY = 1000
+"""Prefixes gone through, cut anew or not, after which the cutting says that it goes on."""
 _CHECKED = 4096
 """Documents that are looked at before work starts."""
 _REMEMBERED = 20_000
@@ -64,8 +66,9 @@ def cut_prefixes(
     settings: GenerateSettings,
     tokenizer: "PreTrainedTokenizerBase",
     missing: set[str],
-) -> Iterator[Record]:
-    """Reads the source from its start and commits the missing units, each a parquet file of `token_ids`.
+) -> Iterator[Record | None]:
+    """Reads the source from its start and commits the missing units, each a parquet file of `token_ids`; None in
+    between says that it goes on.
 
     Documents with fewer tokens than the prefix is to have, and prompts of too many, are passed over. A source
     that has too few is gone through again, as often as needed: prefixes repeat, their samples do not.
@@ -82,10 +85,12 @@ def cut_prefixes(
         count = min(left, PREFIXES_PER_FILE)
         left -= count
         filled: list[np.ndarray] = []
-        for cut in islice(cuts, count):
+        for number, cut in enumerate(islice(cuts, count), 1):
             last = cut
             if unit in missing:
                 filled.append(cut.token_ids)
+            if number % _GOES_ON_EVERY == 0:
+                yield None
         if unit in missing:
             facts = {
                 "prefixes": count,

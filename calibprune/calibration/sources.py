@@ -88,6 +88,10 @@ def scored_unit(text_unit: str) -> str:
     return "scored-" + text_unit.removeprefix("text-")
 
 
+def text_unit(scored_unit: str) -> str:
+    return "text-" + scored_unit.removeprefix("scored-")
+
+
 def write_documents(
     stage: Stage,
     source: NaturalSource,
@@ -167,7 +171,7 @@ class Scorer(Protocol):
 
 async def score_shard(engine: Scorer, stage: Stage, unit: str) -> Record:
     """Commits `scored-...`: the model's own log-probability of every document, its first token given."""
-    record = stage.record("text-" + unit.removeprefix("scored-"))
+    record = stage.record(text_unit(unit))
     if record.file is None:
         return stage.commit(unit, None, {"rows": 0, "tokens": 0})
     table = read_samples(stage, record)

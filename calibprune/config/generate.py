@@ -109,8 +109,8 @@ class GenerateSettings(Section):
     """Shards that may be left out, set aside after `attempts` failures; with more the stage fails once all others
     are done."""
     shard_timeout_seconds: PositiveInt | None = None
-    """None: ten times the longest measured so far; for the first ones an hour, or more where they hold more tokens than
-    an engine makes in it at 100 a second."""
+    """None: ten times the longest measured so far; for the first ones, and for those of more tokens than any that is
+    done, an hour, or more where they hold more tokens than an engine makes in it at 100 a second."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     cpu_kvcache_gib: PositiveInt = 2
     enforce_eager: bool | None = None

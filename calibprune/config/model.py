@@ -18,7 +18,8 @@ class ClusterSettings(Section):
     """What to ask of Ray. Without an address: RAY_ADDRESS if set, else a Ray of its own on this machine."""
 
     address: Url | None = None
-    workers: PositiveInt = 1
+    workers: PositiveInt | None = None
+    """None: one, and curate's tasks take every CPU that is free. Else these take no more CPUs than the workers have."""
     gpus_per_worker: NonNegativeInt | None = None
     """None: one where the cluster has GPUs, or vLLM is the build for them; else none."""
     cpus_per_worker: PositiveInt | None = None
@@ -26,3 +27,7 @@ class ClusterSettings(Section):
     start_timeout_seconds: PositiveInt = 600
     verbose: bool = False
     """Show the workers' own logs in the driver's output."""
+
+    @property
+    def worker_count(self) -> int:
+        return self.workers or 1

@@ -12,7 +12,7 @@ from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.run import Record
 from cluster.crew import Crew, StartFailed
-from cluster.dispatch import Queue, dispatch
+from cluster.dispatch import Patience, Queue, dispatch
 from cluster.room import Bundle, NoRoom
 from cluster.session import connect
 from tests.cluster.leftovers import assert_nothing_left, leftovers
@@ -64,7 +64,7 @@ class Worker:
                 raise ValueError("the prompt is poisoned")
             if trouble.startswith("user"):
                 raise UserError("the prefix source is gone")
-        time.sleep(self._trouble.get("seconds", 0))
+        time.sleep(0 if trouble == "no work" else self._trouble.get("seconds", 0))
         return Record(unit, None, 0, None, {"attempt": attempt, "node": os.environ.get("NODE")})
 
 
@@ -154,6 +154,22 @@ def test_what_no_unit_can_be_blamed_for_is_no_failure_in_a_row():
     assert told == [1, 2, 1]
 
 
+def test_a_unit_that_is_lost_with_its_node_again_and_again_is_blamed_in_the_end():
+    bad: dict[str, str] = {}
+    queue, done, lost = Queue(["a", "b", "c"], 3, bad.__setitem__), [], 0
+    while queue and lost < 20:
+        units = [queue.take([])]
+        units += filter(None, [queue.take(units)])
+        if "b" in units:
+            queue.failed(units, OSError("its node has died"), counted=False)
+            lost += 1
+        else:
+            done += units
+    assert done == ["a", "c"] and bad == {"b": "its node has died"}
+    assert lost == 5 + 1 + 3  # the sixth time beside another
+    queue.failed([], OSError(), counted=False)  # a node without any
+
+
 def test_the_first_unit_may_take_longer_than_what_was_measured_by_another_driver(
     cluster, tmp_path, monkeypatch
 ):
@@ -167,6 +183,26 @@ def test_what_was_measured_by_another_driver_counts(cluster, tmp_path, monkeypat
     monkeypatch.setattr("cluster.dispatch.HANG_FLOOR_SECONDS", 0.1)
     attempts, _ = run(tmp_path, {"seconds": 1.5}, units=1, longest=1.0, first_seconds=0.1)
     assert attempts == {"0": 0}
+
+
+def test_a_unit_without_work_does_not_shorten_the_time_of_others(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.dispatch.HANG_FLOOR_SECONDS", 0.1)
+    work = {"0": 0.0, "1": 7.0}
+    attempts, _ = run(
+        tmp_path, {"0": "no work", "seconds": 3}, units=2, workers=1, first_seconds=60, work=work.__getitem__
+    )  # fmt: skip
+    assert attempts == {"0": 0, "1": 0}
+
+
+def test_what_a_unit_took_counts_for_units_of_no_more_work():
+    work = {"empty": 0.0, "small": 3.0, "large": 500.0}
+    patience = Patience(None, 0.0, 3600.0, work.__getitem__)
+    patience.learn("empty", 0.1)
+    assert {patience.seconds(unit) for unit in work} == {3600.0}
+    patience.learn("small", 2.0)
+    assert [patience.seconds(unit) for unit in work] == [300.0, 300.0, 3600.0]
+    patience.learn("large", 400.0)
+    assert {patience.seconds(unit) for unit in work} == {4000.0}
 
 
 def test_what_the_user_can_mend_ends_the_stage_at_once(cluster, tmp_path):

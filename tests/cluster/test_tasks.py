@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 import uuid
 from pathlib import Path
 
@@ -80,6 +81,26 @@ def test_what_a_task_raises_ends_the_work(cluster, tmp_path):
         run(tmp_path, [("a", "b")], {"b": "raise"})
     assert isinstance(caught.value.cause, UserError)
     assert list(Stage(str(tmp_path)).done()) == ["a"]
+
+
+def fall_silent(units: tuple[str, ...]):
+    yield Record(units[0], None, 0, None, {})
+    for _ in range(8):
+        time.sleep(0.5)
+        yield None
+    time.sleep(1000)
+
+
+def test_a_task_of_which_nothing_is_heard_any_more_ends_the_work(cluster):
+    work = run_tasks(
+        fall_silent, (), [("a", "b", "c")], Bundle(0, 0),
+        start_seconds=60, label=Label("run", "generate"), silent_seconds=2.5,
+    )  # fmt: skip
+    assert next(filter(None, work)).record.unit == "a"
+    since = time.monotonic()
+    with pytest.raises(TaskLost, match=r"the task of b, c gave nothing for 2.5 s"):
+        list(work)
+    assert time.monotonic() - since > 6  # it was heard of for four seconds
 
 
 class Holder:

@@ -85,6 +85,21 @@ def test_tasks_make_what_one_process_makes_though_one_dies(run, cluster, failpoi
     curate.run(with_curate(run, analysis={"documents": 3}))  # says nothing about the pool
 
 
+def test_a_shard_of_documents_is_known_by_its_tokens_an_empty_one_by_none(run, tmp_path):
+    lines = {"type": "text", "name": "lines", "path": str(tmp_path / "lines.txt"), "documents": 40,
+             "document_tokens": 1 << 17, "bos": False}  # fmt: skip
+    filters = [{"type": "perplexity"}]
+    natural = with_curate(run, sources=[lines], filters=filters, sequence_tokens=4)
+    stage = natural.stage("curate")
+    curation = plan_curation(stage.url, natural.config.curate, {})
+    units = curation.text_units(curation.natural_sources()[0])
+    tokens = [80, 88, 88, 96, 0]
+    for unit, count in zip(units, tokens, strict=True):
+        stage.commit(unit, None, {"rows": 8, "tokens": count})
+    scored = [unit for unit in curation.units() if unit.startswith("scored-")]
+    assert curate._tokens(curation, scored[1:]) == dict(zip(scored[1:], tokens[1:], strict=True))
+
+
 @pytest.mark.slow
 def test_documents_beside_samples_are_scored_where_a_filter_asks(run, cluster, tmp_path):
     model = write_tiny_llama(tmp_path / "model", hidden=128)  # which the engine's CPU kernels know

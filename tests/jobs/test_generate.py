@@ -1,6 +1,7 @@
 """What the driver of generate hands to others, and when it gives up."""
 
 import re
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,14 @@ from ray.exceptions import RayTaskError
 
 from calibprune.calibration.engine import model_and_revision
 from calibprune.calibration.prefixes import prefix_units
-from calibprune.config import Config, GenerateSettings
+from calibprune.config import ClusterSettings, Config, GenerateSettings
 from calibprune.errors import UserError
 from calibprune.journal import Failure
 from calibprune.run import Record, Stage
 from cluster.dispatch import Queue
+from cluster.label import Label
 from cluster.room import Bundle
+from cluster.session import connect
 from cluster.tasks import Done, TaskLost
 from jobs import generate
 from jobs.check import check_vllm
@@ -127,6 +130,31 @@ def test_shards_are_made_while_later_prefixes_are_still_being_cut(tmp_path, monk
             generate._generate(made, made.stage("generate"), 6, [], set(files[1:]), watch)
 
 
+def test_a_source_of_prefixes_that_stalls_ends_the_cutting(tmp_path, monkeypatch):
+    monkeypatch.setattr("calibprune.calibration.prefixes.PREFIXES_PER_FILE", 4)
+    monkeypatch.setattr(generate, "STALL_SECONDS", 1.0)
+    settings = {"samples": 8, "prefixes": {"type": "dataset", "path": "texts.txt"}}
+    config = {"model": {"path": str(write_tiny_llama(tmp_path / "tiny"))}, "output": str(tmp_path)}
+    made = Run(Config.model_validate(config | {"generate": settings | {"shard_rows": 4}}))
+
+    def cut_one(*arguments):
+        yield Record("prefixes-00000", None, 0, None, {})
+        time.sleep(1000)
+
+    monkeypatch.setattr(generate, "_cut", cut_one)
+    told: list[Failure] = []
+    watch: Any = SimpleNamespace(
+        committed=lambda *_: None, failed=told.append, lost=print, label=Label("run", "generate")
+    )
+    uncut = set(prefix_units(made.config.generate))
+    cutting = generate._Prefixes(made, made.stage("generate"), uncut, watch)
+    with connect(ClusterSettings()):
+        ready = [shard for some in cutting.ready_of(["00000", "00001"]) for shard in some]
+    assert ready == ["00000"] and isinstance(cutting.trouble, TaskLost)
+    (failure,) = told
+    assert failure.units == ("prefixes-00001",) and "gave nothing for 1 s" in failure.message
+
+
 @pytest.mark.parametrize(
     ("url", "model", "revision"),
     [
@@ -169,8 +197,8 @@ def driver(tmp_path, monkeypatch):
     units = [f"{unit:05d}" for unit in range(30)]
 
     def go(bad: set[str], most_done: int = 30) -> set[str]:
-        def dispatched(run, crew, method, missing, set_aside, in_a_row, longest, more):
-            queue = Queue(missing, run.config.generate.attempts, set_aside, in_a_row, more)
+        def dispatched(run, crew, method, tokens, set_aside, in_a_row, longest, more):
+            queue = Queue([], run.config.generate.attempts, set_aside, in_a_row, more)
             queue.refill(), queue.refill()
             while queue and len(stage.done_units()) < most_done:
                 unit = queue.take([])
@@ -214,7 +242,6 @@ def test_a_resume_knows_how_long_a_shard_takes_and_a_first_shard_gets_time_by_it
     for unit, seconds in (("00000", 40.0), ("00002", 70.0)):
         stage.commit(unit, None, {"seconds": seconds})
     assert longest_done(stage, 3, ["00001"]) == 70.0
-    small = GenerateSettings(shard_rows=10, max_tokens=100)
-    assert first_seconds(small) == 3600
-    large = GenerateSettings(shard_rows=500, max_tokens=2048, shards_in_flight=2)
-    assert first_seconds(large) == 2 * 500 * 2048 / 100
+    settings = GenerateSettings(shards_in_flight=2)
+    assert first_seconds(settings, 10 * 100) == 3600
+    assert first_seconds(settings, 500 * 2048) == 2 * 500 * 2048 / 100

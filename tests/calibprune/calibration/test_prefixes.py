@@ -206,6 +206,17 @@ def test_missing_units_are_cut_alone_and_as_they_were(tokenizer, tmp_path, small
     ]
 
 
+def test_cutting_says_that_it_goes_on_also_where_all_is_cut_already(
+    tokenizer, texts, tmp_path, small_files, monkeypatch
+):
+    monkeypatch.setattr(prefixes, "_GOES_ON_EVERY", 2)
+    settings = dataset(texts, 11, tokens=1)
+    told = list(
+        cut_prefixes(Stage(str(tmp_path)), settings, tokenizer, {prefix_units(settings)[2]})
+    )
+    assert [one and one.unit for one in told] == [None] * 5 + ["prefixes-00002"]
+
+
 def test_cutting_reads_no_further_than_it_must(tokenizer, tmp_path, small_files):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "good"}\n' * 6 + "not json\n")
