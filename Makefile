@@ -9,7 +9,7 @@ MODEL := .cache/demo-model
 CUDA := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH_CPU := torch==2.13.0
 
-.PHONY: demo test test-slow check setup clean
+.PHONY: demo test test-slow check constraints setup clean
 
 demo: setup $(MODEL)/model.safetensors
 	$(BIN)/calibprune run configs/demo.yaml
@@ -25,6 +25,13 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/pytest -m "not slow"
+
+# What every node of a cluster has, for the Python of the image. The versions that the file has are kept where they can
+# be; without the file the newest are taken. Left to itself, uv takes a cuda-python of another CUDA than torch's.
+constraints: setup
+	printf '%s\n' "vllm[runai]" "cuda-python>=13" | $(BIN)/uv pip compile pyproject.toml - --quiet \
+	  --extra cuda --python-platform x86_64-manylinux_2_28 --python-version 3.12 --no-annotate \
+	  --custom-compile-command "make constraints" --output-file cluster/deploy/constraints.txt
 
 setup: $(VENV)/.ready
 

@@ -1,6 +1,8 @@
-"""This process: where it runs, how much memory it has, and how to give that back."""
+"""This process: where it runs, where it keeps compiled code, how much memory it has, and how to give that back."""
 
+import contextlib
 import ctypes
+import os
 import resource
 import socket
 from pathlib import Path
@@ -9,6 +11,23 @@ from pathlib import Path
 def node() -> str:
     """The name of this machine, or of its container: what the records of the work done here say."""
     return socket.gethostname()
+
+
+def keep_compiled_code_private() -> None:
+    """Has PyTorch, and what this process starts, keep compiled code with the user's other caches.
+
+    A part of it makes a folder for that as soon as it is imported, by itself in the one for temporary files: under a
+    name that everybody knows, and for good. Nothing is changed where a folder was chosen, or where the user has none.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    if name in os.environ:
+        return
+    with contextlib.suppress(OSError, RuntimeError):
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        if caches.parent.is_dir():
+            folder = caches / "calibprune" / "torchinductor"
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.environ[name] = str(folder)
 
 
 def host_memory(field: str = "VmRSS") -> int:

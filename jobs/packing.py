@@ -22,8 +22,9 @@ CONFIG = "calibprune-submitted.yaml"
 """The configuration's name in the package."""
 MOST_BYTES = 100 << 20
 """Of a package before it is compressed: it goes through the cluster's head."""
-SCANNED_BYTES = 1 << 20
-"""Larger files are not searched for credentials."""
+SEARCHED_AT_ONCE = 1 << 20
+LONGEST_CREDENTIAL = 4096
+"""Characters, as is the former: so many are searched with the piece before and with the one after."""
 
 NOT_SOURCE = """
     .git .hg .svn .venv* venv .tox .nox __pycache__ *.py[co] *.egg-info .*_cache .cache .ipynb_checkpoints .DS_Store
@@ -41,7 +42,7 @@ CREDENTIALS = """
 """
 """Files and folders that hold credentials by their names."""
 _SETTING = re.compile(
-    r"""(?<![\w.-])(?P<name>[\w.-]{1,100})["']?\]?(?P<between>[ \t]*[:=][ \t]*)["']?"""
+    r"""(?<![\w.-])(?P<name>[\w.-]{1,100})["']?\]?(?P<between>[ \t]*(?::=|[:=](?!=))[ \t]*)["']?"""
     r"""(?P<value>[\w+/=.~@:!-]{6,1000}+)(?=["'\s,;)}\]#]|$)"""
 )
 _CODE = re.compile(
@@ -92,7 +93,7 @@ def source_tree(folder: Path) -> Tree | None:
             continue
         if not path.resolve().is_relative_to(root):  # a link that leads out of the tree
             continue
-        (withheld if _looks_secret(root, name) else files).append(name)
+        (withheld if _named_as_secret(root, name) else files).append(name)
     files = _without_runs(files)
     sizes = {name: (root / name).stat().st_size for name in files}
     if sum(sizes.values()) > MOST_BYTES:
@@ -102,7 +103,9 @@ def source_tree(folder: Path) -> Tree | None:
             f"{root} has {sum(sizes.values()) / 1e6:.0f} MB to send, at most {MOST_BYTES / 1e6:.0f} MB go along: name "
             f"what the job does not need in .gitignore or .rayignore; the largest files are {listed}"
         )
-    return Tree(root, tuple(files), tuple(withheld))
+    holding = [name for name in files if any(map(holds_secret, _pieces(root / name)))]
+    files = [name for name in files if name not in holding]
+    return Tree(root, tuple(files), tuple(sorted(withheld + holding)))
 
 
 def write_package(target: Path, tree: Tree | None, config: str) -> None:
@@ -157,12 +160,19 @@ def _lines(root: Path, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _looks_secret(root: Path, name: str) -> bool:
-    path = root / name
-    real = str(path.resolve().relative_to(root))
-    if _credentials.match_file(name.lower()) or _credentials.match_file(real.lower()):
-        return True
-    return path.stat().st_size <= SCANNED_BYTES and holds_secret(path.read_text("utf-8", "replace"))
+def _named_as_secret(root: Path, name: str) -> bool:
+    real = str((root / name).resolve().relative_to(root))
+    return any(_credentials.match_file(one.lower()) for one in (name, real))
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The text of a file, however long: each piece begins with the end of the one before, so that no credential is
+    cut through in all of them."""
+    end = ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while text := file.read(SEARCHED_AT_ONCE):
+            yield end + text
+            end = text[-LONGEST_CREDENTIAL:]
 
 
 def holds_secret(text: str) -> bool:

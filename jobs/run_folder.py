@@ -37,8 +37,12 @@ class Run:
         return storage.exists(self.url("run.json"))
 
     def open(self) -> None:
-        """Writes run.json: the resolved configuration and the versions; clears away what killed drivers left."""
+        """Writes run.json: the resolved configuration and the versions; clears away what was left by those killed.
+
+        For the only driver, before it starts workers: what is still being uploaded is then nobody's.
+        """
         storage.remove_probes(self.config.output)
+        storage.abort_uploads(self.config.output)
         storage.write_json(
             self.url("run.json"),
             {

@@ -230,9 +230,8 @@ def faulty_proxy(backend: str) -> Iterator[Proxy]:
 
 
 def _error(fault: Fault) -> bytes:
-    code = {403: "AccessDenied", 429: "TooManyRequests", 503: "SlowDown"}.get(
-        fault.status or 0, "InternalError"
-    )
+    codes = {403: "AccessDenied", 429: "TooManyRequests", 501: "NotImplemented", 503: "SlowDown"}
+    code = codes.get(fault.status or 0, "InternalError")
     return f"<Error><Code>{code}</Code><Message>as ordered</Message></Error>".encode()
 
 

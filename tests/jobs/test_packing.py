@@ -45,6 +45,7 @@ SECRETS = {
     "wandb.sh": "WANDB_API_KEY=" + "a1" * 20,
     "ray.sh": "RAY_AUTH_TOKEN=" + "ab" * 32,
     "mlflow.sh": "MLFLOW_TRACKING_PASSWORD=" + "planted" * 2,
+    "walrus.go": 'password := "planted2planted2"',
     "words.toml": "password = " + '"planted2planted2"',
     "hub/token": "planted",
     "token.txt": "planted",
@@ -58,7 +59,7 @@ API_KEY=<your key> RAY_AUTH_TOKEN_PATH=/run/secrets/ray_token_1 AWS_SECRET_ACCES
 token = tokenizer2.bos_token_id; access_key=os.environ["AWS_SECRET_ACCESS_KEY"]
 max_tokens: 2048, token_ids=[1, 2], eos_token: "<|end_of_text|>", password: str, signature = inspect.signature(f)
 --secret RAY_AUTH_TOKEN=... git@github.com:org/name https://example.com/a?page=1
-token_mask=attention_mask_4d token_budget: 1_000_000_000
+tokenspeed-triton==3.9.10.post20261028 tokenizer-of>=0.1 token_mask=attention_mask_4d token_budget: 1_000_000_000
 "transformer.token_embedding.weight": "model-00001-of-00002.safetensors"
 """
 STAYS = [
@@ -184,6 +185,21 @@ def test_too_much_is_refused_with_the_largest_files_named(tree, monkeypatch):
     with pytest.raises(UserError, match=r"data/large\.jsonl \(4 MB\)") as refused:
         source_tree(tree)
     assert "ignored.safetensors" not in str(refused.value) and ".rayignore" in str(refused.value)
+
+
+@pytest.mark.parametrize("before", [packing.SEARCHED_AT_ONCE - 29, 9 << 17])
+def test_a_credential_deep_in_a_large_file_is_found(tmp_path, before):
+    """The first one lies across the border of two pieces."""
+    for name in ("jobs/__main__.py", "calibprune/run.py"):
+        write(tmp_path / name, b"")
+    line = b'"output": "loss 0.5 of 2048 tokens, perplexity 12.75",\n'
+    filling = line * ((5 << 18) // len(line))
+    secret = b'\n"source": "login(token=' + b"h" + b"f_" + b"a1" * 17 + b')",\n'
+    write(tmp_path / "plain.ipynb", filling)
+    write(tmp_path / "planted.ipynb", filling[:before] + secret + filling[before:])
+    found = source_tree(tmp_path)
+    assert found is not None
+    assert found.withheld == ("planted.ipynb",) and "plain.ipynb" in found.files
 
 
 def test_elsewhere_the_configuration_travels_alone(tmp_path):

@@ -1,0 +1,37 @@
+"""What a process of ours does to the machine that it runs on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def variable_of(code: str, folder: Path, **environment: str) -> str:
+    """TORCHINDUCTOR_CACHE_DIR after the code, in a process of its own that has the folder for temporary files."""
+    left_out = ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+    given = {k: v for k, v in os.environ.items() if k not in left_out} | environment
+    code += "; import os; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=given | {"TMPDIR": str(folder), "PYTHONPATH": str(Path.cwd())},
+    ).stdout.strip()  # fmt: skip
+
+
+def test_importing_makes_no_folder_for_compiled_code_in_the_one_that_all_share(tmp_path):
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir(), temporary.mkdir()
+    found = Path(variable_of("import calibprune, torch._dynamo", temporary, HOME=str(home)))
+    assert found.is_relative_to(home) and found.stat().st_mode & 0o077 == 0
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/nonexistent"])
+def test_who_has_no_folder_of_his_own_is_none_the_worse(tmp_path, home):
+    assert variable_of("import calibprune", tmp_path, HOME=home) == "None"
+    assert not Path("/nonexistent").exists()
+
+
+def test_a_folder_that_was_chosen_stays(tmp_path):
+    assert variable_of("import calibprune", tmp_path, TORCHINDUCTOR_CACHE_DIR="/a/b") == "/a/b"
