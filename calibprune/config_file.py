@@ -17,7 +17,7 @@ from calibprune import storage
 from calibprune.config import Config
 from calibprune.config.base import named
 from calibprune.errors import UserError
-from calibprune.plain import holds_credential
+from calibprune.plain import holds_credential, one_line
 
 _REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
 """To another setting. OmegaConf knows more, such as `${oc.env:NAME}`: a stranger's file must not read what is in the
@@ -28,7 +28,27 @@ MOST_VALUES = 100_000
 
 
 class _PlainNumbers(yaml.SafeLoader):
-    """YAML whose numbers are what they look like: 2:4 is a pattern, not 124 in base 60, and 1e-3 is a number."""
+    """YAML whose numbers are what they look like: 2:4 is a pattern, not 124 in base 60, and 1e-3 is a number.
+
+    A key stands once in a section: of two sections of one name, the first would be lost without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        _refuse_repeated_keys(node)
+        return node
+
+
+def _refuse_repeated_keys(node: Any) -> None:
+    first: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        line = key.start_mark.line + 1
+        if (key.tag, key.value) in first:
+            raise yaml.YAMLError(
+                f"{key.value} is given in line {first[key.tag, key.value]} and again in line {line}: give it once"
+            )
+        first[key.tag, key.value] = line
 
 
 _PlainNumbers.yaml_implicit_resolvers = {
@@ -136,6 +156,8 @@ def _read(path: str) -> DictConfig:
         tree = OmegaConf.create(content)
     except FileNotFoundError:
         raise UserError(f"no configuration at {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give the YAML file of a run") from None
     except RecursionError:
         raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -149,7 +171,13 @@ def _parse(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"an override is key.path=value, not {override!r}")
-    content = yaml.load(value, _PlainNumbers)
+    if not value.strip():
+        raise UserError(f"{key}= gives no value: leave it out, or write {key}=null for the default")
+    try:
+        content = yaml.load(value, _PlainNumbers)
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = one_line(getattr(error, "problem", None) or error)
+        raise UserError(f"the value of {key}=... is not valid YAML: {problem}") from None
     _only_references(key, content)
     return key, content
 

@@ -88,6 +88,10 @@ def test_a_pattern_needs_no_quotes(minimal):
         ("model={}", r"model\.path is missing"),
         ("evaluate.perplexity=[{name: a, path: b}, {name: a, path: c}]", "a name of its own"),
         ("prune", r"an override is key\.path=value"),
+        ("prune.sparsity=", r"^prune\.sparsity= gives no value: .* prune\.sparsity=null"),
+        ("preset= ", r"^preset= gives no value"),
+        ("prune.keep=[down_proj", r"^the value of prune\.keep=\.\.\. is not valid YAML: expected"),
+        ("prune={sparsity: 0.5, sparsity: 0.6}", "sparsity is given in line 1 and again in line 1"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(minimal, override, message):
@@ -130,6 +134,33 @@ def test_missing_and_broken_files_are_told(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(UserError, match="model is missing"):
         load_config(str(tmp_path / "empty.yaml"))
+
+
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(UserError, match="is a folder: give the YAML file"):
+        load_config(str(tmp_path))
+
+
+def test_a_section_that_is_given_twice_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: m}\noutput: x\nprune: {sparsity: 0.7}\nprune: {batch_sequences: 8}\n"
+    )
+    with pytest.raises(UserError, match="prune is given in line 3 and again in line 4"):
+        load_config(str(path))
+
+
+def test_merge_keys_may_be_overridden_where_they_are_taken(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: m}\noutput: x\n"
+        "evaluate:\n  perplexity:\n    - &a {name: a, path: p, column: c}\n"
+        "    - &b {<<: *a, name: b}\n    - {<<: *b, name: c}\n"
+    )
+    texts = load_config(str(path)).evaluate.perplexity
+    assert [(one.name, one.path, one.column) for one in texts] == [
+        (name, "p", "c") for name in "abc"
+    ]
 
 
 def test_settings_cannot_be_changed_afterwards(minimal):
