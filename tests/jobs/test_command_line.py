@@ -57,6 +57,7 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
     ("overrides", "message"),
     [
         (["model.path=/no/such/folder"], "there is no model at /no/such/folder"),
+        (["model.path=models/nosuch"], "there is no folder models/nosuch here, so it was taken"),
         (["prune.sparsity=1.2"], "prune.sparsity: Input should be less than 1"),
         (["prune.pattern=4:2"], 'pattern "4:2"'),
         (["prune.pattern=3:7"], "multiple of 7"),
