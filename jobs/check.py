@@ -17,7 +17,15 @@ from calibprune.calibration.prefixes import check_prefixes, longest_prefix
 from calibprune.calibration.sources import document_tokens, scored_tokens
 from calibprune.calibration.texts import documents
 from calibprune.checkpoint import check_reachable
-from calibprune.config import Config, GeneratedSource, NaturalSource, PerplexityFilter
+from calibprune.config import (
+    Config,
+    CurateSettings,
+    GeneratedSource,
+    LengthFilter,
+    NaturalSource,
+    PerplexityFilter,
+    Source,
+)
 from calibprune.errors import UserError
 from calibprune.run import Stage
 from jobs.run_folder import Run
@@ -109,6 +117,7 @@ def _check_sources(config: Config, most_tokens: int) -> None:
             most, samples = most_tokens, kept_at_most(config, config.generate.samples)
         else:  # of another run: there is no telling without reading it
             most = samples = sys.maxsize
+        _check_length_filters(settings, source, most)
         kept.append(samples)
         if settings.pack == "document":
             available.append(samples if most >= settings.sequence_tokens else 0)
@@ -117,6 +126,18 @@ def _check_sources(config: Config, most_tokens: int) -> None:
     short = shortage(settings, counts, kept, available)
     if short:
         raise UserError(f"as long as samples may get, {short}")
+
+
+def _check_length_filters(settings: CurateSettings, source: Source, most_tokens: int) -> None:
+    longer = "curate.sources' document_tokens or curate.sequence_tokens"
+    if isinstance(source, GeneratedSource):
+        longer = "generate.max_tokens"
+    for index, one in enumerate(settings.filters):
+        if isinstance(one, LengthFilter) and one.min_tokens > most_tokens:
+            raise UserError(
+                f"curate.filters.{index} drops every sample of {source.name}: its min_tokens is {one.min_tokens}, and "
+                f"none has more than {most_tokens} tokens: lower it, or raise {longer}"
+            )
 
 
 def _check_pattern(run: Run, chosen: Sequence[Sequence[str]]) -> None:

@@ -67,6 +67,10 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
         (["generate.max_tokens=512"], "generate.max_tokens with its prefix is 513"),
         (["evaluate.sequence_tokens=600"], "evaluate.sequence_tokens is 600"),
         (["curate.sequences=1000"], "raise generate.samples"),
+        (
+            ["curate.filters=[{type: length, min_tokens: 66}]"],
+            "curate.filters.0 drops every sample of self-generated: its min_tokens is 66, and none has more than 65",
+        ),
         (["evaluate.sequences=1000000"], "held-out text docs has"),
         (["evaluate.perplexity=[{name: a, path: /no/text.txt}]"], "/no/text.txt"),
         (["generate.prefixes={type: dataset, path: /no/text.txt}"], "/no/text.txt"),
