@@ -118,24 +118,22 @@ def check(
 
     Starts no work. Exit code 2 where something is missing."""
     from calibprune.config_file import load_config
-    from jobs.check import advice, check_before_work, requirements
+    from jobs.check import advice, check_before_work, memory_in_lines, requirements
     from jobs.preflight import check_cluster, cluster_to_look_at
     from jobs.run_folder import Run
 
     checked = Run(load_config(config, overrides or ()))
     check_before_work(checked, ALL)
-    needed = requirements(checked)
-    for name, value in needed.items():
-        shown = f"{value:,}" if isinstance(value, int) else value
-        if name.endswith("bytes"):
-            shown = f"{value / 2**30:.3g} GiB"
-        print(f"{name.removesuffix('_bytes').replace('_', ' '):<26} {shown}")
+    for name, value in requirements(checked).items():
+        print(f"{name:<26} {value}")
+    for line in memory_in_lines(checked):
+        print(line)
     settings = cluster_to_look_at(checked.config.cluster, cluster)
     if settings is not None:
         answered, notes = check_cluster(checked, settings)
         print(f"the configuration is fine, and the cluster has what it needs: {answered}")
     else:
-        notes = advice(needed, checked.config.cluster.workers)
+        notes = advice(checked)
         print("the configuration is fine")
         print("no cluster was looked at: --cluster does, and so do cluster.address and RAY_ADDRESS")
     for line in notes:

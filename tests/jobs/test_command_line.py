@@ -54,6 +54,43 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
 
 
 @pytest.mark.parametrize(
+    ("overrides", "label"),
+    [([], "worker memory"), (["cluster.gpus_per_worker=1"], "worker GPU memory")],
+)
+def test_check_tells_sizes_alike_and_the_memory_where_it_is_needed(
+    capsys, config, overrides, label
+):
+    odd = ["prune.allocation={type: list, sparsities: [0.97, 0.97, 0.97]}"]
+    code, out, errors = calibprune_here(capsys, "check", config, *overrides, *odd)
+    told = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line.strip())
+    assert code == 0, errors
+    assert told["sparsity of prunable"].strip() == "0.9702"
+    assert told["pruned checkpoint"].split()[1] == "MiB"
+    assert "not all at the same time" in told[label]
+
+
+def test_a_worker_that_does_not_fit_this_machine_is_told_what_takes_most(
+    capsys, config, monkeypatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("jobs.check.os.sysconf", lambda name: 1)
+    large = ["generate.samples=1000", "curate.sequences=400", "evaluate.perplexity=[]"]
+    told = {
+        batch: calibprune_here(
+            capsys, "check", "--local", config, *large, f"prune.batch_sequences={batch}"
+        )[2]
+        for batch in (1, 400)
+    }
+    assert "of this machine" in told[1] and "lower curate.sequences" in told[1]
+    assert "lower prune.batch_sequences" in told[400]
+    for elsewhere in ("cluster.gpus_per_worker=1", "cluster.address=127.0.0.1:1"):
+        _, _, errors = calibprune_here(
+            capsys, "check", "--local", config, elsewhere, "evaluate.perplexity=[]"
+        )
+        assert "of this machine" not in errors
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model.path=/no/such/folder"], "there is no model at /no/such/folder"),
