@@ -270,6 +270,16 @@ ADVICE = {
 """By the part of a worker's memory that holds most."""
 
 
+def unmeasured(run: Run) -> list[str]:
+    """What the run will not say at its end."""
+    if run.config.evaluate.perplexity:
+        return []
+    return [
+        "evaluate.perplexity names no text: no perplexity will be measured (python-docs is one that is always there, "
+        "as in evaluate.perplexity='[{name: python-docs, path: python-docs}]')"
+    ]
+
+
 def advice(run: Run) -> list[str]:
     """What to change where the workers do not fit this machine; nothing where they are to run on GPUs or elsewhere."""
     from jobs.preflight import cluster_to_look_at, gib

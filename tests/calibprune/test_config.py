@@ -86,6 +86,7 @@ def test_a_pattern_needs_no_quotes(minimal):
         ("generate.samples=many", r"generate\.samples: .*\(given: 'many'\)"),
         ("prune.method.type=wanad", r"prune\.method: there is no 'wanad': did you mean wanda\?"),
         ("model={}", r"model\.path is missing"),
+        ("cluster.gpus_per_worker=4", r"uses one GPU, .* for more GPUs raise workers \(given: 4\)"),
         ("evaluate.perplexity=[{name: a, path: b}, {name: a, path: c}]", "a name of its own"),
         ("prune", r"an override is key\.path=value"),
         ("prune.sparsity=", r"^prune\.sparsity= gives no value: .* prune\.sparsity=null"),

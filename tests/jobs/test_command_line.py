@@ -38,6 +38,7 @@ def test_help_teaches_and_answers_at_once():
     assert imported.stdout.strip() == "set()"
     for word in ("generate", "curate", "prune", "evaluate", "report", "check", "status", "resumes"):
         assert word in result.stdout
+    assert result.stdout.index("calibprune demo-model") < result.stdout.index("calibprune check")
     assert "key.path=value" in calibprune("run", "--help").stdout
 
 
@@ -67,6 +68,12 @@ def test_check_tells_sizes_alike_and_the_memory_where_it_is_needed(
     assert told["sparsity of prunable"].strip() == "0.9702"
     assert told["pruned checkpoint"].split()[1] == "MiB"
     assert "not all at the same time" in told[label]
+
+
+def test_check_notes_that_nothing_will_be_measured(capsys, config):
+    for texts, noted in (([], False), (["evaluate.perplexity=[]"], True)):
+        code, _, errors = calibprune_here(capsys, "check", "--local", config, *texts)
+        assert code == 0 and noted == ("note: evaluate.perplexity names no text" in errors)
 
 
 def test_a_worker_that_does_not_fit_this_machine_is_told_what_takes_most(
