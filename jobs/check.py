@@ -26,8 +26,8 @@ from calibprune.config import (
     PerplexityFilter,
     Source,
 )
-from calibprune.errors import UserError
-from calibprune.run import Stage
+from calibprune.errors import DriftError, UserError
+from calibprune.run import Stage, flat
 from jobs.run_folder import Run
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     if set(stages) == {"report"}:
         if not run.begun:
             raise UserError(f"there is no run at {run.config.output} to report on")
+        _check_as_made(run)
         return
     check_reachable(run.config.model.path, CONTACT_SECONDS)
     context = context_tokens(run.skeleton.model.config)
@@ -67,6 +68,8 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         chosen = chosen_linears(run.skeleton, run.config.prune)
         _check_pattern(run, chosen)
         check_allocation(run.config.prune, shapes_of(run.skeleton, chosen))
+    if "prune" in stages and "curate" not in stages and run.config.prune.pool is None:
+        run.stage("curate").manifest()
     if "prune" in stages and run.config.prune.pool is not None:
         _, tokens = pool_shape(run.config.prune.pool)
         if context and tokens > context:
@@ -75,6 +78,22 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
             )
     if "evaluate" in stages:
         _ = run.windows
+
+
+def _check_as_made(run: Run) -> None:
+    """Raises DriftError where a finished stage was made with other settings than the report would show."""
+    for name in ("generate", "curate", "prune", "evaluate"):
+        stage = run.stage(name)
+        if not stage.finished:
+            continue
+        settings = flat({name: getattr(run.config, name).model_dump(mode="json")})
+        made = stage.read_plan()["identity"]
+        changed = [key for key in settings if key in made and made[key] != settings[key]]
+        if changed:
+            listed = "; ".join(f"{key} was {made[key]}, now {settings[key]}" for key in changed)
+            raise DriftError(
+                f"{stage.url} was made with other settings: {listed}. Give the same to report on it"
+            )
 
 
 def _check_lengths(run: Run, stages: Sequence[str], context: int | None) -> None:

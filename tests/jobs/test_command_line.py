@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from calibprune import storage
+from calibprune.config_file import load_config
+from jobs.run_folder import Run
 from tests.jobs.command import calibprune, calibprune_here
 from tests.servers import s3_at, s3_server
 
@@ -239,6 +241,26 @@ def test_a_store_that_is_out_for_long_is_no_bad_input(capsys, config, monkeypatc
 def test_a_report_of_nothing_is_told(capsys, config, tmp_path):
     code, _, errors = calibprune_here(capsys, "report", config)
     assert code == 2 and "to report on" in errors and not list(tmp_path.glob("out/*"))
+
+
+def test_pruning_before_there_is_a_pool_says_what_to_run_first(capsys, config):
+    code, _, errors = calibprune_here(capsys, "prune", config)
+    assert code == 2 and "run the stage curate first" in errors
+
+
+def test_a_report_needs_the_settings_of_its_run_and_no_cluster(capsys, config, tmp_path):
+    run = Run(load_config(str(config)))
+    run.open()
+    stage = run.stage("evaluate")
+    stage.plan({"evaluate": run.config.evaluate.model_dump(mode="json")}, ["dense", "pruned"])
+    for unit in ("dense", "pruned"):
+        stage.commit(unit, None, {"perplexity": {}})
+    stage.finish({"seconds": 1.0})
+    nowhere = "cluster.address=127.0.0.1:1"
+    code, _, errors = calibprune_here(capsys, "report", config, nowhere, "evaluate.sequences=1")
+    assert code == 2 and "evaluate.sequences was 2, now 1" in errors
+    code, out, errors = calibprune_here(capsys, "report", config, nowhere, "generate.seed=1")
+    assert code == 0 and "report/index.html" in out, errors
 
 
 def test_status_of_nothing_is_told(capsys, tmp_path):
