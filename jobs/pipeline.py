@@ -44,7 +44,7 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     joined = connect(config.cluster) if working else nullcontext(False)
     with driving, joined as started_here:
         if working and not started_here:
-            look_before_work(run)
+            look_before_work(run, stages)
         if working:
             if not run.begun:  # who resumes waits: a node that was lost may be on its way back
                 check_room(run, stages)
