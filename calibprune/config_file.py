@@ -25,6 +25,13 @@ environment, nor send it anywhere."""
 
 
 MOST_VALUES = 100_000
+IN_PLAIN_WORDS = {
+    **dict.fromkeys(
+        ("model_type", "model_attributes_type", "dict_type"), "a section, as in model.path=..."
+    ),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list, as in [a, b]"),
+}
+"""What is expected, by pydantic's kind of error, where its own words are about Python."""
 
 
 class _PlainNumbers(yaml.SafeLoader):
@@ -141,6 +148,8 @@ def presets() -> dict[str, str]:
 def read_preset(name: object) -> dict[str, Any]:
     """A preset's settings. Raises UserError for an unknown name, with the nearest."""
     known = presets()
+    if not isinstance(name, str):
+        raise UserError("preset is a name and has no settings of its own, as in preset=bos")
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
@@ -171,8 +180,12 @@ def _parse(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"an override is key.path=value, not {override!r}")
+    if key.startswith("preset."):
+        raise UserError("preset is a name and has no settings of its own, as in preset=bos")
     if not value.strip():
-        raise UserError(f"{key}= gives no value: leave it out, or write {key}=null for the default")
+        raise UserError(
+            f"{key}= gives no value: leave it out, or write {key}=null where it may have none"
+        )
     try:
         content = yaml.load(value, _PlainNumbers)
     except (yaml.YAMLError, RecursionError) as error:
@@ -247,7 +260,7 @@ def explain(error: ValidationError, content: Any) -> str:
     """The first problem of a validation in one line: key, what is wrong, what would be right."""
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
-    key = _written_key(problem["loc"], content)
+    key = _written_key(problem["loc"], content, problem["type"] == "missing")
     if problem["type"] == "extra_forbidden":
         valid = sorted(
             _valid_keys(Config, location[:-1]) | ({"preset"} if not location[:-1] else set())
@@ -266,7 +279,9 @@ def explain(error: ValidationError, content: Any) -> str:
         )
     if problem["type"] == "union_tag_not_found":
         return f"{key}: its type is missing, as in {key}.type=..."
-    message = problem["msg"].removeprefix("Value error, ")
+    expected = IN_PLAIN_WORDS.get(problem["type"])
+    message = expected and f"this is {expected}"
+    message = message or problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     if "credentials" in message:
@@ -274,15 +289,18 @@ def explain(error: ValidationError, content: Any) -> str:
     return f"{key}: {message}{shown}"
 
 
-def _written_key(location: Sequence[int | str], content: Any) -> str:
-    """The dotted key as it stands in the file: without the tags that discriminated unions put in between."""
+def _written_key(location: Sequence[int | str], content: Any, missing: bool) -> str:
+    """The dotted key as it stands in the file: without the tags and kinds that unions put in between and at the end.
+
+    `missing`: the last part does not stand there, and is the one to name.
+    """
     parts = []
     for position, part in enumerate(location):
         last = position == len(location) - 1
         try:
             content = content[part]
         except (KeyError, IndexError, TypeError):
-            if not last:
+            if not (last and missing):
                 continue
         parts.append(str(part))
     return ".".join(parts)

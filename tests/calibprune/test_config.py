@@ -86,6 +86,14 @@ def test_a_pattern_needs_no_quotes(minimal):
         ("generate.samples=many", r"generate\.samples: .*\(given: 'many'\)"),
         ("prune.method.type=wanad", r"prune\.method: there is no 'wanad': did you mean wanda\?"),
         ("model={}", r"model\.path is missing"),
+        ("model=x", r"model: this is a section, as in model\.path=\.\.\. \(given: 'x'\)"),
+        ("curate.sources=[a]", r"curate\.sources\.0: this is a section"),
+        ("curate.filters=length", r"curate\.filters: this is a list, as in \[a, b\] \(given"),
+        (
+            "generate.prefixes={type: dataset, path: p, tokens: 0}",
+            r"generate\.prefixes\.tokens: Input should be greater than 0",
+        ),
+        ("generate.prefixes={type: dataset, path: p, tokens: many}", r"prefixes\.tokens: [^.]*$"),
         ("cluster.gpus_per_worker=4", r"uses one GPU, .* for more GPUs raise workers \(given: 4\)"),
         ("evaluate.perplexity=[{name: a, path: b}, {name: a, path: c}]", "a name of its own"),
         ("prune", r"an override is key\.path=value"),
@@ -257,6 +265,8 @@ def test_an_entry_of_a_presets_list_can_be_changed(minimal):
     [
         (["preset=ji2052"], r"there is no preset 'ji2052': did you mean ji2025\?"),
         (["preset=zzz"], r"there is no preset 'zzz': there are bos, ji2025,"),
+        (["preset.x=1"], r"^preset is a name and has no settings of its own, as in preset=bos$"),
+        (["preset={x: 1}"], r"preset is a name and has no settings"),
         (["prset=bos"], r"unknown key prset: did you mean preset\?"),
         (
             ["preset=tasks"],
