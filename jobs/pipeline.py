@@ -41,8 +41,7 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     check_before_work(run, stages)
     working = set(stages) != {"report"}  # a report may be made beside a driver that works
     driving = only_driver(run) if working else nullcontext()
-    joined = connect(config.cluster) if working else nullcontext(False)
-    with driving, joined as started_here:
+    with driving, connect(config.cluster) if working else nullcontext(False) as started_here:
         if working and not started_here:
             look_before_work(run, stages)
         if working:
