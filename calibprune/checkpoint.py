@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from httpx2 import HTTPError
+from huggingface_hub.errors import HfUriError
 from torch import Tensor
 
 from calibprune import storage
@@ -34,6 +35,7 @@ _DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NOT_READ = (OSError, HTTPError, HfUriError)
 _NO_PICKLE = "save it as safetensors first (model.save_pretrained does), calibprune opens no pickle"
 _SIDE_FILE = re.compile(r".+\.(json|jinja|txt|model|tiktoken|py)|LICENSE.*|NOTICE.*|USE_POLICY.*")
 _NOT_A_SIDE_FILE = re.compile(r".+\.index\.json|pruning\.json")
@@ -71,7 +73,7 @@ class Checkpoint:
             headers = {file: self._header(file) for file in files}
         except EOFError as error:
             raise CorruptionError(str(error)) from None
-        except (OSError, HTTPError) as error:
+        except _NOT_READ as error:
             raise _unreadable(path, error) from None
         self.locations: dict[str, Location] = {}
         for file, (header, offset) in headers.items():
@@ -274,13 +276,16 @@ def check_reachable(path: str, patience_seconds: float) -> None:
     """Raises StoreUnavailable where the store of a model cannot be listed for so long, UserError where it never can."""
     try:
         storage.names(model_url(path), patience_seconds)
-    except (OSError, HTTPError) as error:
+    except _NOT_READ as error:
         raise _unreadable(path, error) from None
 
 
 def _unreadable(path: str, error: Exception) -> Exception:
     kind = StoreUnavailable if passes(error) else UserError
-    return kind(f"cannot read the model at {path}: {_reason(error)}")
+    told = f"cannot read the model at {path}: {_reason(error)}"
+    if model_url(path) == f"hf://{path}":
+        told += f"; there is no folder {path} here, so it was taken for a hub id"
+    return kind(told)
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ from calibprune import storage
 from calibprune.config import Config
 from calibprune.config.base import named
 from calibprune.errors import UserError
-from calibprune.plain import holds_credential
+from calibprune.plain import holds_credential, one_line
 
 _REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
 """To another setting. OmegaConf knows more, such as `${oc.env:NAME}`: a stranger's file must not read what is in the
@@ -25,10 +25,37 @@ environment, nor send it anywhere."""
 
 
 MOST_VALUES = 100_000
+IN_PLAIN_WORDS = {
+    **dict.fromkeys(
+        ("model_type", "model_attributes_type", "dict_type"), "a section, as in model.path=..."
+    ),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list, as in [a, b]"),
+}
+"""What is expected, by pydantic's kind of error, where its own words are about Python."""
 
 
 class _PlainNumbers(yaml.SafeLoader):
-    """YAML whose numbers are what they look like: 2:4 is a pattern, not 124 in base 60, and 1e-3 is a number."""
+    """YAML whose numbers are what they look like: 2:4 is a pattern, not 124 in base 60, and 1e-3 is a number.
+
+    A key stands once in a section: of two sections of one name, the first would be lost without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        _refuse_repeated_keys(node)
+        return node
+
+
+def _refuse_repeated_keys(node: Any) -> None:
+    first: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        line = key.start_mark.line + 1
+        if (key.tag, key.value) in first:
+            raise yaml.YAMLError(
+                f"{key.value} is given in line {first[key.tag, key.value]} and again in line {line}: give it once"
+            )
+        first[key.tag, key.value] = line
 
 
 _PlainNumbers.yaml_implicit_resolvers = {
@@ -121,6 +148,8 @@ def presets() -> dict[str, str]:
 def read_preset(name: object) -> dict[str, Any]:
     """A preset's settings. Raises UserError for an unknown name, with the nearest."""
     known = presets()
+    if not isinstance(name, str):
+        raise UserError("preset is a name and has no settings of its own, as in preset=bos")
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
@@ -136,6 +165,8 @@ def _read(path: str) -> DictConfig:
         tree = OmegaConf.create(content)
     except FileNotFoundError:
         raise UserError(f"no configuration at {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give the YAML file of a run") from None
     except RecursionError:
         raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -149,7 +180,17 @@ def _parse(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"an override is key.path=value, not {override!r}")
-    content = yaml.load(value, _PlainNumbers)
+    if key.startswith("preset."):
+        raise UserError("preset is a name and has no settings of its own, as in preset=bos")
+    if not value.strip():
+        raise UserError(
+            f"{key}= gives no value: leave it out, or write {key}=null where it may have none"
+        )
+    try:
+        content = yaml.load(value, _PlainNumbers)
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = one_line(getattr(error, "problem", None) or error)
+        raise UserError(f"the value of {key}=... is not valid YAML: {problem}") from None
     _only_references(key, content)
     return key, content
 
@@ -219,7 +260,7 @@ def explain(error: ValidationError, content: Any) -> str:
     """The first problem of a validation in one line: key, what is wrong, what would be right."""
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
-    key = _written_key(problem["loc"], content)
+    key = _written_key(problem["loc"], content, problem["type"] == "missing")
     if problem["type"] == "extra_forbidden":
         valid = sorted(
             _valid_keys(Config, location[:-1]) | ({"preset"} if not location[:-1] else set())
@@ -238,7 +279,9 @@ def explain(error: ValidationError, content: Any) -> str:
         )
     if problem["type"] == "union_tag_not_found":
         return f"{key}: its type is missing, as in {key}.type=..."
-    message = problem["msg"].removeprefix("Value error, ")
+    expected = IN_PLAIN_WORDS.get(problem["type"])
+    message = expected and f"this is {expected}"
+    message = message or problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     if "credentials" in message:
@@ -246,15 +289,18 @@ def explain(error: ValidationError, content: Any) -> str:
     return f"{key}: {message}{shown}"
 
 
-def _written_key(location: Sequence[int | str], content: Any) -> str:
-    """The dotted key as it stands in the file: without the tags that discriminated unions put in between."""
+def _written_key(location: Sequence[int | str], content: Any, missing: bool) -> str:
+    """The dotted key as it stands in the file: without the tags and kinds that unions put in between and at the end.
+
+    `missing`: the last part does not stand there, and is the one to name.
+    """
     parts = []
     for position, part in enumerate(location):
         last = position == len(location) - 1
         try:
             content = content[part]
         except (KeyError, IndexError, TypeError):
-            if not last:
+            if not (last and missing):
                 continue
         parts.append(str(part))
     return ".".join(parts)

@@ -29,7 +29,10 @@ app = typer.Typer(
     A run is one YAML file. Its five stages are generate, curate, prune, evaluate and report; every stage keeps its
     results in a folder of the run's output, and the same command resumes after any crash.
 
-    Start with:  calibprune check configs/demo.yaml  and then  calibprune run configs/demo.yaml""",
+    Start with:
+    calibprune demo-model .cache/demo-model
+    calibprune check configs/demo.yaml
+    calibprune run configs/demo.yaml""",
 )
 
 
@@ -43,7 +46,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[key.path=value]...",
-        help="Settings that replace the file's, such as prune.sparsity=0.6 or prune.method.type=wanda; "
+        help="Settings that replace the file's, such as prune.sparsity=0.6 or prune.method=wanda; "
         "preset=NAME puts one of `calibprune presets` under them.",
     ),
 ]
@@ -77,7 +80,8 @@ def generate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def curate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Score the samples by perplexity, drop the worst and pack the rest into a calibration pool."""
+    """Bring samples and other texts through the filters, pack what is kept into a calibration pool, and compare it
+    with reference corpora."""
     _run(config, overrides, ["curate"])
 
 
@@ -118,27 +122,31 @@ def check(
 
     Starts no work. Exit code 2 where something is missing."""
     from calibprune.config_file import load_config
-    from jobs.check import advice, check_before_work, requirements
+    from jobs.check import (
+        advice,
+        check_before_work,
+        memory_in_lines,
+        requirements,
+        unmeasured,
+    )
     from jobs.preflight import check_cluster, cluster_to_look_at
     from jobs.run_folder import Run
 
     checked = Run(load_config(config, overrides or ()))
     check_before_work(checked, ALL)
-    needed = requirements(checked)
-    for name, value in needed.items():
-        shown = f"{value:,}" if isinstance(value, int) else value
-        if name.endswith("bytes"):
-            shown = f"{value / 2**30:.3g} GiB"
-        print(f"{name.removesuffix('_bytes').replace('_', ' '):<26} {shown}")
+    for name, value in requirements(checked).items():
+        print(f"{name:<26} {value}")
+    for line in memory_in_lines(checked):
+        print(line)
     settings = cluster_to_look_at(checked.config.cluster, cluster)
     if settings is not None:
         answered, notes = check_cluster(checked, settings)
         print(f"the configuration is fine, and the cluster has what it needs: {answered}")
     else:
-        notes = advice(needed, checked.config.cluster.worker_count)
+        notes = advice(checked)
         print("the configuration is fine")
         print("no cluster was looked at: --cluster does, and so do cluster.address and RAY_ADDRESS")
-    for line in notes:
+    for line in [*notes, *unmeasured(checked)]:
         typer.echo(f"note: {plain(line)}", err=True)
 
 

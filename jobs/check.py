@@ -4,8 +4,8 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from calibprune import storage
 from calibprune.calibration.curation import needs_scoring
@@ -17,10 +17,21 @@ from calibprune.calibration.prefixes import check_prefixes, longest_prefix
 from calibprune.calibration.sources import document_tokens, scored_tokens
 from calibprune.calibration.texts import documents
 from calibprune.checkpoint import check_reachable
-from calibprune.config import Config, GeneratedSource, NaturalSource, PerplexityFilter
-from calibprune.errors import UserError
-from calibprune.run import Stage
+from calibprune.config import (
+    Config,
+    CurateSettings,
+    GeneratedSource,
+    LengthFilter,
+    NaturalSource,
+    PerplexityFilter,
+    Source,
+)
+from calibprune.errors import DriftError, UserError
+from calibprune.run import Stage, flat
 from jobs.run_folder import Run
+
+if TYPE_CHECKING:
+    from calibprune.pruning.memory import WorkerMemory
 
 CONTACT_SECONDS = 10.0
 """Of a first contact with the model. Later failures are sat out for longer: it was there once."""
@@ -36,6 +47,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     if set(stages) == {"report"}:
         if not run.begun:
             raise UserError(f"there is no run at {run.config.output} to report on")
+        _check_as_made(run)
         return
     check_reachable(run.config.model.path, CONTACT_SECONDS)
     context = context_tokens(run.skeleton.model.config)
@@ -56,6 +68,8 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         chosen = chosen_linears(run.skeleton, run.config.prune)
         _check_pattern(run, chosen)
         check_allocation(run.config.prune, shapes_of(run.skeleton, chosen))
+    if "prune" in stages and "curate" not in stages and run.config.prune.pool is None:
+        run.stage("curate").manifest()
     if "prune" in stages and run.config.prune.pool is not None:
         _, tokens = pool_shape(run.config.prune.pool)
         if context and tokens > context:
@@ -64,6 +78,22 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
             )
     if "evaluate" in stages:
         _ = run.windows
+
+
+def _check_as_made(run: Run) -> None:
+    """Raises DriftError where a finished stage was made with other settings than the report would show."""
+    for name in ("generate", "curate", "prune", "evaluate"):
+        stage = run.stage(name)
+        if not stage.finished:
+            continue
+        settings = flat({name: getattr(run.config, name).model_dump(mode="json")})
+        made = stage.read_plan()["identity"]
+        changed = [key for key in settings if key in made and made[key] != settings[key]]
+        if changed:
+            listed = "; ".join(f"{key} was {made[key]}, now {settings[key]}" for key in changed)
+            raise DriftError(
+                f"{stage.url} was made with other settings: {listed}. Give the same to report on it"
+            )
 
 
 def _check_lengths(run: Run, stages: Sequence[str], context: int | None) -> None:
@@ -109,6 +139,7 @@ def _check_sources(config: Config, most_tokens: int) -> None:
             most, samples = most_tokens, kept_at_most(config, config.generate.samples)
         else:  # of another run: there is no telling without reading it
             most = samples = sys.maxsize
+        _check_length_filters(settings, source, most)
         kept.append(samples)
         if settings.pack == "document":
             available.append(samples if most >= settings.sequence_tokens else 0)
@@ -117,6 +148,18 @@ def _check_sources(config: Config, most_tokens: int) -> None:
     short = shortage(settings, counts, kept, available)
     if short:
         raise UserError(f"as long as samples may get, {short}")
+
+
+def _check_length_filters(settings: CurateSettings, source: Source, most_tokens: int) -> None:
+    longer = "curate.sources' document_tokens or curate.sequence_tokens"
+    if isinstance(source, GeneratedSource):
+        longer = "generate.max_tokens"
+    for index, one in enumerate(settings.filters):
+        if isinstance(one, LengthFilter) and one.min_tokens > most_tokens:
+            raise UserError(
+                f"curate.filters.{index} drops every sample of {source.name}: its min_tokens is {one.min_tokens}, and "
+                f"none has more than {most_tokens} tokens: lower it, or raise {longer}"
+            )
 
 
 def _check_pattern(run: Run, chosen: Sequence[Sequence[str]]) -> None:
@@ -181,18 +224,18 @@ def kept_at_most(config: Config, samples: int) -> int:
     return samples
 
 
-def requirements(run: Run) -> dict[str, Any]:
-    """What a run will need: parameters, bytes to move, memory of one pruning worker, part by part."""
+def requirements(run: Run) -> dict[str, str]:
+    """What a run will need, in words: parameters, tokens, bytes to move."""
     from calibprune.pruning.allocation import foreseen, shapes_of
     from calibprune.pruning.selection import chosen_linears
-    from jobs.needs import pool_to_prune_with, pruning_memory
+    from jobs.needs import pool_to_prune_with
+    from jobs.preflight import gib
 
     skeleton, config = run.skeleton, run.config
     linears = [
         linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
     ]
     sequences, tokens = pool_to_prune_with(run)
-    memory = pruning_memory(run, config.cluster.worker_count, on_gpu=False)
     picked = chosen_linears(skeleton, config.prune)
     pruned = sum(
         skeleton.linears(index)[name].weight.numel()
@@ -201,38 +244,73 @@ def requirements(run: Run) -> dict[str, Any]:
     )
     prunable = sum(linear.weight.numel() for linear in linears)
     asked = foreseen(config.prune, shapes_of(skeleton, picked))
+    parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
     return {
         "model": type(skeleton.model).__name__,
-        "layers": len(skeleton.layers),
-        "parameters": sum(parameter.numel() for parameter in skeleton.model.parameters()),
-        "prunable_parameters": prunable,
-        "pruned_parameters": pruned,
-        "sparsity_of_prunable": asked["sparsity"] * pruned / prunable,
+        "layers": f"{len(skeleton.layers)}",
+        "parameters": f"{parameters:,}",
+        "prunable parameters": f"{prunable:,}",
+        "pruned parameters": f"{pruned:,}",
+        "sparsity of prunable": f"{asked['sparsity'] * pruned / prunable:.4g}",
         "dtype": run.dtype,
-        "generated_tokens_at_most": config.generate.samples * config.generate.max_tokens,
-        "calibration_tokens": sequences * tokens,
-        "checkpoint_bytes": skeleton.checkpoint.bytes,
-        "bytes_written": skeleton.checkpoint.bytes,
-        "worker_memory_bytes": memory.bytes,
-        **{f"worker_memory_{name}_bytes": value for name, value in memory.parts().items()},
+        "generated tokens at most": f"{config.generate.samples * config.generate.max_tokens:,}",
+        "calibration tokens": f"{sequences * tokens:,}",
+        "checkpoint": gib(skeleton.checkpoint.bytes),
+        "pruned checkpoint": gib(skeleton.checkpoint.bytes),
     }
 
 
-def advice(needed: dict[str, Any], workers: int) -> list[str]:
-    """What to change where a worker would not fit this machine, were its workers to run here."""
+def memory_of_worker(run: Run) -> "WorkerMemory":
+    """Of one pruning worker; where `cluster.gpus_per_worker` says that it has a GPU, what lies there."""
+    from jobs.needs import pruning_memory
+
+    cluster = run.config.cluster
+    return pruning_memory(run, cluster.worker_count, on_gpu=bool(cluster.gpus_per_worker))
+
+
+def memory_in_lines(run: Run) -> Iterator[str]:
     from jobs.preflight import gib
 
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed["worker_memory_bytes"] * workers <= available:
+    memory = memory_of_worker(run)
+    where = "worker GPU memory" if run.config.cluster.gpus_per_worker else "worker memory"
+    yield f"{where:<26} {gib(memory.bytes)}, of these, not all at the same time:"
+    for name, value in memory.parts().items():
+        if value:
+            yield f"  {name:<24} {gib(value)}"
+
+
+ADVICE = {
+    "layers": "most of it are layers on their way: use fewer workers",
+    "outside": "most of it are embeddings and head, while they are copied: use fewer workers",
+    "paused": "most of it is held by paused forwards: lower curate.sequences or curate.sequence_tokens",
+    "forward": "one micro-batch takes most of it while it runs: lower prune.batch_sequences",
+    "solving": "solving takes most of it: use fewer workers, or a method that needs no Gram matrix, as wanda",
+}
+"""By the part of a worker's memory that holds most."""
+
+
+def unmeasured(run: Run) -> list[str]:
+    """What the run will not say at its end."""
+    if run.config.evaluate.perplexity:
         return []
-    told = [
-        f"{workers} workers of {gib(needed['worker_memory_bytes'])} do not fit the {gib(available)} of this "
-        f"machine; on GPUs, what paused forwards hold moves to host memory where it does not fit (prune.offload)"
+    return [
+        "evaluate.perplexity names no text: no perplexity will be measured (python-docs is one that is always there, "
+        "as in evaluate.perplexity='[{name: python-docs, path: python-docs}]')"
     ]
-    if needed["worker_memory_forward_bytes"] > needed["worker_memory_paused_bytes"] / 2:
-        told.append("lower prune.batch_sequences: one micro-batch takes much of it while it runs")
-    else:
-        told.append(
-            "most of it is held by paused forwards: use more workers, or lower curate.sequences"
-        )
-    return told
+
+
+def advice(run: Run) -> list[str]:
+    """What to change where the workers do not fit this machine; nothing where they are to run on GPUs or elsewhere."""
+    from jobs.preflight import cluster_to_look_at, gib
+
+    cluster = run.config.cluster
+    if cluster.gpus_per_worker or cluster_to_look_at(cluster, None) is not None:
+        return []
+    memory = memory_of_worker(run)
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory.bytes * cluster.worker_count <= available:
+        return []
+    return [
+        f"{cluster.worker_count} workers of {gib(memory.bytes)} do not fit the {gib(available)} of this machine",
+        ADVICE[memory.largest],
+    ]

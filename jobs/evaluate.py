@@ -32,6 +32,8 @@ def run(run: Run) -> None:
     started = time.monotonic()
     if missing and windows:
         _measure(run, stage, prune, missing)
+    if missing and not windows:
+        say("evaluate: evaluate.perplexity names no text, nothing is measured")
     for unit in missing if not windows else ():
         stage.commit(unit, None, {"perplexity": {}})
     done = stage.done()

@@ -41,9 +41,9 @@ def run_stages(config: Config, stages: Sequence[str]) -> Run:
     check_before_work(run, stages)
     working = set(stages) != {"report"}  # a report may be made beside a driver that works
     driving = only_driver(run) if working else nullcontext()
-    with driving, connect(config.cluster) as started_here:
+    with driving, connect(config.cluster) if working else nullcontext(False) as started_here:
         if working and not started_here:
-            look_before_work(run)
+            look_before_work(run, stages)
         if working:
             if not run.begun:  # who resumes waits: a node that was lost may be on its way back
                 check_room(run, stages)

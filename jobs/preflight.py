@@ -25,15 +25,21 @@ LOG_WIDTH = 180
 SHOWN = ("torch", "vllm", "transformers", "ray")
 
 
-def look_before_work(run: Run) -> None:
+def look_before_work(run: Run, stages: Sequence[str]) -> None:
     """Refuses a cluster whose nodes differ in versions, or do not reach the run's folder or the model.
 
-    Raises UserError naming nodes and versions. Nodes that do not answer are named and passed over.
+    Raises UserError naming nodes and versions. Nodes that do not answer, and too little memory for the given
+    stages, are told in notes.
     """
     survey = _surveyed(run, PIPELINE_SECONDS)
     for node, reason in survey.silent:
         say(f"note: no answer from {node.name}: {reason}")
     check_survey(survey)
+    cluster = nodes()
+    for need in needs(run, stages):
+        if never_fits(need.least, need.bundle, cluster) is None:  # else `check_room` refuses
+            for line in judged(need, survey)[0]:
+                say(f"note: {line}")
 
 
 def check_room(run: Run, stages: Sequence[str]) -> None:

@@ -83,7 +83,10 @@ def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
             raise UserError(f"{url}: a pool needs a column token_ids, it has {table.column_names}")
         parts.append(_rows_of_one_length(table["token_ids"], url))
     if not parts:
-        raise UserError(f"{url} holds no calibration pool: a folder of parquet files is expected")
+        expected = "a folder of parquet files is expected"
+        if storage.exists(storage.join(url, "run.json")):
+            expected = f"it is a run, whose pool is {storage.join(url, 'curate')}"
+        raise UserError(f"{url} holds no calibration pool: {expected}")
     lengths = {part.shape[1] for part in parts}
     if len(lengths) > 1:
         raise _lengths_differ(url, lengths)

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import field_validator
+
 from calibprune.config.base import NonNegativeInt, PositiveInt, Section, Url
 
 
@@ -15,7 +17,8 @@ class ModelSettings(Section):
 
 
 class ClusterSettings(Section):
-    """What to ask of Ray. Without an address: RAY_ADDRESS if set, else a Ray of its own on this machine."""
+    """What to ask of Ray. Without an address: RAY_ADDRESS if set, else a Ray of this user or of root that runs on this
+    machine, else one of its own."""
 
     address: Url | None = None
     workers: PositiveInt | None = None
@@ -27,6 +30,13 @@ class ClusterSettings(Section):
     start_timeout_seconds: PositiveInt = 600
     verbose: bool = False
     """Show the workers' own logs in the driver's output."""
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _one_at_most(cls, gpus: int | None) -> int | None:
+        if gpus is not None and gpus > 1:
+            raise ValueError("a worker uses one GPU, or none with 0: for more GPUs raise workers")
+        return gpus
 
     @property
     def worker_count(self) -> int:

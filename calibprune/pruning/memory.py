@@ -40,6 +40,16 @@ class WorkerMemory:
         at_work = self.layers + self.paused + max(self.forward, self.solving)
         return self.process + max(at_work, self.outside)
 
+    @property
+    def largest(self) -> str:
+        """The name of the part that holds most at the peak, the process left out."""
+        at_work = {"layers": self.layers, "paused": self.paused}
+        running = "forward" if self.forward > self.solving else "solving"
+        at_work[running] = getattr(self, running)
+        if self.outside > sum(at_work.values()):
+            return "outside"
+        return max(at_work, key=lambda name: at_work[name])
+
     def parts(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 

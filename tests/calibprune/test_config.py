@@ -86,8 +86,21 @@ def test_a_pattern_needs_no_quotes(minimal):
         ("generate.samples=many", r"generate\.samples: .*\(given: 'many'\)"),
         ("prune.method.type=wanad", r"prune\.method: there is no 'wanad': did you mean wanda\?"),
         ("model={}", r"model\.path is missing"),
+        ("model=x", r"model: this is a section, as in model\.path=\.\.\. \(given: 'x'\)"),
+        ("curate.sources=[a]", r"curate\.sources\.0: this is a section"),
+        ("curate.filters=length", r"curate\.filters: this is a list, as in \[a, b\] \(given"),
+        (
+            "generate.prefixes={type: dataset, path: p, tokens: 0}",
+            r"generate\.prefixes\.tokens: Input should be greater than 0",
+        ),
+        ("generate.prefixes={type: dataset, path: p, tokens: many}", r"prefixes\.tokens: [^.]*$"),
+        ("cluster.gpus_per_worker=4", r"uses one GPU, .* for more GPUs raise workers \(given: 4\)"),
         ("evaluate.perplexity=[{name: a, path: b}, {name: a, path: c}]", "a name of its own"),
         ("prune", r"an override is key\.path=value"),
+        ("prune.sparsity=", r"^prune\.sparsity= gives no value: .* prune\.sparsity=null"),
+        ("preset= ", r"^preset= gives no value"),
+        ("prune.keep=[down_proj", r"^the value of prune\.keep=\.\.\. is not valid YAML: expected"),
+        ("prune={sparsity: 0.5, sparsity: 0.6}", "sparsity is given in line 1 and again in line 1"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(minimal, override, message):
@@ -130,6 +143,33 @@ def test_missing_and_broken_files_are_told(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(UserError, match="model is missing"):
         load_config(str(tmp_path / "empty.yaml"))
+
+
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(UserError, match="is a folder: give the YAML file"):
+        load_config(str(tmp_path))
+
+
+def test_a_section_that_is_given_twice_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: m}\noutput: x\nprune: {sparsity: 0.7}\nprune: {batch_sequences: 8}\n"
+    )
+    with pytest.raises(UserError, match="prune is given in line 3 and again in line 4"):
+        load_config(str(path))
+
+
+def test_merge_keys_may_be_overridden_where_they_are_taken(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: m}\noutput: x\n"
+        "evaluate:\n  perplexity:\n    - &a {name: a, path: p, column: c}\n"
+        "    - &b {<<: *a, name: b}\n    - {<<: *b, name: c}\n"
+    )
+    texts = load_config(str(path)).evaluate.perplexity
+    assert [(one.name, one.path, one.column) for one in texts] == [
+        (name, "p", "c") for name in "abc"
+    ]
 
 
 def test_settings_cannot_be_changed_afterwards(minimal):
@@ -225,6 +265,8 @@ def test_an_entry_of_a_presets_list_can_be_changed(minimal):
     [
         (["preset=ji2052"], r"there is no preset 'ji2052': did you mean ji2025\?"),
         (["preset=zzz"], r"there is no preset 'zzz': there are bos, ji2025,"),
+        (["preset.x=1"], r"^preset is a name and has no settings of its own, as in preset=bos$"),
+        (["preset={x: 1}"], r"preset is a name and has no settings"),
         (["prset=bos"], r"unknown key prset: did you mean preset\?"),
         (
             ["preset=tasks"],

@@ -20,6 +20,7 @@ from cluster.room import Bundle, NoRoom
 from cluster.session import actor_options, death, needs_gpus
 from cluster.survey import take_survey
 from jobs.pipeline import run_stages
+from jobs.preflight import look_before_work
 from jobs.run_folder import Run
 from tests.jobs.command import ENVIRONMENT, calibprune_here
 
@@ -132,6 +133,16 @@ def test_a_run_that_never_fits_is_refused_before_its_first_stage(cluster, tmp_pa
     config["generate"]["tensor_parallel"] = 3
     with pytest.raises(NoRoom, match=r"1 x \(1 CPU, 3 GPU\) did not become free within 2 s"):
         run_stages(Config.model_validate(config), ["generate"])
+
+
+def test_a_run_is_told_of_memory_that_will_not_do_and_goes_on(
+    cluster, tmp_path, tiny_llama, capsys
+):
+    config = yaml.safe_load(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
+    config["cluster"]["gpus_per_worker"] = 0
+    config["curate"]["sequences"] = 1_000_000_000
+    look_before_work(Run(Config.model_validate(config)), ["prune"])
+    assert "note: prune: 2 workers of" in capsys.readouterr().err
 
 
 def test_what_is_merely_busy_is_a_note(check):

@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from calibprune import storage
+from calibprune.config_file import load_config
+from jobs.run_folder import Run
 from tests.jobs.command import calibprune, calibprune_here
 from tests.servers import s3_at, s3_server
 
@@ -38,6 +40,7 @@ def test_help_teaches_and_answers_at_once():
     assert imported.stdout.strip() == "set()"
     for word in ("generate", "curate", "prune", "evaluate", "report", "check", "status", "resumes"):
         assert word in result.stdout
+    assert result.stdout.index("calibprune demo-model") < result.stdout.index("calibprune check")
     assert "key.path=value" in calibprune("run", "--help").stdout
 
 
@@ -54,9 +57,53 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
 
 
 @pytest.mark.parametrize(
+    ("overrides", "label"),
+    [([], "worker memory"), (["cluster.gpus_per_worker=1"], "worker GPU memory")],
+)
+def test_check_tells_sizes_alike_and_the_memory_where_it_is_needed(
+    capsys, config, overrides, label
+):
+    odd = ["prune.allocation={type: list, sparsities: [0.97, 0.97, 0.97]}"]
+    code, out, errors = calibprune_here(capsys, "check", config, *overrides, *odd)
+    told = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line.strip())
+    assert code == 0, errors
+    assert told["sparsity of prunable"].strip() == "0.9702"
+    assert told["pruned checkpoint"].split()[1] == "MiB"
+    assert "not all at the same time" in told[label]
+
+
+def test_check_notes_that_nothing_will_be_measured(capsys, config):
+    for texts, noted in (([], False), (["evaluate.perplexity=[]"], True)):
+        code, _, errors = calibprune_here(capsys, "check", "--local", config, *texts)
+        assert code == 0 and noted == ("note: evaluate.perplexity names no text" in errors)
+
+
+def test_a_worker_that_does_not_fit_this_machine_is_told_what_takes_most(
+    capsys, config, monkeypatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("jobs.check.os.sysconf", lambda name: 1)
+    large = ["generate.samples=1000", "curate.sequences=400", "evaluate.perplexity=[]"]
+    told = {
+        batch: calibprune_here(
+            capsys, "check", "--local", config, *large, f"prune.batch_sequences={batch}"
+        )[2]
+        for batch in (1, 400)
+    }
+    assert "of this machine" in told[1] and "lower curate.sequences" in told[1]
+    assert "lower prune.batch_sequences" in told[400]
+    for elsewhere in ("cluster.gpus_per_worker=1", "cluster.address=127.0.0.1:1"):
+        _, _, errors = calibprune_here(
+            capsys, "check", "--local", config, elsewhere, "evaluate.perplexity=[]"
+        )
+        assert "of this machine" not in errors
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model.path=/no/such/folder"], "there is no model at /no/such/folder"),
+        (["model.path=models/nosuch"], "there is no folder models/nosuch here, so it was taken"),
         (["prune.sparsity=1.2"], "prune.sparsity: Input should be less than 1"),
         (["prune.pattern=4:2"], 'pattern "4:2"'),
         (["prune.pattern=3:7"], "multiple of 7"),
@@ -66,6 +113,10 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
         (["generate.max_tokens=512"], "generate.max_tokens with its prefix is 513"),
         (["evaluate.sequence_tokens=600"], "evaluate.sequence_tokens is 600"),
         (["curate.sequences=1000"], "raise generate.samples"),
+        (
+            ["curate.filters=[{type: length, min_tokens: 66}]"],
+            "curate.filters.0 drops every sample of self-generated: its min_tokens is 66, and none has more than 65",
+        ),
         (["evaluate.sequences=1000000"], "held-out text docs has"),
         (["evaluate.perplexity=[{name: a, path: /no/text.txt}]"], "/no/text.txt"),
         (["generate.prefixes={type: dataset, path: /no/text.txt}"], "/no/text.txt"),
@@ -190,6 +241,26 @@ def test_a_store_that_is_out_for_long_is_no_bad_input(capsys, config, monkeypatc
 def test_a_report_of_nothing_is_told(capsys, config, tmp_path):
     code, _, errors = calibprune_here(capsys, "report", config)
     assert code == 2 and "to report on" in errors and not list(tmp_path.glob("out/*"))
+
+
+def test_pruning_before_there_is_a_pool_says_what_to_run_first(capsys, config):
+    code, _, errors = calibprune_here(capsys, "prune", config)
+    assert code == 2 and "run the stage curate first" in errors
+
+
+def test_a_report_needs_the_settings_of_its_run_and_no_cluster(capsys, config, tmp_path):
+    run = Run(load_config(str(config)))
+    run.open()
+    stage = run.stage("evaluate")
+    stage.plan({"evaluate": run.config.evaluate.model_dump(mode="json")}, ["dense", "pruned"])
+    for unit in ("dense", "pruned"):
+        stage.commit(unit, None, {"perplexity": {}})
+    stage.finish({"seconds": 1.0})
+    nowhere = "cluster.address=127.0.0.1:1"
+    code, _, errors = calibprune_here(capsys, "report", config, nowhere, "evaluate.sequences=1")
+    assert code == 2 and "evaluate.sequences was 2, now 1" in errors
+    code, out, errors = calibprune_here(capsys, "report", config, nowhere, "generate.seed=1")
+    assert code == 0 and "report/index.html" in out, errors
 
 
 def test_status_of_nothing_is_told(capsys, tmp_path):

@@ -18,6 +18,12 @@ def own(tmp_path):
     return curated(tmp_path / "curate", settings(), own=stage).stage
 
 
+def test_a_run_in_a_pools_place_is_told_where_its_pool_is(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"it is a run, whose pool is {tmp_path}/curate$"):
+        pool_identity(str(tmp_path))
+
+
 def test_a_pool_of_ones_own_is_a_folder_of_parquet_files(tmp_path):
     pq.write_table(pa.table({"token_ids": [[1, 2], [3, 4]]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"token_ids": [[5, 6]]}), tmp_path / "b.parquet")
