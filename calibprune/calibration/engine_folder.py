@@ -37,6 +37,7 @@ class EngineFolder:
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_root()))
         self._lock = (self.path / LOCK).open("ab")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._held: set[str] = set()
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
@@ -69,8 +70,9 @@ class EngineFolder:
 
     def _note(self) -> None:
         inodes = {inode for process in _descendants(os.getpid()) for inode in _mapped(process)}
-        names = [entry.name for entry in os.scandir(SHM) if str(entry.inode()) in inodes]
-        (self.path / SHARED_MEMORY).write_text("\n".join(sorted(names)))
+        # also what a process held that was killed since
+        self._held |= {entry.name for entry in os.scandir(SHM) if str(entry.inode()) in inodes}
+        (self.path / SHARED_MEMORY).write_text("\n".join(sorted(self._held)))
 
 
 def remove_leftovers() -> None:

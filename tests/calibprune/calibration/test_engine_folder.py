@@ -14,7 +14,7 @@ from calibprune.calibration.engine_folder import EngineFolder, remove_leftovers
 
 HOLDER = """
 import multiprocessing, sys, time
-from calibprune.calibration.engine_folder import EngineFolder
+from calibprune.calibration.engine_folder import SHARED_MEMORY, EngineFolder
 
 def hold(said):
     lock = multiprocessing.get_context("spawn").Lock()
@@ -25,21 +25,31 @@ if __name__ == "__main__":
     folder = EngineFolder()
     with folder.lent():
         here, there = multiprocessing.get_context("spawn").Pipe()
-        multiprocessing.get_context("spawn").Process(target=hold, args=(there,)).start()
+        process = multiprocessing.get_context("spawn").Process(target=hold, args=(there,))
+        process.start()
         name = here.recv().removeprefix("/")
+        if "killed" in sys.argv:
+            while not (noted := folder.path / SHARED_MEMORY).exists() or name not in noted.read_text():
+                time.sleep(0.1)
+            process.kill()
+            process.join()
     print(folder.path, name, flush=True)
     time.sleep(100)
 """
 
 
-@pytest.fixture
-def holder(tmp_path, monkeypatch):
-    """A process group that holds a folder and a semaphore; its folder's path, the semaphore's, and its end."""
+@pytest.fixture(params=["", "killed"])
+def holder(tmp_path, monkeypatch, request):
+    """A process group that holds a folder and a semaphore; its folder's path, the semaphore's, and its end. `killed`:
+    the process that made the semaphore has been, while the engine started."""
     monkeypatch.setattr(engine_folder, "YOUNG_SECONDS", -1.0)
     script = tmp_path / "holder.py"
     script.write_text(HOLDER)
     process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, script, request.param],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     folder, name = process.stdout.readline().split()
