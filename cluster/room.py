@@ -125,7 +125,7 @@ class Waiting:
         free = sum(self._bundle.fits_in(node.free) for node in cluster)
         busy = sum(self._bundle.fits_in(node.total) for node in cluster) - free
         if free < self._count:  # else a place is found, and a process is starting in it
-            _say(
+            say(
                 f"waiting for {wanted(self._count, self._bundle)}: {free} free, {busy} busy{_held(cluster)}, "
                 f"{now - self._since:.0f} of {self._limit:g} s"
             )
@@ -143,7 +143,7 @@ class Waiting:
         )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """On stderr, as it is or where the log is JSON as such."""
     if logging.getLogger("calibprune").handlers:
         logging.getLogger("calibprune.log").info(line)

@@ -8,6 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 from ray._common.utils import get_ray_address_file
+from ray._private.node import Node
 from ray._private.worker import global_worker
 from ray.exceptions import RayError
 from ray.util.placement_group import (
@@ -29,9 +31,10 @@ from calibprune.config import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.plain import one_line, plain
 from cluster.label import Label
-from cluster.room import Bundle, Waiting
+from cluster.room import Bundle, Waiting, say
 
 CONNECT_SECONDS = 10
+START_TRIES = 3
 POLL_SECONDS = 1.0
 LONGEST_ROOT = 28
 """Characters of a folder for temporary files below which the paths of Ray's sockets stay within what Linux allows."""
@@ -51,16 +54,18 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     token = Path.home() / ".ray" / "auth_token"
     had_token, ours = token.exists(), _own_ray(settings)
+    where = settings.address or os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(
+        (ray.init if where else _start)(
             **{"address": settings.address, **ours},
             include_dashboard=False if settings.address is None else None,
             logging_level=logging.INFO if settings.verbose else logging.ERROR,
             log_to_driver=settings.verbose,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        where = settings.address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise UserError(f"cannot reach Ray at {where}: {one_line(error)}") from None
+        raise UserError(
+            f"cannot reach Ray at {where or 'this machine'}: {one_line(error)}"
+        ) from None
     if not had_token and token.exists():
         token.chmod(0o600)  # Ray made it for all to read
     if threading.current_thread() is threading.main_thread():
@@ -75,6 +80,34 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
         ray.shutdown()
         if "_temp_dir" in ours and went_well:  # else the workers' logs in it may say why
             shutil.rmtree(Path(ours["_temp_dir"]).parent, ignore_errors=True)
+
+
+def _start(**options: Any) -> None:
+    """Again where Ray did not come up in time: it waits for its own processes 15 s and 30 s, whatever it is told.
+
+    Raises RuntimeError after the last of the tries.
+    """
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if isinstance(error, ConnectionError) or "timed out" not in str(error).lower():
+                raise
+            _end_half_started(error)
+            if attempt == START_TRIES:
+                raise RuntimeError(
+                    f"it did not start in {attempt} tries, is the machine too busy? {one_line(error)}"
+                ) from None
+            say("Ray did not start in time, as on a busy machine: starting it again")
+
+
+def _end_half_started(error: Exception) -> None:
+    """Ends the processes of a Ray that raised while it started; it forgets them, and `ray.shutdown` knows of none."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(node := frame.f_locals.get("self"), Node):
+            node.kill_all_processes(check_alive=False)
+    ray.shutdown()
 
 
 def _own_ray(settings: ClusterSettings) -> dict[str, str]:

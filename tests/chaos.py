@@ -22,7 +22,7 @@ from ray.util.placement_group import placement_group_table
 
 from calibprune import storage
 from calibprune.run import Stage
-from tests.cluster.nodes import DEATHS_SEEN_SOON
+from tests.cluster.nodes import DEATHS_SEEN_SOON, Nodes
 from tests.servers import Fault, Proxy
 
 KINDS = ("engine", "hang", "worker", "node", "driver", "terminate", "store")
@@ -43,7 +43,7 @@ FAULTS = (
 @contextlib.contextmanager
 def nodes(count: int) -> Iterator[Cluster]:
     """A head without CPUs and `count` nodes of one CPU each; what they run finds this process's environment."""
-    cluster = Cluster(
+    cluster = Nodes(
         initialize_head=True,
         head_node_args={
             "num_cpus": 0,
@@ -218,10 +218,12 @@ class Leaks:
     temporary: Path
     shared_memory: frozenset[str] = field(default_factory=lambda: frozenset(_shared_memory()))
 
-    def found(self, outputs: Sequence[str]) -> dict[str, list[str]]:
-        """Names of things left, by kind; empty where nothing leaks. For runs that have ended."""
+    def found(self, outputs: Sequence[str], since: float = 0.0) -> dict[str, list[str]]:
+        """Names of things left, by kind; empty where nothing leaks. For runs that have ended.
+
+        `since`: the time of the last kill; who is killed while he writes leaves a temporary file, which nobody reads.
+        """
         actors, groups, missing = self._in_cluster()
-        files = [path for output in outputs for path in _files(output)]
         left = {
             "processes": [" ".join(one.cmdline())[:60] for one in _ours((*ACTORS, *ENGINES))],
             "actors": actors,
@@ -229,7 +231,7 @@ class Leaks:
             "CPUs": missing,
             "shared memory": sorted(set(_shared_memory()) - self.shared_memory),
             "temporary files": [path.name for path in self.temporary.iterdir()],
-            "half written": [path for path in files if path.endswith((".tmp", "_lease.json"))],
+            "half written": [one for output in outputs for one in _half_written(output, since)],
             "multipart uploads": [one for output in outputs for one in _multipart_uploads(output)],
         }
         return {kind: names for kind, names in left.items() if names}
@@ -271,13 +273,24 @@ def _ours(names: tuple[str, ...]) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def _files(output: str) -> list[str]:
+def _half_written(output: str, since: float) -> list[str]:
     filesystem, folder = storage.resolve(output)
-    return filesystem.find(folder)
+    return [
+        path
+        for path, facts in filesystem.find(folder, detail=True).items()
+        if path.endswith("_lease.json")
+        or (path.endswith(".tmp") and facts.get("mtime", since) >= since)
+    ]
 
 
 def _shared_memory() -> list[str]:
-    """Blocks and semaphores of Python's that no process maps any more."""
+    """Blocks and semaphores of Python's that no process maps any more; looked for first, and once more at the end:
+    processes start and end meanwhile."""
+    there = {
+        entry.name: str(entry.inode())
+        for entry in os.scandir("/dev/shm")
+        if entry.name.startswith(("psm_", "sem.mp-", "torch_"))
+    }
     mapped = set()
     for process in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
@@ -285,9 +298,9 @@ def _shared_memory() -> list[str]:
                 line.split()[4] for line in process.read_text().splitlines() if "/dev/shm/" in line
             }
     return [
-        entry.name
-        for entry in os.scandir("/dev/shm")
-        if entry.name.startswith(("psm_", "sem.mp-", "torch_")) and str(entry.inode()) not in mapped
+        name
+        for name, inode in there.items()
+        if inode not in mapped and Path("/dev/shm", name).exists()
     ]
 
 

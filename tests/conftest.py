@@ -17,7 +17,11 @@ if "RAY_TMPDIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
+from tests.servers import PATIENT_RAY
 from tests.tiny import write_tiny_llama
+
+for name, value in PATIENT_RAY.items():
+    os.environ.setdefault(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,18 @@ from urllib.parse import urlsplit
 import fsspec
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported
+PATIENT_RAY = {
+    "RAY_raylet_start_wait_time_s": "60",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_gcs_server_port_wait_time_s": "120",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
+}
+"""What a Ray waits for its own processes, where a machine is slow."""
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+PORTS = range(30000, 32768)[int(WORKER) % 2 :: 2] if WORKER else range(30000, 32768)
+"""Of this worker of the tests, beside which there is another."""
+GIVEN_OUT: set[int] = set()
 RCLONE = Path(sys.executable).with_name("rclone")
 
 
@@ -126,12 +138,13 @@ def make_bucket(name: str) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones, free on every address, which the system gives to nobody who did not ask for this very port."""
+    """Free on every address, which the system gives to nobody who did not ask for this very port; none comes twice."""
     found: list[int] = []
     while len(found) < count:
-        port = random.SystemRandom().randrange(30000, 32768)
+        port = random.SystemRandom().choice([port for port in PORTS if port not in GIVEN_OUT])
+        GIVEN_OUT.add(port)
         with contextlib.suppress(OSError), socket.create_server(("", port)):
-            found += [port] if port not in found else []
+            found.append(port)
     return found
 
 
@@ -239,12 +252,18 @@ def _error(fault: Fault) -> bytes:
 def _process(command: list[str], port: int) -> Iterator[None]:
     """A server process for as long as the context lasts, from the moment its port answers."""
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
     try:
-        for _ in range(300):
+        while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
             assert server.poll() is None, f"{command[0]} ended with {server.returncode}"
             time.sleep(0.1)
+        else:
+            raise TimeoutError(f"{command[0]} does not listen")
+        assert server.poll() is None, (
+            f"somebody else listens, {command[0]} ended with {server.returncode}"
+        )
         yield
     finally:
         server.kill()

@@ -1,7 +1,9 @@
 """The lease on a run: real holder processes that are killed or stopped, on local disk and on two kinds of S3 server."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,15 @@ from calibprune.errors import LeaseExpired, LeaseLost, UserError
 from calibprune.lease import FILE, Lease
 from tests.servers import s3_server, weak_s3_server
 
-SHORT = {"heartbeat_seconds": 0.2, "expire_seconds": 2.0}
+SHORT = {"heartbeat_seconds": 0.2, "expire_seconds": 20.0}
+"""Time to live that no busy machine takes from a holder."""
+BRIEF = {"heartbeat_seconds": 0.2, "expire_seconds": 4.0}
+"""Where a test waits until a lease has expired."""
 HOLDER = """
 import sys, time
 from calibprune.errors import LeaseLost
 from calibprune.lease import Lease
-with Lease(sys.argv[1], heartbeat_seconds=0.2, expire_seconds=2.0) as lease:
+with Lease(sys.argv[1], heartbeat_seconds=0.2, expire_seconds=float(sys.argv[2])) as lease:
     print("held", flush=True)
     try:
         while True:
@@ -45,8 +50,9 @@ def run_url(request, tmp_path):
     return str(tmp_path / "run")
 
 
-def start_holder(run_url):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, run_url], stdout=subprocess.PIPE)
+def start_holder(run_url, expire_seconds=20.0):
+    command = [sys.executable, "-c", HOLDER, run_url, str(expire_seconds)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     return holder
 
@@ -62,7 +68,7 @@ def make_foreign(run_url, **changes):
     storage.write_json(storage.join(run_url, FILE), left)
 
 
-def wait_for(condition, seconds=10.0):
+def wait_for(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -85,7 +91,7 @@ def test_a_living_holder_is_named_and_kept(run_url):
         started = time.monotonic()
         with pytest.raises(UserError, match=f"process id {holder.pid} on .* refused") as refusal:
             Lease(run_url, **SHORT).__enter__()
-        assert time.monotonic() - started < 2.0 and "\n" not in str(refusal.value)
+        assert time.monotonic() - started < 10 and "\n" not in str(refusal.value)
         assert holder.poll() is None and content(run_url)["pid"] == holder.pid
         holder.kill()
 
@@ -96,7 +102,7 @@ def test_a_killed_holder_on_this_machine_is_replaced_at_once(run_url):
         wait_for(lambda: (holder.poll() or 0) < 0)
     started = time.monotonic()
     with Lease(run_url, **SHORT) as lease:
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 10
         lease.check()
 
 
@@ -104,18 +110,18 @@ def test_a_process_id_used_again_is_not_the_holder(tmp_path):
     make_foreign(str(tmp_path), host=os.uname().nodename, pid=os.getpid(), process_start="1")
     started = time.monotonic()
     with Lease(str(tmp_path), **SHORT):
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 10
 
 
 def test_a_stopped_holder_is_replaced_and_stops_when_it_wakes(run_url):
-    with start_holder(run_url) as holder:
+    with start_holder(run_url, BRIEF["expire_seconds"]) as holder:
         holder.send_signal(signal.SIGSTOP)
         told = []
         started = time.monotonic()
-        with Lease(run_url, **SHORT, tell=told.append) as lease:
-            assert time.monotonic() - started >= 2.0 and str(holder.pid) in told[0]
+        with Lease(run_url, **BRIEF, tell=told.append) as lease:
+            assert time.monotonic() - started >= 4.0 and str(holder.pid) in told[0]
             holder.send_signal(signal.SIGCONT)
-            answer, _ = holder.communicate(timeout=10)
+            answer, _ = holder.communicate(timeout=60)
             assert b"another driver took over" in answer and holder.returncode == 0
             time.sleep(0.6)
             lease.check()
@@ -132,8 +138,9 @@ def test_a_holder_elsewhere_is_given_its_own_time(tmp_path):
 def test_a_foreign_lease_ends_ours(tmp_path):
     lease = Lease(str(tmp_path), **SHORT)
     with lease:
-        storage.write_json(lease.url, content(str(tmp_path)) | {"owner": "foreign"})
-        wait_for(lambda: lease.lost)
+        foreign = content(str(tmp_path)) | {"owner": "foreign"}
+        # again where ours was about to write
+        wait_for(lambda: lease.lost or storage.write_json(lease.url, foreign))
         with pytest.raises(
             LeaseLost, match=r"took over .* driver with .* nothing committed is lost"
         ):
@@ -142,9 +149,9 @@ def test_a_foreign_lease_ends_ours(tmp_path):
 
 
 def test_a_late_write_of_the_superseded_holder_does_not_end_the_new_lease(tmp_path):
-    make_foreign(str(tmp_path), expire_seconds=0.3)
+    make_foreign(str(tmp_path), host=os.uname().nodename, pid=os.getpid(), process_start="1")
     old = storage.read_bytes(storage.join(str(tmp_path), FILE))
-    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=1.0) as lease:
+    with Lease(str(tmp_path), **SHORT) as lease:
         storage.write(lease.url, old)
         wait_for(lambda: content(str(tmp_path))["owner"] != "foreign")
         lease.check()
@@ -152,15 +159,19 @@ def test_a_late_write_of_the_superseded_holder_does_not_end_the_new_lease(tmp_pa
 
 def test_a_lease_that_cannot_be_written_is_lost(tmp_path):
     run = tmp_path / "run"
-    with Lease(str(run), heartbeat_seconds=0.1, expire_seconds=0.6) as lease:
-        (run / FILE).unlink()
-        run.rmdir()
-        run.write_text("in the way")
-        time.sleep(0.2)
+
+    def put_in_the_way():
+        shutil.rmtree(run, ignore_errors=True)
+        with contextlib.suppress(IsADirectoryError):  # the holder has just made it again
+            return run.write_text("in the way")
+
+    with Lease(str(run), heartbeat_seconds=0.5, expire_seconds=4.0) as lease:
+        wait_for(put_in_the_way)
+        time.sleep(0.8)
         assert not lease.lost
         wait_for(lambda: lease.lost)
         with pytest.raises(
-            LeaseExpired, match=r"not be renewed for 1 s: .*: this one stops"
+            LeaseExpired, match=r"not be renewed for 4 s: .*: this one stops"
         ) as end:
             lease.check()
     assert not isinstance(end.value, UserError) and "None" not in str(end.value)
@@ -170,8 +181,8 @@ def test_a_lease_that_cannot_be_written_is_lost(tmp_path):
 def test_an_unreadable_lease_expires(tmp_path):
     storage.write(str(tmp_path / FILE), b"{half")
     started = time.monotonic()
-    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=0.5) as lease:
-        assert time.monotonic() - started >= 0.5
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=2.0) as lease:
+        assert time.monotonic() - started >= 2.0
         lease.check()
 
 
@@ -192,7 +203,8 @@ def race(run_url, drivers):
         thread.start()
     for thread in threads:
         thread.join()
-    time.sleep(0.8)
+    wait_for(lambda: sum(not lease.lost for lease in leases) == 1)
+    time.sleep(2 * SHORT["heartbeat_seconds"])
     holding = [lease for lease in leases if not lease.lost]
     for lease in leases:
         lease.__exit__()
@@ -222,11 +234,11 @@ def test_on_a_store_without_conditional_writes(tmp_path):
 def test_a_damaged_lease_is_written_again_by_its_holder(tmp_path, content):
     """Also by one that took over from somebody: only another driver's name ends a lease."""
     make_foreign(str(tmp_path), host=os.uname().nodename, pid=os.getpid(), process_start="1")
-    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=3.0) as lease:
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=10.0) as lease:
         owner = content_of(tmp_path)
         (tmp_path / FILE).write_bytes(content)
         with pytest.raises(UserError, match="is refused while it lives"):
-            Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=3.0).__enter__()
+            Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=10.0).__enter__()
         lease.check()
         assert content_of(tmp_path) == owner
 
@@ -236,7 +248,7 @@ def content_of(folder):
 
 
 def test_a_removed_lease_is_made_again_by_its_holder(tmp_path):
-    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=3.0) as lease:
+    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=10.0) as lease:
         owner = content_of(tmp_path)
         (tmp_path / FILE).unlink()
         wait_for((tmp_path / FILE).exists)
@@ -245,15 +257,15 @@ def test_a_removed_lease_is_made_again_by_its_holder(tmp_path):
 
 
 def test_a_clock_that_jumps_ends_no_lease(tmp_path, monkeypatch):
-    with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=2.0) as lease:
+    with Lease(str(tmp_path), **SHORT) as lease:
         for jump in (1e9, -1e9):
             now = time.time()
             monkeypatch.setattr(time, "time", lambda now=now, jump=jump: now + jump)
             os.utime(tmp_path / FILE, (1, 1))
-            time.sleep(0.25)
+            time.sleep(0.5)
             lease.check()
             with pytest.raises(UserError, match="is refused while it lives"):
-                Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=2.0).__enter__()
+                Lease(str(tmp_path), **SHORT).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -267,9 +279,9 @@ def test_a_clock_that_jumps_ends_no_lease(tmp_path, monkeypatch):
 def test_a_lease_of_nonsense_is_waited_for_and_then_taken(tmp_path, changes):
     make_foreign(str(tmp_path), **{"expire_seconds": 0.3} | changes)
     started = time.monotonic()
-    with Lease(str(tmp_path), heartbeat_seconds=0.05, expire_seconds=0.3) as lease:
+    with Lease(str(tmp_path), heartbeat_seconds=0.05, expire_seconds=0.3):
         assert time.monotonic() - started >= 0.3
-        lease.check()
+        assert content(str(tmp_path))["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("seconds", [1e300, 10**40, "Infinity", "NaN"])
@@ -279,9 +291,9 @@ def test_nobody_waits_for_ever(tmp_path, monkeypatch, seconds):
     text = (
         (tmp_path / FILE)
         .read_text()
-        .replace('"expire_seconds": 2.0', f'"expire_seconds": {seconds}')
+        .replace('"expire_seconds": 20.0', f'"expire_seconds": {seconds}')
     )
     (tmp_path / FILE).write_text(text)
     started = time.monotonic()
     with Lease(str(tmp_path), heartbeat_seconds=0.05, expire_seconds=0.2):
-        assert 0.2 <= time.monotonic() - started < 2
+        assert 0.2 <= time.monotonic() - started < 60

@@ -230,7 +230,7 @@ print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).r
     command = [sys.executable, "-c", code, str(tmp_path)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds, megabytes = map(float, out.split())
-    assert seconds < 15 and megabytes < 80
+    assert seconds < 60 and megabytes < 80
     assert len(stage.records()) == 20_000
 
 

@@ -13,7 +13,7 @@ from cluster.worker_group import run_gang
 
 LAYERS = 5
 BUNDLE = Bundle(cpus=1, gpus=0)
-SETTINGS = ClusterSettings(start_timeout_seconds=120)
+SETTINGS = ClusterSettings(start_timeout_seconds=280)
 TOKENS = torch.randint(0, 258, (11, 40), generator=torch.Generator().manual_seed(1))
 GENERATED = torch.arange(40) >= torch.tensor([2, 9, 40, 40, 38, 1, 20, 0, 40, 40, 40])[:, None]
 """Positions that count in one of the pools: none in the second and the last micro-batch of two sequences."""

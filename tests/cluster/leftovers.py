@@ -22,7 +22,7 @@ def leftovers() -> dict[str, Any]:
     return {kind: left for kind, left in found.items() if left}
 
 
-def assert_nothing_left(seconds: float = 20) -> None:
+def assert_nothing_left(seconds: float = 90) -> None:
     """Killing takes Ray a moment."""
     deadline = time.monotonic() + seconds
     while left := leftovers():

@@ -17,7 +17,7 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0
 
 
 def calibprune(
-    *arguments: object, timeout: float = 280, **environment: str
+    *arguments: object, timeout: float = 550, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs", *map(str, arguments)]
     return subprocess.run(
@@ -39,7 +39,7 @@ def calibprune_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> t
 
 
 def stop_when(
-    condition: Callable[[], bool], number: signal.Signals, *arguments: object, timeout: float = 240
+    condition: Callable[[], bool], number: signal.Signals, *arguments: object, timeout: float = 500
 ) -> tuple[int, str]:
     """Sends the signal to the command as soon as the condition holds; returns (exit code, its stderr).
 
@@ -55,7 +55,7 @@ def stop_when(
         assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.01)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     return process.returncode, errors
 
 

@@ -19,7 +19,7 @@ import psutil
 import requests
 
 from cluster.submission import Client
-from tests.servers import free_ports
+from tests.servers import PATIENT_RAY, free_ports
 
 BIN = Path(sys.executable).parent
 
@@ -31,6 +31,7 @@ class Head:
     folder: Path
     port: int
     dashboard: int
+    agent: int
     token: str = field(repr=False)
 
     @property
@@ -78,8 +79,8 @@ def _start(cpus: int, tries: int) -> tuple[Head, subprocess.Popen]:
     """Again with other ports, for Ray has no way to hold those that it is told."""
     folder = Path(tempfile.mkdtemp(prefix="head-"))
     port, dashboard, agent, client = free_ports(4)
-    head = Head(folder, port, dashboard, secrets.token_hex(32))
-    environment = head.environment | {"RAY_TMPDIR": str(folder)}
+    head = Head(folder, port, dashboard, agent, secrets.token_hex(32))
+    environment = head.environment | PATIENT_RAY | {"RAY_TMPDIR": str(folder)}
     command = [
         BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}",
@@ -152,12 +153,15 @@ def _plain_environment() -> dict[str, str]:
 
 
 def _wait_for(head: Head, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     headers = {"Authorization": f"Bearer {head.token}"}
     while time.monotonic() < deadline and process.poll() is None:
-        with suppress(requests.RequestException):
+        with suppress(OSError):
             if requests.get(f"{head.address}/api/jobs/", headers=headers, timeout=5).ok:
-                return
+                with socket.create_connection(
+                    ("127.0.0.1", head.agent)
+                ):  # which runs what is submitted
+                    return
         time.sleep(0.2)
     logs = [head.folder / "start.log", *head.folder.glob("session_2*/logs/gcs_server.*")]
     raise RuntimeError("\n".join(f"{log.name}:\n{log.read_text()[-5000:]}" for log in logs))

@@ -4,17 +4,18 @@ import os
 import re
 import subprocess
 import sys
+import time
 from functools import partial
 from typing import Any
 
 import pytest
 import ray
 import yaml
-from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError
 
 from calibprune.config import Config
 from calibprune.errors import UserError
+from cluster import probe
 from cluster.layer_worker import LayerWorker
 from cluster.room import Bundle, NoRoom
 from cluster.session import actor_options, death, needs_gpus
@@ -22,6 +23,7 @@ from cluster.survey import take_survey
 from jobs.pipeline import run_stages
 from jobs.preflight import look_before_work
 from jobs.run_folder import Run
+from tests.cluster.nodes import Nodes
 from tests.jobs.command import ENVIRONMENT, calibprune_here
 
 CONFIG = """
@@ -38,13 +40,14 @@ evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: 2, seque
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes that say they have two GPUs each; this process is a driver of them."""
-    found = Cluster(
+    found = Nodes(
         initialize_head=True,
         head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False},
     )
     try:
         found.add_node(num_cpus=2, num_gpus=2)
         ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
+        take_survey(timeout_seconds=240)  # starts the processes that answer the ones below
         yield found
     finally:
         ray.shutdown()
@@ -79,8 +82,16 @@ def test_the_cluster_and_the_needs_of_every_stage_are_told(check, tmp_path):
 
 
 def test_a_cluster_of_which_nobody_answers_is_not_fine(check, monkeypatch):
+    look = probe.look
+
+    def slowly(temp_folder: str, storage_wanted: dict[str, Any]) -> dict[str, Any]:
+        if storage_wanted:  # nothing is wanted of the driver itself
+            time.sleep(600)
+        return look(temp_folder, storage_wanted)
+
     at_once = partial(take_survey, timeout_seconds=0)
     monkeypatch.setattr("jobs.preflight.take_survey", at_once)
+    monkeypatch.setattr(probe, "look", slowly)
     code, out, errors = check("--cluster")
     assert code == 2 and "2 of 2 nodes did not answer, the first: " in errors
     assert "has what it needs" not in out and len(errors.splitlines()) == 1

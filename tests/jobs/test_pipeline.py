@@ -143,11 +143,14 @@ def test_the_checkpoint_loads_in_vllm(finished):
 
 
 def test_engine_driver_and_node_are_killed_and_the_same_command_ends_with_the_same_bytes(
-    finished, folder, monkeypatch
+    finished, folder, monkeypatch, tmp_path
 ):
     config, run, log = write_config(folder, "killed"), folder / "killed", folder / "killed.log"
     temporary = Path(tempfile.mkdtemp())
     monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("CALIBPRUNE_FAILPOINTS", str(tmp_path))
+    hold = tmp_path / "solve-6-0"  # so that pruning does not finish meanwhile
+    hold.write_text(str(int(signal.SIGSTOP)))
     with chaos.nodes(2) as cluster:
         leaks = chaos.Leaks(cluster, temporary)
 
@@ -157,25 +160,31 @@ def test_engine_driver_and_node_are_killed_and_the_same_command_ends_with_the_sa
             command = [*chaos.command(config, str(run)), f"cluster.address={cluster.address}"]
             with log.open("a") as said:
                 driver = subprocess.Popen(command, stdout=said, stderr=said)
+            try:
+                wait_for(driver, stage, units)
+                yield driver
+            finally:
+                driver.kill()
+                driver.wait()
+
+        def wait_for(driver: subprocess.Popen, stage: str, units: int) -> None:
             while done(run, stage) < units:
-                assert driver.poll() is None, log.read_text()
+                assert not driver.poll(), log.read_text()
                 time.sleep(0.01)
-            yield driver
-            driver.kill()
-            driver.wait()
 
         def committed(stage: str) -> dict[str, bytes]:
             return {file.name: file.read_bytes() for file in (run / stage / "_done").iterdir()}
 
-        with driver_until("generate", 1):
+        with driver_until("generate", 1) as driver:
             assert chaos.kill(chaos.ENGINES)
-            while done(run, "prune") < 3:
-                time.sleep(0.01)
+            wait_for(driver, "prune", 3)
             samples = committed("generate")
             cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+            hold.write_text(str(int(signal.SIGSTOP)))
             cluster.add_node(num_cpus=1)
-            while done(run, "prune") < 5:
-                time.sleep(0.01)
+            wait_for(driver, "prune", 5)
+        hold.unlink(missing_ok=True)
+        killed = time.time()
         layers = committed("prune")
         assert 5 <= len(layers) < LAYERS + 1 and not (run / "prune" / "_SUCCESS").exists()
         with driver_until("evaluate", 1) as driver:
@@ -184,7 +193,7 @@ def test_engine_driver_and_node_are_killed_and_the_same_command_ends_with_the_sa
             assert records.items() <= committed(stage).items()
         assert chaos.digest(str(run)) == chaos.digest(str(finished))
         assert "unfinished" not in calibprune("status", run).stdout
-        assert leaks.found([str(run)]) == {}
+        assert leaks.found([str(run)], since=killed) == {}
 
 
 @pytest.mark.parametrize(

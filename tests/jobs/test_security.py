@@ -65,10 +65,12 @@ def watched(arguments, environment):
     listening: dict[tuple[str, str], None] = {}
     while True:
         try:
-            out, errors = process.communicate(timeout=0.5)
+            out, errors = process.communicate(timeout=0.1)
         except subprocess.TimeoutExpired:
             for one in psutil.Process(process.pid).children(recursive=True):
                 try:
+                    if "LayerWorker" not in one.name():
+                        continue
                     for found in one.net_connections("inet"):
                         if found.status == psutil.CONN_LISTEN:
                             listening[one.name(), found.laddr.ip] = None

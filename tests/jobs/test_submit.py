@@ -27,6 +27,7 @@ from tests.tiny import write_tiny_llama
 
 HERE = Path(__file__).parents[2]
 PLANTED = "planted-0123456789"
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,7 @@ def test_without_a_token_or_with_a_wrong_one_it_is_said_what_to_set(head, tmp_pa
 
 def test_an_address_that_is_no_job_server_is_told_in_one_line(head, monkeypatch):
     (nobody,) = free_ports(1)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # so that what is set below goes afterwards
     for address, told in (
         (f"http://127.0.0.1:{nobody}", "connection refused"),
         (f"127.0.0.1:{head.port}", "does not speak HTTP"),

@@ -150,7 +150,7 @@ def test_wandb_writes_one_run_offline(tmp_path):
 
 def in_own_process(code: str, folder, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=280,
         env=ENVIRONMENT | environment, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

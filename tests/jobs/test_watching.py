@@ -96,7 +96,7 @@ def test_all_that_the_dashboard_shows_is_served_and_the_log_and_the_journal_say_
     try:
         watch = Watch(stage, len(units), 0)
         with Crew(
-            Worker, 1, Bundle(1, 0), [stage.url], start_seconds=60, concurrency=1,
+            Worker, 1, Bundle(1, 0), [stage.url], start_seconds=240, concurrency=1,
             label=watch.label, failed=watch.failed,
         ) as crew:  # fmt: skip
             named = None

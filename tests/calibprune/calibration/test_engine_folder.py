@@ -1,9 +1,11 @@
 """What killed engines leave behind is removed by the next one, what living ones hold is not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,6 +45,11 @@ def holder(tmp_path, monkeypatch, request):
     """A process group that holds a folder and a semaphore; its folder's path, the semaphore's, and its end. `killed`:
     the process that made the semaphore has been, while the engine started."""
     monkeypatch.setattr(engine_folder, "YOUNG_SECONDS", -1.0)
+    own = tempfile.mkdtemp(
+        prefix="own-", dir="/tmp"
+    )  # what other tests leave beside it is theirs to remove
+    monkeypatch.setattr(tempfile, "tempdir", own)
+    monkeypatch.setenv("TMPDIR", own)
     script = tmp_path / "holder.py"
     script.write_text(HOLDER)
     process = subprocess.Popen(
@@ -61,6 +68,7 @@ def holder(tmp_path, monkeypatch, request):
     yield Path(folder), Path("/dev/shm", f"sem.{name}"), kill
     if process.poll() is None:
         kill()
+    shutil.rmtree(own, ignore_errors=True)
 
 
 def test_what_a_killed_engine_left_goes_with_the_next_and_not_before(holder):
