@@ -140,18 +140,19 @@ def runs_compiled(device: torch.device) -> bool:
 def on_threads(work: Callable[[slice], None], parts: Sequence[slice]) -> None:
     """Runs `work`, code that leaves the GIL alone, on slices of the rows, on as many threads as torch has.
 
-    Torch itself keeps to the calling thread meanwhile: after every operation its own threads spin for a while,
-    waiting for the next, and would take the cores from the work.
+    Torch itself keeps to one thread meanwhile, for a single slice too: after every operation its own threads spin for
+    a while, waiting for the next, and would take the cores from the work; and on some processors the last bits of a
+    product of few rows depend on how many there are.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or len(parts) < 2:
-        for part in parts:
-            work(part)
-        return
     torch.set_num_threads(1)
     try:
-        for _ in _pool(threads).map(work, parts):
-            pass
+        if threads == 1 or len(parts) < 2:
+            for part in parts:
+                work(part)
+        else:
+            for _ in _pool(threads).map(work, parts):
+                pass
     finally:
         torch.set_num_threads(threads)
 

