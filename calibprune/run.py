@@ -56,9 +56,9 @@ class Stage:
         wanted = json.loads(storage.json_bytes(flat(identity)))
         done = self.done_units()
         missing = [unit for unit in units if unit not in done]
-        if not missing:
-            wanted |= {k: v for k, v in planned.items() if k.startswith("versions.")}
         keys = sorted(planned.keys() | wanted.keys())
+        if not missing:
+            keys = [key for key in keys if key.partition(".")[0] != "versions"]
         changed = [key for key in keys if planned.get(key) != wanted.get(key)]
         if changed:
             listed = "; ".join(

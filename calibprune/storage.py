@@ -311,11 +311,11 @@ def remove_probes(url: str) -> None:
             remove(join(url, name))
 
 
-def abort_uploads(url: str) -> None:
-    """Ends the uploads in parts that were left below a folder by those who were killed at them: S3 shows their parts
-    to nobody and keeps them for ever. Nothing on other stores.
+def abort_uploads(url: str, folders: Sequence[str]) -> None:
+    """Ends the uploads in parts that were left in these folders of a folder by those who were killed at them: S3 shows
+    their parts to nobody and keeps them for ever. Nothing on other stores.
 
-    For a folder that nobody writes to: an upload still going on fails. A refusal is logged; a store that knows no
+    For folders that nobody writes to: an upload still going on fails. A refusal is logged; a store that knows no
     such question is passed over.
     """
     if not url.startswith(("s3://", "s3a://")):
@@ -324,7 +324,11 @@ def abort_uploads(url: str) -> None:
     filesystem, path = resolve(url)
     bucket, key, _ = filesystem.split_path(path)
     try:
-        for upload in list(_uploads(filesystem, bucket, f"{key}/" if key else "")):
+        prefix = f"{key}/" if key else ""
+        ours = tuple(f"{prefix}{folder}/" for folder in folders)
+        for upload in list(_uploads(filesystem, bucket, prefix)):
+            if not upload["Key"].startswith(ours):
+                continue
             abort = partial(filesystem.call_s3, "abort_multipart_upload", Bucket=bucket, **upload)
             try:
                 retrying(url, "clear", abort, ABORT_SECONDS)
@@ -337,7 +341,7 @@ def abort_uploads(url: str) -> None:
 
 
 def _uploads(filesystem: Any, bucket: str, prefix: str) -> Iterator[dict[str, str]]:
-    """Key and id of each upload under way. The prefix is looked at here too: not every store does."""
+    """Key and id of each upload under way; of more than asked for where a store looks at no prefix."""
     after: dict[str, str] | None = {}
     while after is not None:
         ask = partial(
@@ -345,8 +349,7 @@ def _uploads(filesystem: Any, bucket: str, prefix: str) -> Iterator[dict[str, st
         )
         page = retrying(f"s3://{bucket}/{prefix}", "list", ask, ABORT_SECONDS)
         for one in page.get("Uploads", []):
-            if one["Key"].startswith(prefix):
-                yield {"Key": one["Key"], "UploadId": one["UploadId"]}
+            yield {"Key": one["Key"], "UploadId": one["UploadId"]}
         last = {
             "KeyMarker": page.get("NextKeyMarker"),
             "UploadIdMarker": page.get("NextUploadIdMarker"),

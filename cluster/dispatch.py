@@ -24,7 +24,7 @@ HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
 """The floor leaves room for a store to be sat out, while a unit is read and while it is committed."""
 FIRST_SECONDS = 3600.0
 """For a unit while nobody knows how long one of its size takes, unless the caller knows better."""
-MOST_WITH_A_NODE = 5
+MOST_WITH_A_NODE = 10
 """Losses of a unit together with its node, for which no unit is blamed: one more, and it may be what kills them."""
 POLL_SECONDS = 1.0
 

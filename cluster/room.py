@@ -88,7 +88,7 @@ def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:
     if room:
         return (
             f"{wanted(count, bundle)} were asked for, the cluster has {total} in all, room for {room} of them: "
-            f"lower cluster.workers, cluster.gpus_per_worker or cluster.cpus_per_worker"
+            f"lower cluster.workers or cluster.cpus_per_worker"
         )
     largest = max(cluster, key=lambda node: [node.total.get(n, 0) for n in ("GPU", "CPU")])
     return (
@@ -97,7 +97,7 @@ def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:
         + (
             "set cluster.gpus_per_worker=0 to work on CPUs, for which generate needs vLLM's build for CPUs"
             if bundle.gpus and not largest.total.get("GPU")
-            else "lower cluster.cpus_per_worker, cluster.gpus_per_worker or generate.tensor_parallel"
+            else "lower cluster.cpus_per_worker or generate.tensor_parallel"
         )
     )
 

@@ -18,6 +18,7 @@ from calibprune.calibration.sources import document_tokens, scored_tokens
 from calibprune.calibration.texts import documents
 from calibprune.checkpoint import check_reachable
 from calibprune.config import (
+    ClusterSettings,
     Config,
     CurateSettings,
     GeneratedSource,
@@ -261,18 +262,27 @@ def requirements(run: Run) -> dict[str, str]:
 
 
 def memory_of_worker(run: Run) -> "WorkerMemory":
-    """Of one pruning worker; where `cluster.gpus_per_worker` says that it has a GPU, what lies there."""
+    """Of one pruning worker; where it has a GPU, what lies there."""
     from jobs.needs import pruning_memory
 
     cluster = run.config.cluster
-    return pruning_memory(run, cluster.worker_count, on_gpu=bool(cluster.gpus_per_worker))
+    return pruning_memory(run, cluster.worker_count, on_gpu=_on_gpus(cluster))
+
+
+def _on_gpus(cluster: ClusterSettings) -> bool:
+    """Whether workers are to have GPUs, as far as can be told without a look at the cluster."""
+    from cluster.session import needs_gpus
+
+    if cluster.gpus_per_worker is None:
+        return needs_gpus(vllm_version())
+    return cluster.gpus_per_worker > 0
 
 
 def memory_in_lines(run: Run) -> Iterator[str]:
     from jobs.preflight import gib
 
     memory = memory_of_worker(run)
-    where = "worker GPU memory" if run.config.cluster.gpus_per_worker else "worker memory"
+    where = "worker GPU memory" if _on_gpus(run.config.cluster) else "worker memory"
     yield f"{where:<26} {gib(memory.bytes)}, of these, not all at the same time:"
     for name, value in memory.parts().items():
         if value:
@@ -287,6 +297,8 @@ ADVICE = {
     "solving": "solving takes most of it: use fewer workers, or a method that needs no Gram matrix, as wanda",
 }
 """By the part of a worker's memory that holds most."""
+TO_LOWER = ("paused", "forward")
+ALONE = "one worker alone needs a larger machine, or a GPU"
 
 
 def unmeasured(run: Run) -> list[str]:
@@ -304,13 +316,13 @@ def advice(run: Run) -> list[str]:
     from jobs.preflight import cluster_to_look_at, gib
 
     cluster = run.config.cluster
-    if cluster.gpus_per_worker or cluster_to_look_at(cluster, None) is not None:
+    if _on_gpus(cluster) or cluster_to_look_at(cluster, None) is not None:
         return []
     memory = memory_of_worker(run)
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if memory.bytes * cluster.worker_count <= available:
         return []
     return [
-        f"{cluster.worker_count} workers of {gib(memory.bytes)} do not fit the {gib(available)} of this machine",
-        ADVICE[memory.largest],
+        f"{cluster.worker_count} x {gib(memory.bytes)} for workers do not fit the {gib(available)} of this machine",
+        ADVICE[memory.largest] if cluster.worker_count > 1 or memory.largest in TO_LOWER else ALONE,
     ]

@@ -24,6 +24,7 @@ from calibprune.calibration.curation import (
 from calibprune.calibration.engine import vllm_version
 from calibprune.calibration.mixing import mixture
 from calibprune.calibration.prefixes import start_token
+from calibprune.calibration.scores import VERSION as SCORES
 from calibprune.calibration.sources import scored_tokens, text_unit, write_documents
 from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
 from calibprune.errors import UserError
@@ -101,7 +102,7 @@ def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
     identity: dict[str, Any] = {
         "curate": settings.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
         "generated": {name: stage.content_id() for name, stage in generated.items()},
-        "versions": {},
+        "versions": {"scores": SCORES},
     }
     if any(isinstance(one, NaturalSource) for one in settings.sources):
         if needs_scoring(settings):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from calibprune.model import Skeleton
 
+WRITTEN = ("generate", "curate", "prune", "evaluate", "report")
+"""Folders of a run."""
 PACKAGES = ("torch", "transformers", "ray", "datasets", "safetensors", "pyarrow", "numpy")
 
 
@@ -42,7 +44,7 @@ class Run:
         For the only driver, before it starts workers: what is still being uploaded is then nobody's.
         """
         storage.remove_probes(self.config.output)
-        storage.abort_uploads(self.config.output)
+        storage.abort_uploads(self.config.output, WRITTEN)
         storage.write_json(
             self.url("run.json"),
             {

@@ -23,6 +23,8 @@ SCHEDULE_START, SCHEDULE_TOKENS = "calibprune_temperature_start", "calibprune_te
 """What a request's extra arguments tell the logits processors of temperature.py."""
 STREAMED = ("s3://", "gs://", "az://")
 """Object stores that vLLM loads models from, with the package of its extra `runai`."""
+STEP_TOKENS, CPU_STEP_TOKENS = 8192, 2048
+"""At least, that an engine takes in one step."""
 _SCORED_AT_A_TIME = 32
 """Enough to fill an engine's steps; log-probabilities of every waiting text are kept until it is done."""
 Answer = TypeVar("Answer")
@@ -107,21 +109,29 @@ class Engine:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_num_seqs=settings.max_concurrent,
             enforce_eager=eager,
-            # A request that waits between two parts of its prompt has its random numbers wound back, which is not
-            # exact, and ends an engine on CPUs.
-            enable_chunked_prefill=False,
             generation_config="vllm",  # end-of-text tokens yes, sampling defaults no
             logprobs_mode="raw_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
-        context = arguments.create_model_config().max_model_len
+        found = arguments.create_model_config()
+        context = found.max_model_len
         if max_model_tokens > context:
             raise UserError(
                 f"prefix and generate.max_tokens come to {max_model_tokens} tokens, "
                 f"the context of {model} has {context}"
             )
         arguments.max_model_len = max_model_tokens
+        if found.is_hybrid:  # for which vLLM knows the one only with the other
+            arguments.enable_prefix_caching = False
+        else:
+            # A request that waits between two parts of its prompt has its random numbers wound back, which is not
+            # exact, and ends an engine on CPUs. There is always room for a whole one, beside all others at work.
+            arguments.enable_chunked_prefill = False
+            arguments.max_num_batched_tokens = max(
+                CPU_STEP_TOKENS if on_cpu else STEP_TOKENS,
+                max_model_tokens + settings.max_concurrent,
+            )
         self.settings = settings
         self.max_model_tokens = max_model_tokens
         self._request_numbers = itertools.count()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PREFIXES_PER_FILE = 20_000
 _GOES_ON_EVERY = 1000
-"""Prefixes gone through, cut anew or not, after which the cutting says that it goes on."""
+"""Documents gone through, used or not, after which the cutting says that it goes on."""
 _CHECKED = 4096
 """Documents that are looked at before work starts."""
 _REMEMBERED = 20_000
@@ -85,12 +85,15 @@ def cut_prefixes(
         count = min(left, PREFIXES_PER_FILE)
         left -= count
         filled: list[np.ndarray] = []
-        for number, cut in enumerate(islice(cuts, count), 1):
-            last = cut
+        taken = 0
+        while taken < count:
+            cut = next(cuts)
+            if cut is None:
+                yield None
+                continue
+            taken, last = taken + 1, cut
             if unit in missing:
                 filled.append(cut.token_ids)
-            if number % _GOES_ON_EVERY == 0:
-                yield None
         if unit in missing:
             facts = {
                 "prefixes": count,
@@ -250,8 +253,8 @@ class _Cut(NamedTuple):
     source_prefixes: int | None
 
 
-def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Cut]:
-    """Every prefix from number 0 on, without end."""
+def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Cut | None]:
+    """Every prefix from number 0 on, without end; None now and then, whatever becomes of the documents."""
     prefixes = settings.prefixes
     assert isinstance(prefixes, DatasetPrefixes | PromptPrefixes)
     bos = [start_token(tokenizer)] if _starts_with_bos(prefixes) else []
@@ -267,6 +270,8 @@ def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> It
                 index += 1
             else:
                 passed_over += 1
+            if (index + passed_over) % _GOES_ON_EVERY == 0:
+                yield None
         if index == before:
             raise _nothing_usable(prefixes, _length(prefixes, settings.seed, index))
         source_prefixes = index if source_prefixes is None else source_prefixes

@@ -18,6 +18,8 @@ from calibprune.calibration.sources import Shard, flat_tokens, read_shard, score
 from calibprune.config import DuplicateFilter, Filter, RepetitionFilter
 from calibprune.run import Record, Stage
 
+VERSION = 2
+"""Of the columns that a unit of scores has."""
 MEASURED = RepetitionFilter(type="repetition")
 """How repetition is measured for the report where no filter says it."""
 

@@ -166,7 +166,7 @@ def test_a_unit_that_is_lost_with_its_node_again_and_again_is_blamed_in_the_end(
         else:
             done += units
     assert done == ["a", "c"] and bad == {"b": "its node has died"}
-    assert lost == 5 + 1 + 3  # the sixth time beside another
+    assert lost == 10 + 1 + 3  # the eleventh time beside another
     queue.failed([], OSError(), counted=False)  # a node without any
 
 

@@ -37,11 +37,11 @@ def uploads() -> list[str]:
 
 
 def test_uploads_that_were_left_below_the_run_are_ended_and_no_others(endpoint):
-    others = ["a/other/part", "a/run", "a/run-2/prune/part"]
+    others = ["a/other/part", "a/run", "a/run-2/prune/part", "a/run/published/part"]
     with s3_at(endpoint):
         for key in ("a/run/prune/part", "a/run/generate/part", "a/run/generate/part", *others):
             begin_upload(key)
-        assert len(uploads()) == 6
+        assert len(uploads()) == 7
         run = opened("s3://runs/a/run")
         assert uploads() == others and run.begun
 
