@@ -25,7 +25,9 @@ import pyarrow.parquet as pq
 import torch
 
 from calibprune.calibration.texts import running_text
-from calibprune.config import HeldOutText, ModelSettings, PruneSettings
+from calibprune.config.evaluate import HeldOutText
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.evaluation.perplexity import cut_windows, sweep_perplexity
 from calibprune.model import build_skeleton, load_tokenizer
 
@@ -36,8 +38,8 @@ from calibprune.calibration.pool import read_pool
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import finish_checkpoint
-from calibprune.pruning.layerwise import prune_layers, units_of
-from calibprune.run import Stage
+from calibprune.pruning.loop import prune_layers, units_of
+from calibprune.stage import Stage
 model, pool, folder, settings, threads, dtype = sys.argv[1:]
 torch.set_num_threads(int(threads))
 settings = PruneSettings.model_validate_json(settings)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from calibprune import storage
 from calibprune.calibration.pool import read_pool
-from calibprune.config_file import load_config
+from calibprune.config.load import load_config
 from cluster.session import connect
 from jobs.pipeline import run_stages
 from jobs.report import perplexity_facts

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from calibprune.calibration.curation import Curation, make_scores, make_selection, plan_curation
+from calibprune.calibration.curate_units import Curation, make_scores, make_selection, plan_curation
 from calibprune.calibration.duplicates import bands
 from calibprune.calibration.filters import band_column
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
 from calibprune.calibration.scores import as_column
-from calibprune.config import CurateSettings, DuplicateFilter
-from calibprune.run import Stage
+from calibprune.config.curate import CurateSettings, DuplicateFilter
+from calibprune.stage import Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("what", nargs="*", default=["scores", "selection"])
@@ -111,7 +111,7 @@ def score_all(curation: Curation, processes: int) -> tuple[float, float, float, 
 
 
 def measure_scores(folder: Path) -> None:
-    import calibprune.calibration.curation as curation_module
+    import calibprune.calibration.curate_units as curation_module
 
     stage = generated(folder, options.shards)
     curation_module.PORTION_BYTES = 1  # a shard in a unit, so that every process gets as many
@@ -189,7 +189,7 @@ def measure_selection(folder: Path) -> None:
 
 def _stage(folder: Path, shards: int) -> Stage:
     """As many shards as there are units, of no content: the selection reads scores only."""
-    import calibprune.calibration.curation as curation_module
+    import calibprune.calibration.curate_units as curation_module
 
     curation_module.PORTION_BYTES = 1
     stage = Stage(str(folder / "empty"))

@@ -23,11 +23,11 @@ import pyarrow as pa
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
 from calibprune.config import Config
 from calibprune.process import host_memory
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from cluster import generator
 from cluster.session import connect
 from jobs import generate
-from jobs.run_folder import Run
+from jobs.run import Run
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("what", nargs="*", default=["speed", "scale"])

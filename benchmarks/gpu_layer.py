@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.model import build_skeleton
-from calibprune.pruning.layerwise import prune_layers
+from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.methods import need_of
 from calibprune.pruning.sparsegpt import inverse_factor
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--method", default="sparsegpt")

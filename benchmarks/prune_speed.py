@@ -15,10 +15,11 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.model import build_skeleton
-from calibprune.pruning.layerwise import prune_layers
-from calibprune.run import Record, Stage
+from calibprune.pruning.loop import prune_layers
+from calibprune.stage import Record, Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", default=".cache/demo-model")

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 
 from calibprune.calibration.pool import read_pool
-from calibprune.config import ModelSettings, PruneSettings
-from calibprune.config_file import load_config
+from calibprune.config.load import load_config
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import finish_checkpoint
-from calibprune.pruning.layerwise import prune_layers, units_of
-from calibprune.run import Record, Stage
+from calibprune.pruning.loop import prune_layers, units_of
+from calibprune.stage import Record, Stage
 
 ROWS = [
     "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps",
@@ -93,7 +94,7 @@ def pools() -> dict[int, torch.Tensor]:
 
 
 def windows() -> dict[str, torch.Tensor]:
-    from jobs.run_folder import Run
+    from jobs.run import Run
 
     return {name: ids[: options.windows] for name, ids in Run(base).windows.items()}
 

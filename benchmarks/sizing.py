@@ -36,7 +36,7 @@ from jobs.needs import (
     pruning_memory,
 )
 from jobs.progress import duration
-from jobs.run_folder import Run
+from jobs.run import Run
 
 SHAPES = {
     "8B": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32},

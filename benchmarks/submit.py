@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.submission import follow
+from cluster.jobs_api import follow
 from tests.jobs.head import Head, head_with_token
 from tests.tiny import write_tiny_llama
 

@@ -24,10 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from calibprune.config import ClusterSettings, ModelSettings, PruneSettings
+from calibprune.config.model import ClusterSettings, ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.memory import worker_memory
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("what", nargs="*", default=["scaling", "resume", "memory"])
@@ -53,8 +54,8 @@ def settings(method: str) -> PruneSettings:
 
 
 def gang(workers: int, cpus: int = 1) -> Any:
-    from cluster.room import Bundle
-    from cluster.worker_group import WorkerGroup
+    from cluster.gang_driver import WorkerGroup
+    from cluster.places import Bundle
 
     return WorkerGroup(workers, Bundle(cpus, 0), ClusterSettings())
 
@@ -122,9 +123,9 @@ import json, sys, torch, transformers
 from calibprune.calibration.pool import read_pool
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
-from calibprune.pruning.layerwise import prune_layers
+from calibprune.pruning.loop import prune_layers
 from calibprune.process import host_memory
-from calibprune.run import Stage
+from calibprune.stage import Stage
 model, tokens, folder, settings = sys.argv[1:]
 skeleton, stage = build_skeleton(ModelSettings(path=model)), Stage(folder)
 base = host_memory()

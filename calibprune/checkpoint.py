@@ -23,7 +23,7 @@ from torch import Tensor
 
 from calibprune import storage
 from calibprune.errors import CorruptionError, StoreUnavailable, UserError
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 from calibprune.retry import passes
 
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 """Hangs are for the driver to see and end: it alone knows how long a layer may take."""

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from calibprune import storage
 from calibprune.errors import LeaseExpired, LeaseLost, UserError
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 
 FILE = "_lease.json"
 MOST_EXPIRE_SECONDS = 3600.0

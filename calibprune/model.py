@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from calibprune.checkpoint import Checkpoint, local_side_files
-from calibprune.config import ModelSettings
+from calibprune.config.model import ModelSettings
 from calibprune.errors import StoreUnavailable, UserError
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 
 _TORCH_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16

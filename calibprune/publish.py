@@ -17,7 +17,7 @@ from calibprune import storage
 from calibprune.checkpoint import INDEX
 from calibprune.errors import CorruptionError, UserError
 from calibprune.retry import retrying
-from calibprune.run import Stage
+from calibprune.stage import Stage
 
 STAGES = ("generate", "curate", "prune", "evaluate", "report")
 BATCH_FILES, BATCH_BYTES = 50, 1 << 30

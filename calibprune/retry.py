@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import tenacity
 
 from calibprune.errors import StoreUnavailable, UserError
-from calibprune.plain import without_secrets
+from calibprune.redact import without_secrets
 
 RETRY_SECONDS = 120.0
 """No attempt starts later than this after the first one."""

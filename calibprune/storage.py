@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from calibprune.errors import StoreUnavailable, UserError
 from calibprune.failpoint import failpoint
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 from calibprune.retry import passes, retrying, shown, status
 
 READS_AT_ONCE = 64

@@ -15,7 +15,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from calibprune.parking import Parking
+from calibprune.offload import Parking
 
 
 @dataclass

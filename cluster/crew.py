@@ -12,10 +12,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
-from calibprune.journal import Failure, nobody
-from calibprune.plain import one_line
+from calibprune.failures import Failure, nobody
+from calibprune.redact import one_line
 from cluster.label import Label
-from cluster.room import Bundle, Waiting
+from cluster.places import Bundle, Waiting
 from cluster.session import actor_options, death
 
 START_FAILURES = 5

@@ -11,10 +11,11 @@ from calibprune.calibration.pool import parquet_bytes
 from calibprune.calibration.prefixes import PrefixReader
 from calibprune.calibration.samples import sample_facts, write_rows
 from calibprune.calibration.sources import score_shard
-from calibprune.config import GenerateSettings, ModelSettings
+from calibprune.config.generate import GenerateSettings
+from calibprune.config.model import ModelSettings
 from calibprune.model import load_tokenizer
 from calibprune.process import node
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from cluster.label import label_of
 from cluster.metrics import SampleMetrics
 

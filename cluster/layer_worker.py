@@ -15,15 +15,16 @@ import transformers
 from torch import Tensor
 
 from calibprune.calibration.pool import read_pool, read_positions
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import Perplexity, sweep_perplexity
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
 from calibprune.process import host_memory
-from calibprune.pruning.layerwise import prune_layers
+from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.memory import offload_needed
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from cluster.label import label_of
 from cluster.metrics import LayerMetrics
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from calibprune.journal import Failure
-from calibprune.run import Record
+from calibprune.failures import Failure
+from calibprune.stage import Record
 from cluster.label import Label
 
 

@@ -172,7 +172,7 @@ def _in_a_line(error: Exception) -> str:
     """A store's library may put a signed address into its errors: of those the kind only."""
     kind, module = type(error).__name__, type(error).__module__
     try:
-        from calibprune.plain import one_line
+        from calibprune.redact import one_line
 
         text = one_line(error)
     except ImportError:  # calibprune is missing there, or another version

@@ -27,11 +27,11 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from calibprune.calibration.engine import vllm_version
-from calibprune.config import ClusterSettings
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
-from calibprune.plain import one_line, plain
+from calibprune.redact import one_line, plain
 from cluster.label import Label
-from cluster.room import Bundle, Waiting, say
+from cluster.places import Bundle, Waiting, say
 
 CONNECT_SECONDS = 10
 START_TRIES = 3

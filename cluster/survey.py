@@ -14,9 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from calibprune import storage
 from calibprune.errors import StoreUnavailable, UserError
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 from cluster import probe
-from cluster.room import Node, nodes
+from cluster.places import Node, nodes
 
 SURVEY_SECONDS = 60.0
 """For all answers: starting a process on a busy machine takes its time, a store is waited for 10 s a step."""

@@ -10,11 +10,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from calibprune.journal import Failure, nobody
-from calibprune.plain import one_line
-from calibprune.run import Record
+from calibprune.failures import Failure, nobody
+from calibprune.redact import one_line
+from calibprune.stage import Record
 from cluster.label import Label
-from cluster.room import Bundle, Waiting, capacity, nodes
+from cluster.places import Bundle, Waiting, capacity, nodes
 from cluster.session import death
 
 IN_FLIGHT_PER_PLACE = 2

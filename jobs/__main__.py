@@ -12,11 +12,11 @@ import typer
 
 from calibprune import __version__
 from calibprune.errors import UserError
-from calibprune.plain import plain, plain_lines
+from calibprune.redact import plain, plain_lines
 from jobs import log, progress
 
 if TYPE_CHECKING:
-    from jobs.run_folder import Run
+    from jobs.run import Run
 
 app = typer.Typer(
     name="calibprune",
@@ -121,7 +121,7 @@ def check(
     """Validate a configuration and its inputs, and say what the run will need and what the cluster lacks for it.
 
     Starts no work. Exit code 2 where something is missing."""
-    from calibprune.config_file import load_config
+    from calibprune.config.load import load_config
     from jobs.check import (
         advice,
         check_before_work,
@@ -130,7 +130,7 @@ def check(
         unmeasured,
     )
     from jobs.preflight import check_cluster, cluster_to_look_at
-    from jobs.run_folder import Run
+    from jobs.run import Run
 
     checked = Run(load_config(config, overrides or ()))
     check_before_work(checked, ALL)
@@ -211,7 +211,7 @@ def stop_job(
 @app.command()
 def presets() -> None:
     """Ready settings of generate and curate, taken with preset=NAME or `preset: NAME` in the file."""
-    from calibprune.config_file import presets
+    from calibprune.config.load import presets
 
     for name, line in presets().items():
         print(f"{name:<14} {line}")
@@ -276,7 +276,7 @@ def options(
 
 
 def _run(config: str, overrides: list[str] | None, stages: "list[str] | tuple[str, ...]") -> "Run":
-    from calibprune.config_file import load_config
+    from calibprune.config.load import load_config
 
     settings = load_config(config, overrides or ())
     try:

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 
 from calibprune import storage
-from calibprune.calibration.analysis import analyse, min_k_scores, read_reference
-from calibprune.calibration.curation import Curation
+from calibprune.calibration.compare import analyse, min_k_scores, read_reference
+from calibprune.calibration.curate_units import Curation
 from calibprune.calibration.sources import flat_tokens, read_shard
-from calibprune.config import ModelSettings
+from calibprune.config.model import ModelSettings
 from calibprune.errors import DriftError
 from calibprune.model import build_skeleton, load_tokenizer
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from cluster.label import label_of
-from cluster.room import Bundle
+from cluster.places import Bundle
 from cluster.session import worker_bundle
 from cluster.tasks import run_tasks
 from jobs.progress import say, tick
-from jobs.run_folder import Run
+from jobs.run import Run
 from jobs.watching import Watch
 
 FOLDER = "analysis"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from calibprune import storage
-from calibprune.calibration.curation import needs_scoring
+from calibprune.calibration.curate_units import needs_scoring
 from calibprune.calibration.engine import STREAMED, model_and_revision, vllm_version
 from calibprune.calibration.filters import share_of
 from calibprune.calibration.mixing import mixture, shortage
@@ -17,9 +17,8 @@ from calibprune.calibration.prefixes import check_prefixes, longest_prefix
 from calibprune.calibration.sources import document_tokens, scored_tokens
 from calibprune.calibration.texts import documents
 from calibprune.checkpoint import check_reachable
-from calibprune.config import (
-    ClusterSettings,
-    Config,
+from calibprune.config import Config
+from calibprune.config.curate import (
     CurateSettings,
     GeneratedSource,
     LengthFilter,
@@ -27,9 +26,10 @@ from calibprune.config import (
     PerplexityFilter,
     Source,
 )
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import DriftError, UserError
-from calibprune.run import Stage, flat
-from jobs.run_folder import Run
+from calibprune.stage import Stage, flat
+from jobs.run import Run
 
 if TYPE_CHECKING:
     from calibprune.pruning.memory import WorkerMemory
@@ -64,7 +64,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
         _check_texts(run)
     if "prune" in stages:
         from calibprune.pruning.allocation import check_allocation, shapes_of
-        from calibprune.pruning.selection import chosen_linears
+        from calibprune.pruning.linears import chosen_linears
 
         chosen = chosen_linears(run.skeleton, run.config.prune)
         _check_pattern(run, chosen)
@@ -228,7 +228,7 @@ def kept_at_most(config: Config, samples: int) -> int:
 def requirements(run: Run) -> dict[str, str]:
     """What a run will need, in words: parameters, tokens, bytes to move."""
     from calibprune.pruning.allocation import foreseen, shapes_of
-    from calibprune.pruning.selection import chosen_linears
+    from calibprune.pruning.linears import chosen_linears
     from jobs.needs import pool_to_prune_with
     from jobs.preflight import gib
 

@@ -1,6 +1,6 @@
 """curate: tasks all over the cluster score, filter and pack the samples; the driver sees records only.
 
-Every unit commits on its own, so a rerun takes up what is there. calibprune/calibration/curation.py says which
+Every unit commits on its own, so a rerun takes up what is there. calibprune/calibration/curate_units.py says which
 units there are.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from calibprune.calibration.curation import (
+from calibprune.calibration.curate_units import (
     SELECTION,
     Curation,
     make_files,
@@ -26,17 +26,17 @@ from calibprune.calibration.mixing import mixture
 from calibprune.calibration.prefixes import start_token
 from calibprune.calibration.scores import VERSION as SCORES
 from calibprune.calibration.sources import scored_tokens, text_unit, write_documents
-from calibprune.config import DuplicateFilter, GeneratedSource, NaturalSource
+from calibprune.config.curate import DuplicateFilter, GeneratedSource, NaturalSource
 from calibprune.errors import UserError
 from calibprune.model import load_tokenizer
-from calibprune.run import Record, Stage
-from cluster.room import Bundle, capacity
+from calibprune.stage import Record, Stage
+from cluster.places import Bundle, capacity
 from cluster.session import worker_bundle
 from cluster.tasks import run_tasks
 from jobs import analysis, progress
 from jobs.generate import dispatched, engines, most_failures
 from jobs.progress import Steps, say
-from jobs.run_folder import Run
+from jobs.run import Run
 from jobs.watching import Watch
 
 NOT_IN_THE_RESULT = {"references", "analysis"}

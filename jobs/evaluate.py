@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 from calibprune import storage
 from calibprune.pruning.export import FOLDER
-from calibprune.run import Stage
+from calibprune.stage import Stage
+from cluster.gang_driver import run_gang
 from cluster.session import worker_bundle
-from cluster.worker_group import run_gang
 from jobs.progress import Steps, say, tick
-from jobs.run_folder import Run
+from jobs.run import Run
 from jobs.watching import Watch
 
 UNITS = ("dense", "pruned")

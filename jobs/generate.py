@@ -15,20 +15,21 @@ from calibprune.calibration.prefixes import (
     prefix_units,
     prefix_units_of,
 )
-from calibprune.config import GenerateSettings, ModelSettings
+from calibprune.config.generate import GenerateSettings
+from calibprune.config.model import ModelSettings
 from calibprune.errors import UserError
-from calibprune.journal import SET_ASIDE, Failure
+from calibprune.failures import SET_ASIDE, Failure
 from calibprune.model import load_tokenizer
-from calibprune.plain import one_line
-from calibprune.run import Record, Stage
+from calibprune.redact import one_line
+from calibprune.stage import Record, Stage
 from cluster.crew import Crew
-from cluster.dispatch import FIRST_SECONDS, dispatch
 from cluster.generator import Generator, shard_rows, shard_unit
-from cluster.room import Bundle, NoRoom, capacity
+from cluster.places import Bundle, NoRoom, capacity
+from cluster.queue import FIRST_SECONDS, dispatch
 from cluster.session import worker_bundle
 from cluster.tasks import POLL_SECONDS, Done, TaskLost, run_tasks
 from jobs.progress import Steps, say, tick
-from jobs.run_folder import Run
+from jobs.run import Run
 from jobs.watching import Watch
 
 NOT_IN_THE_RESULT = {

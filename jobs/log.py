@@ -10,10 +10,10 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from calibprune.plain import one_line, plain
+from calibprune.redact import one_line, plain
 
 if TYPE_CHECKING:
-    from calibprune.journal import Failure
+    from calibprune.failures import Failure
 
 _units = logging.getLogger("calibprune.units")
 _lines = logging.getLogger("calibprune.log")

@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from calibprune.calibration.curation import needs_scoring
+from calibprune.calibration.curate_units import needs_scoring
 from calibprune.calibration.pool import pool_shape
 from calibprune.calibration.prefixes import longest_prefix
-from calibprune.config import NaturalSource
+from calibprune.config.curate import NaturalSource
 from calibprune.model import Skeleton
 from calibprune.process import host_memory
 from calibprune.pruning.memory import GPU_SHARE, WorkerMemory, worker_memory
-from calibprune.run import Stage
-from cluster.room import Bundle
+from calibprune.stage import Stage
+from cluster.places import Bundle
 from cluster.session import worker_bundle
 from jobs.analysis import FOLDER as ANALYSIS
 from jobs.analysis import task_bundle
 from jobs.generate import wanted_engines
-from jobs.run_folder import Run
+from jobs.run import Run
 
 TOKEN_BYTES = 4
 

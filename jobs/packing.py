@@ -16,7 +16,7 @@ from pathlib import Path
 from pathspec import GitIgnoreSpec
 
 from calibprune.errors import UserError
-from calibprune.plain import SECRET_NAME, shaped_as_credential
+from calibprune.redact import SECRET_NAME, shaped_as_credential
 
 CONFIG = "calibprune-submitted.yaml"
 """The configuration's name in the package."""
@@ -84,7 +84,7 @@ def source_tree(folder: Path) -> Tree | None:
     Raises UserError, naming the largest files, where they are too many bytes.
     """
     root = folder.resolve()
-    if not all((root / name).is_file() for name in ("jobs/__main__.py", "calibprune/run.py")):
+    if not all((root / name).is_file() for name in ("jobs/__main__.py", "calibprune/stage.py")):
         return None
     files, withheld = [], []
     for name in sorted(set(_candidates(root))):

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 from calibprune import storage
 from calibprune.config import Config
-from calibprune.journal import Failure, Journal
+from calibprune.failures import Failure, Journal
 from calibprune.lease import Lease
 from cluster.label import label_of
 from cluster.session import connect
@@ -16,7 +16,7 @@ from jobs import curate, evaluate, generate, log, progress, prune, report
 from jobs.check import check_before_work
 from jobs.preflight import check_room, look_before_work
 from jobs.progress import say
-from jobs.run_folder import Run
+from jobs.run import Run
 from jobs.tracking import tracking
 
 LEASE_SECONDS, REMOTE_LEASE_SECONDS = 30.0, 120.0

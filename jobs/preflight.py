@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from calibprune import storage
-from calibprune.config import ClusterSettings
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import StoreUnavailable, UserError
-from cluster.room import never_fits, nodes, shown, wanted
+from cluster.places import never_fits, nodes, shown, wanted
 from cluster.session import connect
 from cluster.survey import Survey, Surveyed, check_survey, only_passing, problems, take_survey
 from jobs.needs import Need, bytes_read, bytes_stored, needs
 from jobs.progress import say
-from jobs.run_folder import Run
+from jobs.run import Run
 
 PIPELINE_SECONDS = 30.0
 """For the nodes' answers when a run starts: one that is slower is passed over with a note."""

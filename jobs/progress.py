@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from calibprune.plain import plain
+from calibprune.redact import plain
 from jobs import log
 
 LOG_SECONDS = 15.0

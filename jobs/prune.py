@@ -7,15 +7,15 @@ from calibprune import storage
 from calibprune.calibration.pool import pool_identity, pool_shape
 from calibprune.pruning.allocation import foreseen, in_words, is_measured, missed, shapes_of
 from calibprune.pruning.export import ALLOCATION, finish_checkpoint
-from calibprune.pruning.layerwise import units_of
-from calibprune.pruning.selection import chosen_linears
+from calibprune.pruning.linears import chosen_linears
+from calibprune.pruning.loop import units_of
 from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
-from calibprune.run import Record, Stage
-from cluster.room import Bundle
+from calibprune.stage import Record, Stage
+from cluster.gang_driver import run_gang
+from cluster.places import Bundle
 from cluster.session import worker_bundle
-from cluster.worker_group import run_gang
 from jobs.progress import Steps, say, tick
-from jobs.run_folder import Run, versions
+from jobs.run import Run, versions
 from jobs.watching import Watch
 
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from calibprune import __version__, storage
+from calibprune.calibration.decide import UNIT as SELECTION
 from calibprune.calibration.filters import perplexity
 from calibprune.calibration.pool import read_samples, sample_records
-from calibprune.calibration.selection import UNIT as SELECTION
 from calibprune.pruning.export import ALLOCATION, REST, overall_sparsity
 from calibprune.reporting.page import render_page
-from calibprune.run import Record, Stage, flat
+from calibprune.stage import Record, Stage, flat
 from jobs.analysis import FOLDER as ANALYSIS
 from jobs.analysis import compared
 from jobs.progress import say
-from jobs.run_folder import Run, versions
+from jobs.run import Run, versions
 
 SAMPLE_CHARACTERS = 4000
 SHOWN_OF_LINEARS = ("relative_error", "unrefined_error", "parameters")

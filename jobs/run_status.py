@@ -11,10 +11,10 @@ from typing import Any
 
 from calibprune import lease, storage
 from calibprune.errors import UserError
-from calibprune.journal import SET_ASIDE, read_failures
-from calibprune.plain import one_line
+from calibprune.failures import SET_ASIDE, read_failures
+from calibprune.redact import one_line
 from calibprune.retry import shown
-from calibprune.run import Stage
+from calibprune.stage import Stage
 
 STAGES = ("generate", "curate", "curate/analysis", "prune", "evaluate")
 WINDOW_SECONDS, WINDOW_UNITS = 600.0, 20

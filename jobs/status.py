@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from calibprune.errors import UserError
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 from jobs.progress import duration, pace
 from jobs.run_status import Status, run_status
 

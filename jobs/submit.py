@@ -20,11 +20,11 @@ from ray.job_submission import JobDetails, JobStatus
 
 from calibprune import __version__, storage
 from calibprune.config import Config
-from calibprune.config_file import dump_config, load_config
+from calibprune.config.load import dump_config, load_config
 from calibprune.errors import UserError
-from calibprune.plain import HIDDEN, holds_credential, one_line
+from calibprune.redact import HIDDEN, holds_credential, one_line
 from calibprune.retry import shown
-from cluster.submission import Client, already_used, describe, exit_code, follow, patiently, reach
+from cluster.jobs_api import Client, already_used, describe, exit_code, follow, patiently, reach
 from jobs import log
 from jobs.packing import CONFIG, Tree, source_tree, write_package
 from jobs.progress import Steps, console, duration, say, tick

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from calibprune import storage
-from calibprune.config import TrackingSettings
+from calibprune.config.evaluate import TrackingSettings
 from calibprune.errors import UserError
-from calibprune.plain import one_line
-from calibprune.run import flat
+from calibprune.redact import one_line
+from calibprune.stage import flat
 from jobs.progress import say
-from jobs.run_folder import Run
+from jobs.run import Run
 
 FILE = "_tracking.json"
 PARAMETERS_AT_ONCE, PARAMETER_CHARACTERS = 100, 500

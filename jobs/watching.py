@@ -9,8 +9,8 @@ from collections import Counter, deque
 from dataclasses import replace
 from typing import Any
 
-from calibprune.journal import SET_ASIDE, Failure, Journal
-from calibprune.run import Record, Stage
+from calibprune.failures import SET_ASIDE, Failure, Journal
+from calibprune.stage import Record, Stage
 from cluster.label import Label, label_of
 from cluster.metrics import StageMetrics
 from jobs import log

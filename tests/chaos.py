@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from calibprune import storage
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from tests.cluster.nodes import DEATHS_SEEN_SOON, Nodes
 from tests.servers import Fault, Proxy
 

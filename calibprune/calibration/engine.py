@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calibprune.calibration.engine_folder import EngineFolder
-from calibprune.config import GenerateSettings
+from calibprune.config.generate import GenerateSettings
 from calibprune.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from calibprune.calibration.duplicates import bands, first_equal, first_near
-from calibprune.config import (
+from calibprune.config.curate import (
     DuplicateFilter,
     Filter,
     LengthFilter,

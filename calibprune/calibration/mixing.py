@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from calibprune.config import CurateSettings, GeneratedSource, Source
+from calibprune.config.curate import CurateSettings, GeneratedSource, Source
 from calibprune.errors import UserError
 
 POOL_FILE_TOKENS = 1 << 24

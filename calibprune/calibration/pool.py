@@ -13,8 +13,8 @@ from torch import Tensor
 
 from calibprune import storage
 from calibprune.errors import CorruptionError, UserError
-from calibprune.plain import one_line
-from calibprune.run import Record, Stage
+from calibprune.redact import one_line
+from calibprune.stage import Record, Stage
 
 SAMPLE_SCHEMA = pa.schema(
     {

@@ -11,9 +11,9 @@ import numpy as np
 
 from calibprune.calibration.sources import first_tokens
 from calibprune.calibration.texts import Message, documents, prompts
-from calibprune.config import DatasetPrefixes, PromptPrefixes
+from calibprune.config.generate import DatasetPrefixes, PromptPrefixes
 from calibprune.errors import UserError
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from calibprune.calibration.pool import parquet_bytes
 from calibprune.calibration.prefix_sources import candidates, most_tokens
-from calibprune.config import (
+from calibprune.config.generate import (
     BosPrefixes,
     DatasetPrefixes,
     GenerateSettings,
@@ -27,7 +27,7 @@ from calibprune.config import (
     VocabularyPrefixes,
 )
 from calibprune.errors import UserError
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

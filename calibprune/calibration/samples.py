@@ -12,7 +12,7 @@ import pyarrow as pa
 from calibprune.calibration.engine import Engine
 from calibprune.calibration.pool import SAMPLE_SCHEMA
 from calibprune.calibration.prefixes import PrefixReader, draw_seed, row_seed
-from calibprune.config import GenerateSettings, VocabularyPrefixes
+from calibprune.config.generate import GenerateSettings, VocabularyPrefixes
 
 
 async def write_rows(

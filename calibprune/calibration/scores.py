@@ -15,8 +15,8 @@ from calibprune.calibration.filters import band_column, perplexity, share_column
 from calibprune.calibration.pool import parquet_bytes
 from calibprune.calibration.repetition import longest_repeat, repetition_share
 from calibprune.calibration.sources import Shard, flat_tokens, read_shard, scored_from
-from calibprune.config import DuplicateFilter, Filter, RepetitionFilter
-from calibprune.run import Record, Stage
+from calibprune.config.curate import DuplicateFilter, Filter, RepetitionFilter
+from calibprune.stage import Record, Stage
 
 VERSION = 2
 """Of the columns that a unit of scores has."""

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes, read_parquet, read_samples
 from calibprune.calibration.texts import documents
-from calibprune.config import NaturalSource
-from calibprune.run import Record, Stage
+from calibprune.config.curate import NaturalSource
+from calibprune.stage import Record, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,9 +15,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from calibprune import storage
-from calibprune.config import HeldOutText
+from calibprune.config.evaluate import HeldOutText
 from calibprune.errors import UserError
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 from calibprune.retry import denied, passes, retrying, shown
 
 PYTHON_DOCS = "python-docs"

@@ -4,54 +4,12 @@
 input weights are kept. Defaults are the ones we would use ourselves; `None` means "off" or "decide by itself".
 """
 
-from calibprune.config.base import Section, TextSource, Url
-from calibprune.config.curate import (
-    AnalysisSettings,
-    CurateSettings,
-    DuplicateFilter,
-    Filter,
-    GeneratedSource,
-    LengthFilter,
-    NaturalSource,
-    PerplexityFilter,
-    Reference,
-    RepetitionFilter,
-    Sharing,
-    Source,
-)
-from calibprune.config.evaluate import (
-    EvaluateSettings,
-    HeldOutText,
-    ReportSettings,
-    TrackingSettings,
-)
-from calibprune.config.generate import (
-    BosPrefixes,
-    DatasetPrefixes,
-    GenerateSettings,
-    Prefixes,
-    PromptPrefixes,
-    TemperatureSchedule,
-    VocabularyPrefixes,
-)
+from calibprune.config.base import Section, Url
+from calibprune.config.curate import CurateSettings
+from calibprune.config.evaluate import EvaluateSettings, ReportSettings
+from calibprune.config.generate import GenerateSettings
 from calibprune.config.model import ClusterSettings, ModelSettings
-from calibprune.config.prune import (
-    ALPS,
-    OWL,
-    RIA,
-    Allocation,
-    AlphaPruning,
-    DSnoT,
-    ListAllocation,
-    Magnitude,
-    Method,
-    PruneSettings,
-    SparseGPT,
-    Swaps,
-    UniformAllocation,
-    Wanda,
-    parse_pattern,
-)
+from calibprune.config.prune import PruneSettings
 
 
 class Config(Section):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibprune.errors import UserError
 from calibprune.gang import ALONE, Gang
-from calibprune.layers import LayerReader
+from calibprune.layer_stream import LayerReader
 from calibprune.model import Skeleton
 from calibprune.process import return_free_memory
 from calibprune.sweep import LayerStop, Sweep

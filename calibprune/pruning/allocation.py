@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from calibprune import storage
-from calibprune.config import OWL, AlphaPruning, ListAllocation, PruneSettings
+from calibprune.config.prune import OWL, AlphaPruning, ListAllocation, PruneSettings
 from calibprune.errors import UserError
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
+from calibprune.pruning.alphapruning import tail_exponents
 from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.masks import Target
-from calibprune.pruning.outliers import outlier_ratios
+from calibprune.pruning.owl import outlier_ratios
 from calibprune.pruning.positions import Positions
 from calibprune.pruning.rounding import whole_numbers
-from calibprune.pruning.spectrum import tail_exponents
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 
 Shapes = Sequence[Mapping[str, tuple[int, int]]]
 """For every layer, (out, in) of the linears to prune, by their path inside it."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from calibprune.config import ALPS
+from calibprune.config.prune import ALPS
 from calibprune.pruning.masks import Target, keep_in_matrices
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.sparsegpt import NotPositiveDefinite

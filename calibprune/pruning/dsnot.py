@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from calibprune.config import DSnoT
+from calibprune.config.prune import DSnoT
 from calibprune.pruning import wanda
 from calibprune.pruning.masks import Target, keep_in_rows
 from calibprune.pruning.rows import RowShares

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from calibprune import __version__, storage
 from calibprune.checkpoint import INDEX, index_bytes, side_files, to_bytes
-from calibprune.config import PruneSettings
-from calibprune.run import Record, Stage
+from calibprune.config.prune import PruneSettings
+from calibprune.stage import Record, Stage
 
 REST = "rest"
 ALLOCATION = "allocation"

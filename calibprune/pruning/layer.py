@@ -12,12 +12,12 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from calibprune.checkpoint import to_bytes
-from calibprune.config import PruneSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
-from calibprune.layers import Loaded
+from calibprune.layer_stream import Loaded
 from calibprune.model import Skeleton
-from calibprune.parking import Fetched
+from calibprune.offload import Fetched
 from calibprune.process import host_memory
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group, refine_group
@@ -33,7 +33,7 @@ from calibprune.pruning.statistics import (
     observe,
     output_error,
 )
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from calibprune.sweep import GroupStop
 
 ERROR_TOKENS = 256

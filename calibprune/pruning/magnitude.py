@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibprune.config import Magnitude
+from calibprune.config.prune import Magnitude
 from calibprune.pruning.masks import Target, keep_in_matrices
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics

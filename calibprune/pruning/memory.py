@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from calibprune.config import PruneSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.model import Skeleton
 from calibprune.pruning.methods import METHODS, need_of
 

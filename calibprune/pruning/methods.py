@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import BaseModel
 from torch import Tensor
 
-from calibprune import config
+from calibprune.config import prune as config
 from calibprune.pruning import alps, dsnot, magnitude, ria, sparsegpt, swaps, wanda
 from calibprune.pruning.masks import Target
 from calibprune.pruning.rows import RowShares

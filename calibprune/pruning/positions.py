@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibprune.errors import UserError
 from calibprune.gang import Gang
-from calibprune.parking import Fetched
+from calibprune.offload import Fetched
 
 
 class Positions:

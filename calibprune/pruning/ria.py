@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-from calibprune.config import RIA
+from calibprune.config.prune import RIA
 from calibprune.pruning.masks import Target, keep_in_matrices
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics

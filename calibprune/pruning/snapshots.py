@@ -8,7 +8,7 @@ from torch import Tensor
 from calibprune import storage
 from calibprune.checkpoint import from_bytes, to_bytes
 from calibprune.gang import Gang
-from calibprune.run import Stage
+from calibprune.stage import Stage
 
 FOLDER = "snapshots"
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from calibprune.config import SparseGPT
+from calibprune.config.prune import SparseGPT
 from calibprune.pruning.masks import (
     Target,
     check_width,

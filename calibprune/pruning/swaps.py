@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from calibprune.config import Swaps
+from calibprune.config.prune import Swaps
 from calibprune.pruning.masks import Target, on_threads, runs_compiled
 from calibprune.pruning.rows import RowShares, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32

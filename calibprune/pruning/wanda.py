@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from calibprune.config import Wanda
+from calibprune.config.prune import Wanda
 from calibprune.pruning.masks import Target, keep_in_rows
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from calibprune import storage
 from calibprune.checkpoint import Checkpoint, from_bytes, local_side_files, side_files, to_bytes
-from calibprune.config import ModelSettings
+from calibprune.config.model import ModelSettings
 from calibprune.errors import CorruptionError, UserError
 from calibprune.model import build_skeleton
 from tests.tiny import write_tiny_llama

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from calibprune.config import Config, CurateSettings, VocabularyPrefixes, parse_pattern
-from calibprune.config_file import dump_config, load_config, presets, read_preset
+from calibprune.config import Config
+from calibprune.config.curate import CurateSettings
+from calibprune.config.generate import VocabularyPrefixes
+from calibprune.config.load import dump_config, load_config, presets, read_preset
+from calibprune.config.prune import parse_pattern
 from calibprune.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

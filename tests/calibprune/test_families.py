@@ -7,15 +7,16 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
 from calibprune.pruning import layer
 from calibprune.pruning.export import REST, finish_checkpoint
 from calibprune.pruning.layer import layer_unit
-from calibprune.pruning.layerwise import prune_layers
-from calibprune.run import Record, Stage
+from calibprune.pruning.loop import prune_layers
+from calibprune.stage import Record, Stage
 
 TOKENS = torch.randint(0, 300, (6, 48), generator=torch.Generator().manual_seed(1))
 LAYERS = 4

@@ -18,11 +18,12 @@ from calibprune.calibration.pool import pool_shape, read_pool, read_positions
 from calibprune.calibration.prefix_sources import candidates
 from calibprune.calibration.texts import documents
 from calibprune.checkpoint import Checkpoint, side_files
-from calibprune.config import ModelSettings, PromptPrefixes
+from calibprune.config.generate import PromptPrefixes
+from calibprune.config.model import ModelSettings
 from calibprune.errors import CorruptionError, UserError
 from calibprune.model import build_skeleton, load_tokenizer
 from calibprune.publish import publish
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from tests.tiny import byte_tokenizer
 
 CODE = "from pathlib import Path\nPath({!r}).write_text('ran')\n"

@@ -18,7 +18,7 @@ from calibprune.publish import (
     publish,
     seconds_between_commits,
 )
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from tests.servers import Fault, faulty_proxy, make_bucket, moto, s3_at
 
 

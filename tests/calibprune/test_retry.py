@@ -16,7 +16,7 @@ from calibprune.calibration.texts import documents
 from calibprune.errors import LeaseExpired, StoreUnavailable, UserError
 from calibprune.lease import Lease
 from calibprune.retry import passes, retrying, shown
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from cluster import probe
 from tests.servers import Fault, faulty_proxy, make_bucket, moto, s3_at, web_server
 

@@ -13,7 +13,7 @@ import pytest
 
 from calibprune import storage
 from calibprune.errors import CorruptionError, DriftError, UserError
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from tests.servers import gcs_server, make_bucket, moto, rclone, s3_at
 
 
@@ -220,7 +220,7 @@ def test_twenty_thousand_units_take_seconds_and_tens_of_megabytes(tmp_path):
         (tmp_path / "_done" / f"{unit}.json").write_bytes(storage.json_bytes(record.__dict__))
     code = """
 import resource, sys, time
-from calibprune.run import Stage
+from calibprune.stage import Stage
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 stage = Stage(sys.argv[1])
 assert stage.plan({"seed": 1}, stage.read_plan()["units"]) == [] and len(stage.done_units()) == 20_000
@@ -265,7 +265,7 @@ def test_versions_matter_only_while_units_are_missing(tmp_path):
 
 def test_sigkill_between_data_and_done_loses_only_that_unit(tmp_path):
     code = (
-        f"from calibprune.run import Record, Stage; s = Stage({str(tmp_path)!r}); s.plan({{}}, ['a']); "
+        f"from calibprune.stage import Record, Stage; s = Stage({str(tmp_path)!r}); s.plan({{}}, ['a']); "
         f"s.commit('a', s.put('a', b'x' * 100, 'bin', 'data', 'part'), {{}})"
     )
     (orders := tmp_path.parent / "failpoints").mkdir()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calibprune.config import ModelSettings
+from calibprune.config.model import ModelSettings
 from calibprune.gang import ALONE
-from calibprune.layers import LayerReader
+from calibprune.layer_stream import LayerReader
 from calibprune.model import build_skeleton
 from calibprune.sweep import LayerStop, Sweep
 from tests.tiny import write_tiny_llama

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.model import build_skeleton
-from calibprune.pruning.layerwise import prune_layers
-from calibprune.run import Stage
+from calibprune.pruning.loop import prune_layers
+from calibprune.stage import Stage
 from tests.cluster.gangs import DTYPES, GENERATED, LAYERS, TOKENS, Run, shards
 from tests.tiny import write_tiny_llama
 

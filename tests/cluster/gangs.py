@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
-from calibprune.config import ClusterSettings, ModelSettings, PruneSettings
-from calibprune.journal import Failure
-from calibprune.run import Stage
+from calibprune.config.model import ClusterSettings, ModelSettings
+from calibprune.config.prune import PruneSettings
+from calibprune.failures import Failure
+from calibprune.stage import Stage
+from cluster.gang_driver import run_gang
 from cluster.label import label_of
-from cluster.room import Bundle
-from cluster.worker_group import run_gang
+from cluster.places import Bundle
 
 LAYERS = 5
 BUNDLE = Bundle(cpus=1, gpus=0)

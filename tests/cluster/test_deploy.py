@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from calibprune import __version__, storage
-from calibprune.config_file import load_config
+from calibprune.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "cluster" / "deploy"

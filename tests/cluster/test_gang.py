@@ -12,16 +12,17 @@ import ray
 import torch
 from ray.util.placement_group import placement_group_table
 
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.model import build_skeleton
 from calibprune.process import node
 from calibprune.pruning.export import ALLOCATION, REST
 from calibprune.pruning.layer import layer_unit
-from calibprune.run import Record, Stage
-from cluster.room import Bundle, NoRoom
+from calibprune.stage import Record, Stage
+from cluster.gang_driver import WorkerGroup, WorkFailed, rebuild, run_gang
+from cluster.places import Bundle, NoRoom
 from cluster.session import Actors
-from cluster.worker_group import WorkerGroup, WorkFailed, rebuild, run_gang
 from tests.cluster.gangs import BUNDLE, GENERATED, LAYERS, MORE_WAYS, SETTINGS, WAYS, shards
 from tests.cluster.leftovers import assert_nothing_left, leftovers
 from tests.cluster.nodes import cluster_of
@@ -217,7 +218,7 @@ def test_a_worker_that_always_dies_ends_the_run_with_its_name_and_place(
 
 
 def test_a_new_gang_says_what_it_waits_for_and_in_the_end_what_there_was(nodes, monkeypatch, capfd):
-    monkeypatch.setattr("cluster.room.FIRST_LINE_SECONDS", 0.5)
+    monkeypatch.setattr("cluster.places.FIRST_LINE_SECONDS", 0.5)
     soon = SETTINGS.model_copy(update={"start_timeout_seconds": 6})
     with pytest.raises(
         WorkFailed, match=r"2 x \(1 CPU, 1 GPU\) did not .* within 6 s; .* has 4 CPU"
@@ -255,7 +256,7 @@ def test_more_workers_than_the_cluster_has_room_for(nodes):
 
 @pytest.mark.slow
 def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeypatch, capfd):
-    monkeypatch.setattr("cluster.room.FIRST_LINE_SECONDS", 0.5)
+    monkeypatch.setattr("cluster.places.FIRST_LINE_SECONDS", 0.5)
     other = ray.remote(num_cpus=2)(Idle).remote()
     ray.get(other.__ray_ready__.remote())
     with pytest.raises(

@@ -5,11 +5,11 @@ import time
 
 import ray
 
-from calibprune.run import Record
+from calibprune.stage import Record
 from cluster.crew import Crew
-from cluster.dispatch import dispatch
 from cluster.label import Label
-from cluster.room import Bundle
+from cluster.places import Bundle
+from cluster.queue import dispatch
 from cluster.tasks import run_tasks
 from tests.cluster.nodes import cluster_of
 from tests.cluster.test_dispatch import Worker

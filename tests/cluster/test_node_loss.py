@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from cluster.worker_group import run_gang
+from cluster.gang_driver import run_gang
 from tests.cluster.gangs import BUNDLE, SETTINGS, shards
 from tests.cluster.nodes import cluster_of
 

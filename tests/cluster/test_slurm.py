@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from calibprune.run import Stage
+from calibprune.stage import Stage
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "deploy" / "slurm.sbatch"
 BIN = Path(sys.executable).parent

@@ -4,7 +4,7 @@ import psutil
 import pytest
 import ray
 
-from calibprune.config import ClusterSettings
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
 from cluster import session
 from cluster.session import connect

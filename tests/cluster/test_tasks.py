@@ -10,12 +10,12 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from calibprune.config import ClusterSettings
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
-from calibprune.journal import nobody
-from calibprune.run import Record, Stage
+from calibprune.failures import nobody
+from calibprune.stage import Record, Stage
 from cluster.label import Label
-from cluster.room import Bundle, NoRoom
+from cluster.places import Bundle, NoRoom
 from cluster.session import connect
 from cluster.tasks import TaskLost, run_tasks
 
@@ -115,7 +115,7 @@ class Holder:
 def test_a_core_that_others_hold_is_told_waited_for_and_given_up(
     cluster, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr("cluster.room.FIRST_LINE_SECONDS", 0.5)
+    monkeypatch.setattr("cluster.places.FIRST_LINE_SECONDS", 0.5)
     cpus = int(ray.cluster_resources()["CPU"])
     other = ray.remote(num_cpus=cpus)(Holder).remote()
     ray.get(other.__ray_ready__.remote())

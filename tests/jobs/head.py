@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from cluster.submission import Client
+from cluster.jobs_api import Client
 from tests.servers import PATIENT_RAY, free_ports
 
 BIN = Path(sys.executable).parent

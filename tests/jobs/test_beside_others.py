@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from calibprune.config import Config
-from calibprune.journal import nobody
-from calibprune.run import Record
+from calibprune.failures import nobody
+from calibprune.stage import Record
 from cluster.label import Label
 from jobs import curate
-from jobs.run_folder import Run
+from jobs.run import Run
 from tests.cluster.nodes import cluster_of
 
 WATCH: Any = SimpleNamespace(

@@ -17,12 +17,12 @@ from calibprune.config import Config
 from calibprune.errors import UserError
 from cluster import probe
 from cluster.layer_worker import LayerWorker
-from cluster.room import Bundle, NoRoom
+from cluster.places import Bundle, NoRoom
 from cluster.session import actor_options, death, needs_gpus
 from cluster.survey import take_survey
 from jobs.pipeline import run_stages
 from jobs.preflight import look_before_work
-from jobs.run_folder import Run
+from jobs.run import Run
 from tests.cluster.nodes import Nodes
 from tests.jobs.command import ENVIRONMENT, calibprune_here
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from calibprune import storage
-from calibprune.config_file import load_config
-from jobs.run_folder import Run
+from calibprune.config.load import load_config
+from jobs.run import Run
 from tests.jobs.command import calibprune, calibprune_here
 from tests.servers import s3_at, s3_server
 

@@ -9,16 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calibprune.calibration import curation as units_of_work
-from calibprune.calibration.curation import plan_curation
+from calibprune.calibration import curate_units as units_of_work
+from calibprune.calibration.curate_units import plan_curation
 from calibprune.calibration.pool import read_samples
-from calibprune.config import ClusterSettings, Config
+from calibprune.config import Config
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import DriftError, UserError
 from calibprune.publish import publish
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from cluster.session import connect
 from jobs import curate
-from jobs.run_folder import Run
+from jobs.run import Run
 from tests.calibprune.calibration.samples import curated, generated
 from tests.tiny import write_tiny_llama
 

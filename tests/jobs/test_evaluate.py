@@ -2,7 +2,7 @@
 
 from calibprune.config import Config
 from jobs import evaluate
-from jobs.run_folder import Run
+from jobs.run import Run
 
 
 def test_that_nothing_is_measured_is_said_once(tiny_llama, tmp_path, capsys):

@@ -13,19 +13,21 @@ from ray.exceptions import RayTaskError
 
 from calibprune.calibration.engine import model_and_revision
 from calibprune.calibration.prefixes import prefix_units
-from calibprune.config import ClusterSettings, Config, GenerateSettings
+from calibprune.config import Config
+from calibprune.config.generate import GenerateSettings
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
-from calibprune.journal import Failure
-from calibprune.run import Record, Stage
-from cluster.dispatch import Queue
+from calibprune.failures import Failure
+from calibprune.stage import Record, Stage
 from cluster.label import Label
-from cluster.room import Bundle
+from cluster.places import Bundle
+from cluster.queue import Queue
 from cluster.session import connect
 from cluster.tasks import Done, TaskLost
 from jobs import generate
 from jobs.check import check_vllm
 from jobs.generate import first_seconds, longest_done
-from jobs.run_folder import Run
+from jobs.run import Run
 from tests.tiny import write_tiny_llama
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from tests.jobs.command import ENVIRONMENT, calibprune, done
 from tests.tiny import write_tiny_llama
 

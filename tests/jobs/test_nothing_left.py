@@ -2,7 +2,8 @@
 
 import pytest
 
-from calibprune.config import ClusterSettings, Config
+from calibprune.config import Config
+from calibprune.config.model import ClusterSettings
 from cluster.session import connect
 from jobs.__main__ import ALL
 from jobs.pipeline import run_stages

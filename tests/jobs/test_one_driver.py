@@ -7,13 +7,14 @@ import time
 import pytest
 
 from calibprune import storage
-from calibprune.config import ClusterSettings, Config
+from calibprune.config import Config
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import LeaseLost, UserError
 from calibprune.lease import FILE
 from cluster.session import connect
 from jobs import pipeline, progress
 from jobs.progress import Steps
-from jobs.run_folder import Run
+from jobs.run import Run
 
 HOLDER = """
 import sys, time

@@ -73,7 +73,7 @@ STAYS = [
     "models/tiny/pytorch_model.bin",
     "results/a/run.json",
     "results/a/report/index.html",
-    "build/lib/calibprune/run.py",
+    "build/lib/calibprune/stage.py",
     "calibprune.egg-info/PKG-INFO",
 ]
 TRAVELS = [
@@ -190,7 +190,7 @@ def test_too_much_is_refused_with_the_largest_files_named(tree, monkeypatch):
 @pytest.mark.parametrize("before", [packing.SEARCHED_AT_ONCE - 29, 9 << 17])
 def test_a_credential_deep_in_a_large_file_is_found(tmp_path, before):
     """The first one lies across the border of two pieces."""
-    for name in ("jobs/__main__.py", "calibprune/run.py"):
+    for name in ("jobs/__main__.py", "calibprune/stage.py"):
         write(tmp_path / name, b"")
     line = b'"output": "loss 0.5 of 2048 tokens, perplexity 12.75",\n'
     filling = line * ((5 << 18) // len(line))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calibprune.config import ClusterSettings
+from calibprune.config.model import ClusterSettings
 from cluster.session import connect
 from tests import chaos
 from tests.jobs.command import ENVIRONMENT, calibprune, calibprune_here, done, stop_when

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import probe
-from cluster.room import Bundle, Node
+from cluster.places import Bundle, Node
 from cluster.survey import Survey, Surveyed, version_skew
 from jobs.needs import Need
 from jobs.preflight import judged

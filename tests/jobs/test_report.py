@@ -5,10 +5,10 @@ import pyarrow as pa
 
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes, sample_records
 from calibprune.config import Config
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from jobs.analysis import compared
 from jobs.report import curate_facts, generate_facts, sample_texts
-from jobs.run_folder import Run
+from jobs.run import Run
 
 
 def a_run(model, folder) -> Run:

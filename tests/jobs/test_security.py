@@ -14,7 +14,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 
 from calibprune import storage
-from calibprune.config_file import load_config
+from calibprune.config.load import load_config
 from calibprune.errors import UserError
 from tests.jobs.command import ENVIRONMENT, calibprune, calibprune_here
 from tests.servers import Fault, faulty_proxy, moto, s3_at
@@ -318,7 +318,7 @@ def test_a_pool_of_another_vocabulary_is_refused(config, tmp_path):
 
 
 def test_an_address_file_of_somebody_else_is_not_followed(tmp_path, monkeypatch):
-    from calibprune.config import ClusterSettings
+    from calibprune.config.model import ClusterSettings
     from cluster.session import _own_ray
 
     monkeypatch.delenv("RAY_TMPDIR", raising=False)

@@ -14,9 +14,9 @@ import pytest
 
 from calibprune import storage
 from calibprune.config import Config
-from calibprune.journal import MOST, SET_ASIDE, Failure, Journal, read_failures
+from calibprune.failures import MOST, SET_ASIDE, Failure, Journal, read_failures
 from calibprune.lease import FILE, Lease
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from jobs.progress import pace
 from jobs.run_status import run_status, seconds_each
 from jobs.status import describe

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calibprune.config_file import load_config
+from calibprune.config.load import load_config
 from calibprune.errors import UserError
-from calibprune.run import Stage
-from cluster.submission import STOPPED, Client, describe, exit_code, follow, reach
+from calibprune.stage import Stage
+from cluster.jobs_api import STOPPED, Client, describe, exit_code, follow, reach
 from jobs.packing import Tree, source_tree
 from jobs.submit import _metadata, check_paths, job_name
 from tests.jobs.command import calibprune_here

@@ -11,7 +11,7 @@ import pytest
 from calibprune import storage
 from calibprune.config import Config
 from calibprune.errors import UserError
-from jobs.run_folder import Run
+from jobs.run import Run
 from jobs.tracking import FILE, tracking
 from tests.jobs.command import ENVIRONMENT, calibprune_here
 

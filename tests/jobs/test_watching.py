@@ -13,13 +13,13 @@ import ray
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from calibprune import storage
-from calibprune.journal import SET_ASIDE, Failure, read_failures
+from calibprune.failures import SET_ASIDE, Failure, read_failures
 from calibprune.process import node
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from cluster.crew import Crew
-from cluster.dispatch import dispatch
 from cluster.label import label_of
 from cluster.metrics import LayerMetrics, SampleMetrics
+from cluster.queue import dispatch
 from cluster.session import Bundle
 from jobs import log
 from jobs.watching import Watch

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from calibprune.calibration.curation import Curation, curate, plan_curation
+from calibprune.calibration.curate_units import Curation, curate, plan_curation
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
-from calibprune.config import CurateSettings
-from calibprune.run import Stage
+from calibprune.config.curate import CurateSettings
+from calibprune.stage import Stage
 
 
 def sample_table(token_ids, logprobs=None, first_row=0, prefix_length=1) -> pa.Table:

@@ -12,9 +12,9 @@ from calibprune.calibration.engine import Engine, EngineDied, _load_format, _sam
 from calibprune.calibration.pool import SAMPLE_SCHEMA
 from calibprune.calibration.prefixes import PrefixReader, row_seed
 from calibprune.calibration.samples import sample_facts, write_rows
-from calibprune.config import GenerateSettings, TemperatureSchedule
+from calibprune.config.generate import GenerateSettings, TemperatureSchedule
 from calibprune.errors import UserError
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from tests.tiny import byte_tokenizer, write_tiny_llama
 
 EOS = 1

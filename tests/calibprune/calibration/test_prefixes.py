@@ -17,9 +17,9 @@ from calibprune.calibration.prefixes import (
     prefix_units,
     row_seed,
 )
-from calibprune.config import GenerateSettings
+from calibprune.config.generate import GenerateSettings
 from calibprune.errors import UserError
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from tests.tiny import byte_tokenizer
 
 BOS, EOS = 0, 1

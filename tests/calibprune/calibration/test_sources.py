@@ -16,8 +16,8 @@ from calibprune.calibration.sources import (
     text_units,
     write_documents,
 )
-from calibprune.config import NaturalSource
-from calibprune.run import Stage
+from calibprune.config.curate import NaturalSource
+from calibprune.stage import Stage
 from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -11,7 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from calibprune.calibration import texts
 from calibprune.calibration.texts import documents, prompts, running_text
-from calibprune.config import HeldOutText
+from calibprune.config.evaluate import HeldOutText
 from calibprune.errors import UserError
 
 

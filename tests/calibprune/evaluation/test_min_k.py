@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calibprune.config import ModelSettings
+from calibprune.config.model import ModelSettings
 from calibprune.evaluation.min_k import min_k_score, sweep_min_k, token_scores
 from calibprune.model import build_skeleton
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from calibprune.config import ModelSettings
+from calibprune.config.model import ModelSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import cut_windows, sweep_perplexity
 from calibprune.model import build_skeleton

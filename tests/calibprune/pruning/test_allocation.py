@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from calibprune.config import OWL, ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import OWL, PruneSettings
 from calibprune.errors import UserError
 from calibprune.gang import ALONE
 from calibprune.model import build_skeleton
@@ -19,8 +20,8 @@ from calibprune.pruning.allocation import (
     share_out,
     summary,
 )
-from calibprune.pruning.outliers import of_layer
-from calibprune.pruning.spectrum import eigenvalues, tail_exponent, tail_exponents
+from calibprune.pruning.alphapruning import eigenvalues, tail_exponent, tail_exponents
+from calibprune.pruning.owl import of_layer
 from tests.calibprune.pruning.data import correlated_inputs, random_weights
 
 LAYER = {"q": (48, 48), "k": (16, 48), "up": (130, 48), "down": (48, 130)}

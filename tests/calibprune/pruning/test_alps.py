@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibprune.config import ALPS
+from calibprune.config.prune import ALPS
 from calibprune.pruning.alps import normalised, refit
 from calibprune.pruning.methods import prune_group
 from calibprune.pruning.sparsegpt import NotPositiveDefinite

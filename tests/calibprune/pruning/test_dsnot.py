@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibprune.config import DSnoT, Wanda
+from calibprune.config.prune import DSnoT, Wanda
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import prune_group
 from calibprune.pruning.statistics import Statistics

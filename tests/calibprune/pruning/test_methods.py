@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from calibprune import config
+from calibprune.config import prune as config
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group, refine_group
 from calibprune.pruning.statistics import Statistics

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from calibprune.config import RIA
+from calibprune.config.prune import RIA
 from calibprune.pruning.methods import prune_group
 from tests.calibprune.pruning.data import (
     correlated_inputs,

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from calibprune.config import SparseGPT
+from calibprune.config.prune import SparseGPT
 from calibprune.pruning import rows, sparsegpt
 from calibprune.pruning.sparsegpt import NotPositiveDefinite, inverse_factor, prune, solve
 from calibprune.pruning.statistics import Statistics

@@ -57,7 +57,7 @@ for n_of_m in (None, (2, 4)):
 """
 
 AS_ON_A_GPU = """
-from calibprune.config import SparseGPT
+from calibprune.config.prune import SparseGPT
 from calibprune.pruning import sparsegpt
 from calibprune.pruning.masks import Target
 

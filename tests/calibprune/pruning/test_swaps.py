@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from calibprune import config
+from calibprune.config import prune as config
 from calibprune.pruning import rows, swaps
 from calibprune.pruning.methods import METHODS, prune_group, refine_group
 from tests.calibprune.pruning.data import (

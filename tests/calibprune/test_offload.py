@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 
-from calibprune.config import ModelSettings
+from calibprune.config.model import ModelSettings
 from calibprune.gang import ALONE
-from calibprune.layers import LayerReader
+from calibprune.layer_stream import LayerReader
 from calibprune.model import build_skeleton
-from calibprune.parking import Fetched, Parking
+from calibprune.offload import Fetched, Parking
 from calibprune.sweep import GroupStop, LayerStop, Sweep
 from tests.tiny import write_tiny_llama
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
-from calibprune.pruning.selection import numbers_of_all
+from calibprune.pruning.linears import numbers_of_all
 
 BINS = 100
 STARTS_AT_ONCE = 64

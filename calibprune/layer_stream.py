@@ -14,7 +14,7 @@ from torch import Tensor
 from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
-from calibprune.parking import Parking
+from calibprune.offload import Parking
 from calibprune.sweep import Sweep
 
 ALIGNMENT = 64

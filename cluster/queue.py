@@ -13,9 +13,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
-from calibprune.journal import Failure
-from calibprune.plain import one_line
-from calibprune.run import Record
+from calibprune.failures import Failure
+from calibprune.redact import one_line
+from calibprune.stage import Record
 from cluster.crew import Crew, Member
 from cluster.metrics import QueueMetrics
 from cluster.session import death, node_died

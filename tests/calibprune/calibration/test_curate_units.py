@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from calibprune.calibration import curation as units_of_work
+from calibprune.calibration import curate_units as units_of_work
+from calibprune.calibration import decide as choosing
 from calibprune.calibration import mixing, sources
-from calibprune.calibration import selection as choosing
-from calibprune.calibration.curation import curate, make_scores, plan_curation
+from calibprune.calibration.curate_units import curate, make_scores, plan_curation
+from calibprune.calibration.decide import Selection, SelectionFile
 from calibprune.calibration.pool import read_pool, read_positions
-from calibprune.calibration.selection import Selection, SelectionFile
 from calibprune.calibration.sources import text_units, write_documents
 from calibprune.errors import CorruptionError, UserError
-from calibprune.run import Stage
+from calibprune.stage import Stage
 from tests.calibprune.calibration.samples import curated, generated, repeated, settings
 from tests.tiny import byte_tokenizer
 

@@ -13,19 +13,19 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from calibprune.checkpoint import from_bytes
-from calibprune.config import PruneSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.failpoint import failpoint
 from calibprune.gang import ALONE, Gang
-from calibprune.layers import LayerReader, paused_sweep
+from calibprune.layer_stream import LayerReader, paused_sweep
 from calibprune.model import Skeleton
 from calibprune.process import return_free_memory
 from calibprune.pruning.allocation import allocate, is_measured
 from calibprune.pruning.export import ALLOCATION, REST, copy_rest
 from calibprune.pruning.layer import Clock, LayerInWork, layer_unit
+from calibprune.pruning.linears import chosen_linears
 from calibprune.pruning.positions import Positions
-from calibprune.pruning.selection import chosen_linears
 from calibprune.pruning.snapshots import Snapshots
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from calibprune.sweep import LayerStop
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from fsspec.implementations.memory import MemoryFileSystem
 
 from calibprune import __version__, storage
-from calibprune.config import Config, GeneratedSource
+from calibprune.config import Config
+from calibprune.config.curate import GeneratedSource
 from calibprune.errors import UserError
 from calibprune.lease import FILE as LEASE
-from calibprune.run import Stage
+from calibprune.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor

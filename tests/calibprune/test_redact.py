@@ -2,7 +2,7 @@
 
 import pytest
 
-from calibprune.plain import holds_credential, one_line, plain, plain_lines, without_secrets
+from calibprune.redact import holds_credential, one_line, plain, plain_lines, without_secrets
 
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCY"
 

@@ -15,6 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from calibprune.calibration.decide import (
+    UNIT as SELECTION,
+)
+from calibprune.calibration.decide import (
+    Selection,
+    SelectionFile,
+    write_selection,
+)
 from calibprune.calibration.filters import CLAUSES, KEPT, reason
 from calibprune.calibration.mixing import mixture, pool_files, source_of_sequence
 from calibprune.calibration.pool import (
@@ -27,14 +35,6 @@ from calibprune.calibration.pool import (
     sample_records,
 )
 from calibprune.calibration.scores import write_scores
-from calibprune.calibration.selection import (
-    UNIT as SELECTION,
-)
-from calibprune.calibration.selection import (
-    Selection,
-    SelectionFile,
-    write_selection,
-)
 from calibprune.calibration.sources import (
     Shard,
     flat_tokens,
@@ -42,8 +42,8 @@ from calibprune.calibration.sources import (
     scored_unit,
     text_units,
 )
-from calibprune.config import CurateSettings, NaturalSource, PerplexityFilter
-from calibprune.run import Record, Stage
+from calibprune.config.curate import CurateSettings, NaturalSource, PerplexityFilter
+from calibprune.stage import Record, Stage
 
 PORTION_BYTES = 32 << 20
 """Of the files that are scored together."""

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.layer import layer_unit
-from calibprune.pruning.layerwise import prune_layers
+from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.memory import worker_memory
 from calibprune.pruning.positions import Counted, sequences_of
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 from tests.tiny import write_tiny_llama
 
 TOKENS = torch.randint(0, 258, (6, 40), generator=torch.Generator().manual_seed(1))
@@ -222,9 +223,9 @@ import json, sys, torch, transformers
 from calibprune.calibration.pool import read_pool
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
-from calibprune.pruning.layerwise import prune_layers
+from calibprune.pruning.loop import prune_layers
 from calibprune.process import host_memory
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 model, pool, folder, settings = sys.argv[1:]
 torch.set_num_threads(1)
 skeleton = build_skeleton(ModelSettings(path=model))
@@ -262,8 +263,8 @@ import sys, tempfile, torch
 from calibprune.config import ModelSettings, PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.process import host_memory
-from calibprune.pruning.layerwise import prune_layers
-from calibprune.run import Record, Stage
+from calibprune.pruning.loop import prune_layers
+from calibprune.stage import Record, Stage
 skeleton, after = build_skeleton(ModelSettings(path=sys.argv[1])), {}
 settings = PruneSettings.model_validate({"method": {"type": "wanda"}})
 for event in prune_layers(skeleton, torch.zeros(4, 32, dtype=torch.int64), settings, Stage(sys.argv[2])):

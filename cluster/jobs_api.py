@@ -14,7 +14,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from calibprune.errors import UserError
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 120.0
 SENDING_SECONDS = 900.0

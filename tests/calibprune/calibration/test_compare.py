@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from calibprune.calibration.analysis import analyse, cut_to, min_k_scores, read_reference
-from calibprune.config import AnalysisSettings, CurateSettings, ModelSettings, Reference
+from calibprune.calibration.compare import analyse, cut_to, min_k_scores, read_reference
+from calibprune.config.curate import AnalysisSettings, CurateSettings, Reference
+from calibprune.config.model import ModelSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.min_k import sweep_min_k
 from calibprune.model import build_skeleton

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from calibprune.config import ClusterSettings
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
-from calibprune.run import Record
+from calibprune.stage import Record
 from cluster.crew import Crew, StartFailed
-from cluster.dispatch import Patience, Queue, dispatch
-from cluster.room import Bundle, NoRoom
+from cluster.places import Bundle, NoRoom
+from cluster.queue import Patience, Queue, dispatch
 from cluster.session import connect
 from tests.cluster.leftovers import assert_nothing_left, leftovers
 
@@ -173,20 +173,20 @@ def test_a_unit_that_is_lost_with_its_node_again_and_again_is_blamed_in_the_end(
 def test_the_first_unit_may_take_longer_than_what_was_measured_by_another_driver(
     cluster, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("cluster.dispatch.HANG_FLOOR_SECONDS", 0.1)
+    monkeypatch.setattr("cluster.queue.HANG_FLOOR_SECONDS", 0.1)
     trouble = {"seconds": 1.5}
     attempts, _ = run(tmp_path, trouble, units=1, longest=0.01, first_seconds=60)
     assert attempts == {"0": 0}
 
 
 def test_what_was_measured_by_another_driver_counts(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.dispatch.HANG_FLOOR_SECONDS", 0.1)
+    monkeypatch.setattr("cluster.queue.HANG_FLOOR_SECONDS", 0.1)
     attempts, _ = run(tmp_path, {"seconds": 1.5}, units=1, longest=10.0, first_seconds=0.1)
     assert attempts == {"0": 0}
 
 
 def test_a_unit_without_work_does_not_shorten_the_time_of_others(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.dispatch.HANG_FLOOR_SECONDS", 0.1)
+    monkeypatch.setattr("cluster.queue.HANG_FLOOR_SECONDS", 0.1)
     work = {"0": 0.0, "1": 7.0}
     attempts, _ = run(
         tmp_path, {"0": "no work", "seconds": 3}, units=2, workers=1, first_seconds=60, work=work.__getitem__
@@ -239,7 +239,7 @@ def test_an_actor_that_fits_no_node_says_what_was_asked_and_what_is_there(cluste
 def test_a_place_that_others_hold_is_told_while_waiting_and_after(
     cluster, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr("cluster.room.FIRST_LINE_SECONDS", 1.0)
+    monkeypatch.setattr("cluster.places.FIRST_LINE_SECONDS", 1.0)
     cpus = int(ray.cluster_resources()["CPU"])
     with Crew(
         Worker, 1, Bundle(cpus, 0), [str(tmp_path), {}], start_seconds=240, concurrency=1

@@ -9,16 +9,16 @@ from collections.abc import Generator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from calibprune.config import OWL, PruneSettings
+from calibprune.config.prune import OWL, PruneSettings
 from calibprune.gang import Gang
-from calibprune.layers import LayerReader, paused_sweep
+from calibprune.layer_stream import LayerReader, paused_sweep
 from calibprune.model import Skeleton
-from calibprune.parking import Fetched
+from calibprune.offload import Fetched
 from calibprune.process import return_free_memory
 from calibprune.pruning import wanda
 from calibprune.pruning.layer import Clock, gathered_statistics
+from calibprune.pruning.linears import numbers_of_all
 from calibprune.pruning.positions import Positions
-from calibprune.pruning.selection import numbers_of_all
 from calibprune.sweep import GroupStop, LayerStop
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from calibprune.config import PruneSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.gang import Gang
 from calibprune.model import Skeleton

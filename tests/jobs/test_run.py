@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from calibprune.config import Config
-from jobs.run_folder import Run
+from jobs.run import Run
 from tests.servers import Fault, faulty_proxy, make_bucket, moto, rclone, s3_at
 
 

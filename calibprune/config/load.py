@@ -17,7 +17,7 @@ from calibprune import storage
 from calibprune.config import Config
 from calibprune.config.base import named
 from calibprune.errors import UserError
-from calibprune.plain import holds_credential, one_line
+from calibprune.redact import holds_credential, one_line
 
 _REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
 """To another setting. OmegaConf knows more, such as `${oc.env:NAME}`: a stranger's file must not read what is in the

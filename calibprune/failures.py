@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from calibprune import storage
-from calibprune.plain import one_line
+from calibprune.redact import one_line
 
 FOLDER = "_failures"
 MOST = 2000

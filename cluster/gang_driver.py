@@ -11,16 +11,16 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from calibprune.config import ClusterSettings
+from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
+from calibprune.failures import Failure, nobody
 from calibprune.gang import PeerLost
-from calibprune.journal import Failure, nobody
-from calibprune.plain import one_line
 from calibprune.pruning.layer import layer_unit
-from calibprune.run import Record
+from calibprune.redact import one_line
+from calibprune.stage import Record
 from cluster.label import Label
 from cluster.layer_worker import LayerWorker
-from cluster.room import Bundle, NoRoom, Waiting, capacity
+from cluster.places import Bundle, NoRoom, Waiting, capacity
 from cluster.session import Actors, death, node_died
 
 ATTEMPTS = 3

@@ -21,7 +21,7 @@ from calibprune.calibration.similarity import (
 )
 from calibprune.calibration.sources import CHARACTERS_A_TOKEN, first_tokens
 from calibprune.calibration.texts import documents as stream_documents
-from calibprune.config import AnalysisSettings, CurateSettings, Reference
+from calibprune.config.curate import AnalysisSettings, CurateSettings, Reference
 from calibprune.evaluation.min_k import sweep_min_k
 from calibprune.gang import ALONE, Gang
 from calibprune.model import Skeleton

@@ -28,9 +28,9 @@ from calibprune.calibration.filters import (
 from calibprune.calibration.mixing import mixture, place_samples, shortage
 from calibprune.calibration.pool import read_parquet
 from calibprune.calibration.scores import MEASURED, ScratchColumns
-from calibprune.config import CurateSettings, DuplicateFilter, RepetitionFilter
+from calibprune.config.curate import CurateSettings, DuplicateFilter, RepetitionFilter
 from calibprune.errors import UserError
-from calibprune.run import Record, Stage
+from calibprune.stage import Record, Stage
 
 UNIT = "selection"
 BINS = 40
