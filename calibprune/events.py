@@ -6,10 +6,13 @@ A generator yields what it emits, for callers that act on it. The driver emits t
 the handlers of every process see each event once.
 """
 
+import contextlib
 import logging
 import time
+from collections import deque
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from calibprune.redact import one_line, plain
 from calibprune.stage import Record
@@ -17,13 +20,14 @@ from calibprune.stage import Record
 SET_ASIDE = "set aside"
 MOST_CHARACTERS = 500
 """Longest message that is kept of a loss."""
+RECENT_STEPS = 50
+"""Number of steps that the pace is taken from."""
 _log = logging.getLogger("calibprune")
+Value = TypeVar("Value")
 
 
 class Event:
     """Something that happened; `str()` describes it in one line without secrets."""
-
-    level: ClassVar[int] = logging.INFO
 
 
 E = TypeVar("E", bound=Event)
@@ -31,7 +35,7 @@ E = TypeVar("E", bound=Event)
 
 def emit(event: E) -> E:
     """Logs the event and returns it, for `yield emit(...)`."""
-    _log.log(event.level, "%s", event, extra={"event": event})
+    _log.info("%s", event, extra={"event": event})
     return event
 
 
@@ -72,13 +76,15 @@ class StageBegun(Event):
 
 @dataclass(frozen=True)
 class StageEnded(Event):
-    """The driver has left the stage that began last, whether it finished or failed."""
+    """The driver has left the stage that began last."""
 
-    level = logging.DEBUG
     stage: str
+    seconds: float
+    finished: bool
+    """False where something ended it early."""
 
     def __str__(self) -> str:
-        return f"{self.stage}: ended"
+        return f"{self.stage}: {'done' if self.finished else 'stopped'} after {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,8 @@ class LayerEntered(Event):
     layers: int
     work: str = ""
     """What the sweep is for, such as `measuring the allocation`."""
-    order: int = 0
-    """Place of this sweep among the sweeps of one unit of work: later sweeps have larger numbers."""
+    order: int = 1
+    """Place of this sweep among those that the work takes: 0 for what is measured first, 1 for the work itself."""
     full: bool = True
     """False where the layer is merely swept through, because it is done already."""
 
@@ -144,7 +150,7 @@ class Lost(Event):
 
     @property
     def in_words(self) -> str:
-        """One line without credentials."""
+        """What was lost and why, in one line without credentials."""
         alone = self.kind in ("unit", SET_ASIDE)
         units = f"{'' if alone else ' with'} {', '.join(self.units)}" if self.units else ""
         place = f" on {self.node}" if self.node and self.node not in self.message else ""
@@ -157,26 +163,80 @@ class Lost(Event):
 
 
 @dataclass(frozen=True)
-class Queued(Event):
-    """The state of a work queue, about once a second."""
-
-    level = logging.DEBUG
-    waiting: int
-    """Units that no actor has yet."""
-    running: int
-    """Units under way on an actor."""
-    ready: int
-    """Actors that take units."""
-
-    def __str__(self) -> str:
-        return f"{self.waiting} units waiting, {self.running} under way, {self.ready} actors ready"
-
-
-@dataclass(frozen=True)
 class Tick(Event):
-    """Nothing new for about a second: a chance for the caller to stop. It is yielded, never logged."""
+    """Nothing new, but the work goes on: a chance for the caller to stop. It is yielded, never logged."""
 
 
 def event_of(record: logging.LogRecord) -> Any:
     """The event that a log record carries; None for any other log line."""
     return getattr(record, "event", None)
+
+
+class EventHandler(logging.Handler):
+    """A logging handler for events alone; what it raises is reported and never reaches the work."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = event_of(record)
+        if event is None:
+            return
+        try:
+            self.handle_event(event)
+        except Exception:
+            self.handleError(record)
+
+    def handle_event(self, event: Event) -> None:
+        """What a handler does with an event."""
+
+
+class Pace:
+    """How fast steps are done at present, and how long the rest will take."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done = total, done
+        self._times: deque[float] = deque([time.monotonic()], maxlen=RECENT_STEPS)
+
+    def add(self) -> None:
+        self.to(self.done + 1)
+
+    def to(self, done: int) -> None:
+        """`done` steps are done now."""
+        for _ in range(min(done - self.done, RECENT_STEPS)):
+            self._times.append(time.monotonic())
+        self.done = done
+
+    @property
+    def seconds_each(self) -> float | None:
+        """Seconds between the recent steps; None before the first."""
+        if len(self._times) < 2:
+            return None
+        return (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+
+    @property
+    def seconds_left(self) -> float | None:
+        each = self.seconds_each
+        return None if each is None else each * (self.total - self.done)
+
+
+@contextlib.contextmanager
+def listening(*handlers: logging.Handler) -> Iterator[None]:
+    """Sends this process's events to the handlers until the block ends."""
+    level = _log.level
+    if not _log.isEnabledFor(logging.INFO):
+        _log.setLevel(logging.INFO)
+    for handler in handlers:
+        _log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            _log.removeHandler(handler)
+        _log.setLevel(level)
+
+
+def result_of(events: Generator[Any, None, Value]) -> Value:
+    """Runs a generator of events to its end and returns its value."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as ended:
+            return ended.value

@@ -13,13 +13,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from calibprune import storage
 from calibprune.errors import LeaseExpired, LeaseLost, UserError
+from calibprune.events import note
 from calibprune.redact import one_line
 
 FILE = "_lease.json"
@@ -71,12 +71,10 @@ class Lease:
         *,
         heartbeat_seconds: float = 5.0,
         expire_seconds: float = 30.0,
-        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`tell` gets a line before a wait that the user may wonder about."""
         self.url = storage.join(run_url, FILE)
         self._run_url = run_url
-        self._heartbeat, self._expire, self._tell = heartbeat_seconds, expire_seconds, tell
+        self._heartbeat, self._expire = heartbeat_seconds, expire_seconds
         self._settle = min(1.0, heartbeat_seconds / 4)
         self._mine = _this_process() | {
             "owner": uuid.uuid4().hex,
@@ -154,7 +152,7 @@ class Lease:
         """Waits until a lease has expired; None if it went away meanwhile. Raises UserError if it is renewed."""
         holder = _parse(found)
         expire = min(max(self._expire, _number(holder, "expire_seconds")), MOST_EXPIRE_SECONDS)
-        self._tell(
+        note(
             f"{_named(holder)} holds {self._run_url}: taking over unless it shows life within {expire:.0f} s"
         )
         waited_since = time.monotonic()

@@ -3,13 +3,17 @@
 _plan.json           once: the settings and inputs that determine the result, and the units
 data/<unit>-<sha8>…  one file per unit, named by content: a race of two attempts is harmless
 _done/<unit>.json    the commit point of a unit: file name, bytes, sha256, facts
+_drivers/<time>.json when a driver began to work here
+_failures/           what was lost on the way (failures.py)
 manifest.json        after the last unit: every record in order. Readers trust only this
 _SUCCESS             last
-_failures/           what went wrong on the way (failures.py)
 """
 
 import json
+import math
+import re
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
@@ -22,8 +26,9 @@ from calibprune.errors import CorruptionError, DriftError, UserError
 from calibprune.failpoint import failpoint
 from calibprune.process import node
 
+DRIVERS = "_drivers"
 SHOWN = 60
-"""Characters of a value in a message."""
+"""Most characters of a value in a message."""
 
 Unit = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
 """It is part of file names."""
@@ -101,15 +106,29 @@ class Stage:
             keys = [key for key in keys if key.partition(".")[0] != "versions"]
         changed = [key for key in keys if planned.get(key) != wanted.get(key)]
         if changed:
-            listed = "; ".join(
-                "{} was {}, now {}".format(key, *_apart(planned.get(key), wanted.get(key)))
-                for key in changed
-            )
             raise DriftError(
-                f"{self.url} was made with other settings: {listed}. "
+                f"{self.url} was made with other settings: {told_apart(planned, wanted, changed)}. "
                 f"Set them back to resume, choose another output, or remove that folder"
             )
         return missing
+
+    def begin(self) -> None:
+        """Notes that a driver begins to work on this stage, so that its time counts even if it is killed."""
+        now = time.time()
+        name = f"{int(1000 * now):013d}-{uuid.uuid4().hex[:4]}.json"
+        storage.write_json(storage.join(self.url, DRIVERS, name), {"begun_at": now, "node": node()})
+
+    def _drivers(self, records: Iterable[Record]) -> list[list[float]]:
+        """When each driver began to work on this stage, and when it ended: now for the last one, which finishes the
+        stage; at its last commit for one that was killed. Seconds since the epoch."""
+        names = storage.names(storage.join(self.url, DRIVERS))
+        begun = [int(name[:13]) / 1000 for name in names if re.fullmatch(r"\d{13}-\w+\.json", name)]
+        commits = sorted(record.finished_at for record in records)
+        spans = []
+        for start, following in zip(begun, [*begun[1:], math.inf], strict=True):
+            last = max((at for at in commits if start <= at < following), default=start)
+            spans.append([start, last if following < math.inf else max(last, time.time())])
+        return spans
 
     def read_plan(self) -> dict[str, Any]:
         url = storage.join(self.url, "_plan.json")
@@ -168,9 +187,11 @@ class Stage:
         found = storage.names(storage.join(self.url, "_done"))
         return {name.removesuffix(".json") for name in found if name.endswith(".json")}
 
-    def finish(self, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def finish(self, facts: Mapping[str, Any] | None = None) -> None:
         """Writes the manifest and `_SUCCESS`: one record for every planned unit, and none beyond the plan.
 
+        The manifest also holds `facts`, the `drivers` that worked on the stage, as [begun, ended], and the `seconds`
+        of all of them together.
         Raises RuntimeError when a planned unit is missing, CorruptionError when a record is damaged or another unit's.
         """
         units = self.read_plan()["units"]
@@ -178,17 +199,18 @@ class Stage:
         missing = [unit for unit in units if unit not in done]
         if missing:
             raise RuntimeError(f"{self.url}: {len(missing)} units are missing: {missing[:5]}")
+        drivers = self._drivers(done.values())
+        seconds = sum(ended - begun for begun, ended in drivers)
         manifest = {
             "records": [
                 {key: value for key, value in done[unit].__dict__.items() if key != "node"}
                 for unit in units
             ],
-            "facts": dict(facts or {}),
+            "facts": {"seconds": seconds, "drivers": drivers} | dict(facts or {}),
         }
         data = storage.json_bytes(manifest, compact=True)
         storage.write(storage.join(self.url, "manifest.json"), data)
         storage.write(storage.join(self.url, "_SUCCESS"), b"")
-        return manifest
 
     @property
     def finished(self) -> bool:
@@ -245,6 +267,13 @@ class Stage:
 
     def _done_url(self, unit: str) -> str:
         return storage.join(self.url, "_done", f"{unit}.json")
+
+
+def told_apart(planned: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """What the values of these dotted keys were and are, in few words."""
+    return "; ".join(
+        "{} was {}, now {}".format(key, *_apart(planned.get(key), now.get(key))) for key in keys
+    )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

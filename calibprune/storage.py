@@ -10,12 +10,11 @@ import contextlib
 import datetime
 import hashlib
 import json
-import logging
 import os
 import posixpath
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,9 +29,6 @@ from calibprune.redact import one_line
 from calibprune.retry import passes, retrying, shown, status
 
 READS_AT_ONCE = 64
-ABORT_SECONDS = 10.0
-"""No attempt to find or end an upload that was left starts later: a run can do without."""
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -309,52 +305,6 @@ def remove_probes(url: str) -> None:
     for name in _listed(url, temporary=True):
         if re.fullmatch(r"\.calibprune-\w+\.tmp", name):
             remove(join(url, name))
-
-
-def abort_uploads(url: str, folders: Sequence[str]) -> None:
-    """Ends the uploads in parts that were left in these folders of a folder by those who were killed at them: S3 shows
-    their parts to nobody and keeps them for ever. Nothing on other stores.
-
-    For folders that nobody writes to: an upload still going on fails. A refusal is logged; a store that knows no
-    such question is passed over.
-    """
-    if not url.startswith(("s3://", "s3a://")):
-        return
-    filesystem: Any
-    filesystem, path = resolve(url)
-    bucket, key, _ = filesystem.split_path(path)
-    try:
-        prefix = f"{key}/" if key else ""
-        ours = tuple(f"{prefix}{folder}/" for folder in folders)
-        for upload in list(_uploads(filesystem, bucket, prefix)):
-            if not upload["Key"].startswith(ours):
-                continue
-            abort = partial(filesystem.call_s3, "abort_multipart_upload", Bucket=bucket, **upload)
-            try:
-                retrying(url, "clear", abort, ABORT_SECONDS)
-            except OSError as error:
-                if status(error) != 404:
-                    raise
-    except Exception as error:  # whatever it is, the run can do without
-        if status(error) not in (404, 405, 501):
-            _log.warning("what is left of uploads below %s stays: %s", shown(url), one_line(error))
-
-
-def _uploads(filesystem: Any, bucket: str, prefix: str) -> Iterator[dict[str, str]]:
-    """Key and id of each upload under way; of more than asked for where a store looks at no prefix."""
-    after: dict[str, str] | None = {}
-    while after is not None:
-        ask = partial(
-            filesystem.call_s3, "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after
-        )
-        page = retrying(f"s3://{bucket}/{prefix}", "list", ask, ABORT_SECONDS)
-        for one in page.get("Uploads", []):
-            yield {"Key": one["Key"], "UploadId": one["UploadId"]}
-        last = {
-            "KeyMarker": page.get("NextKeyMarker"),
-            "UploadIdMarker": page.get("NextUploadIdMarker"),
-        }
-        after = last if page.get("IsTruncated") and all(last.values()) and last != after else None
 
 
 def _options(scheme: str) -> dict[str, Any]:

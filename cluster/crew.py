@@ -1,30 +1,31 @@
-"""Actors that work each for itself: whoever the cluster has room for works, the others wait for a place.
+"""Actors that work independently of each other: as many as the cluster has room for work, the others wait for a place.
 
 No placement group: a node that joins is used at once, and one that leaves takes nothing but its own actors with it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from calibprune.errors import UserError
-from calibprune.failures import Failure, nobody
+from calibprune.events import Lost, emit
 from calibprune.redact import one_line
+from cluster.actors import actor_options, death
 from cluster.label import Label
-from cluster.places import Bundle, Waiting
-from cluster.session import actor_options, death
+from cluster.places import Bundle, Waiting, capacity, nodes
 
 START_FAILURES = 5
-"""Starts in a row that may fail, while nothing else goes right, before the cause is held to be everywhere."""
+"""Starts in a row that may fail, while nothing else goes right, before the cause counts as one that is everywhere."""
 RESTART_SECONDS = 5.0
-"""How long a place rests after a failed start, longer with every further one."""
+"""Pause after a failed start, longer with every further one."""
 MOST_RESTART_SECONDS = 60.0
 STOP_SECONDS, HASTY_STOP_SECONDS = 15.0, 1.0
-"""For actors to end in order; and when the driver is told to stop, which leaves it three in all."""
+"""Time for actors to end in order; and when the driver was asked to stop, which leaves it three in all."""
 
 
 class StartFailed(RuntimeError):
@@ -37,43 +38,42 @@ class Member:
 
     handle: Any
     slot: int
-    """Its place among the `count`, which the one that replaces it takes over."""
+    """Its number, which the actor that replaces it takes over."""
     pending: Any
-    """What tells that the present phase is over; None once ready."""
+    """Result that arrives when the present phase is over; None once ready."""
     phase: Literal["placing", "starting", "ready"] = "placing"
     since: float = field(default_factory=time.monotonic)
     node: str | None = None
-    """The machine it runs on, once `start()` has said so."""
+    """Name of its machine, once `start()` has returned it."""
 
 
 class Crew:
     """Up to `count` actors of one class, whose constructor is quick and whose `start()` does the long work.
 
-    `start()` returns the name of its machine. `failed` is told of every start that fails, `label` names the actors.
-    A context manager that on leaving has them `stop()`, and kills them. Raises NoRoom, saying what was asked, what is
-    free and what is busy, when not even one finds a place within `start_seconds`.
+    `start()` returns the name of its machine. `count` None means as many as the cluster has places for at the time;
+    `kind` and `label` name the actors. A context manager that on leaving has them `stop()`, and kills them. Raises
+    NoRoom, naming what was asked for, what is free and what is busy, when not even one finds a place within
+    `start_seconds`.
     """
 
     def __init__(
         self,
         actor_class: Any,
-        count: int,
+        count: int | None,
         bundle: Bundle,
         arguments: Sequence[Any],
         *,
         start_seconds: float,
-        concurrency: int,
+        concurrency: int = 1,
         label: Label | None = None,
-        failed: Callable[[Failure], None] = nobody,
+        kind: str = "engine",
     ) -> None:
-        self.count, self._start_seconds = count, float(start_seconds)
+        self._count, self._bundle, self._start_seconds = count, bundle, float(start_seconds)
         self._class = ray.remote(max_restarts=0)(actor_class)
         self._options = actor_options(bundle) | {"max_concurrency": concurrency}
-        self._arguments, self.label, self.failed = arguments, label, failed
+        self._arguments, self.label, self.kind = arguments, label, kind
         self.members: list[Member] = []
-        self.ready_at: float | None = None
-        """When the first one was ready, by time.monotonic()."""
-        self._waiting = Waiting(1, bundle, self._start_seconds)
+        self._waiting = Waiting(1, bundle, self._start_seconds, nodes())
         self._failures, self._rest_until = 0, 0.0
 
     def __enter__(self) -> Self:
@@ -90,17 +90,24 @@ class Crew:
         self.members = []
 
     @property
+    def count(self) -> int:
+        """Most actors at a time."""
+        return max(1, capacity(self._bundle)) if self._count is None else self._count
+
+    @property
     def ready(self) -> list[Member]:
         return [member for member in self.members if member.phase == "ready"]
 
     def fill(self, wanted: int) -> None:
         """Asks for as many as are wanted and missing, unless starts have just failed."""
-        if time.monotonic() < self._rest_until:
+        if time.monotonic() < self._rest_until or len(self.members) >= wanted:
             return
-        while len(self.members) < min(wanted, self.count):
-            slot = min(set(range(self.count)) - {member.slot for member in self.members})
-            named = {"name": self.label.actor("engine", slot)} if self.label else {}
-            handle = self._class.options(**self._options, **named).remote(*self._arguments)
+        count = min(wanted, self.count)
+        while len(self.members) < count:
+            slot = min(set(range(count)) - {member.slot for member in self.members})
+            named = {"name": self.label.actor(self.kind, slot)} if self.label else {}
+            placed = self._class.options(**self._options, **named, **_place(self._bundle))
+            handle = placed.remote(*self._arguments)
             self.members.append(Member(handle, slot, handle.__ray_ready__.remote()))
 
     def pending(self) -> dict[Any, Member]:
@@ -119,7 +126,6 @@ class Crew:
             member.phase, member.pending = "starting", member.handle.start.remote()
         else:
             member.phase, member.pending, member.node = "ready", None, answer
-            self.ready_at = self.ready_at or member.since
             self._failures = 0
 
     def start_failed(self, member: Member, cause: Exception) -> None:
@@ -128,7 +134,7 @@ class Crew:
         self.dismiss(member)
         self._failures += 1
         reason = one_line(cause)
-        self.failed(Failure("engine", f"did not start: {reason}", attempt=self._failures))
+        emit(Lost(self.kind, f"did not start: {reason}", attempt=self._failures))
         if self._failures >= START_FAILURES and all(m.phase == "placing" for m in self.members):
             raise StartFailed(f"{self._failures} starts in a row failed, the last one: {reason}")
         rest = min(RESTART_SECONDS * self._failures, MOST_RESTART_SECONDS)
@@ -148,3 +154,11 @@ class Crew:
         """Kills an actor, if it still lives; `fill` asks for another."""
         ray.kill(member.handle)
         self.members.remove(member)
+
+
+def _place(bundle: Bundle) -> dict[str, Any]:
+    """For an actor that asks for nothing: where most cores are free, not the head that may be kept free of work."""
+    if bundle.as_resources():
+        return {}
+    node = max(nodes(), key=lambda node: (node.free.get("CPU", 0), node.total.get("CPU", 0)))
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=True)}

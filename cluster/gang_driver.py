@@ -1,4 +1,4 @@
-"""A gang of LayerWorkers from the driver's side: built, watched, and built anew when one of them is lost.
+"""A gang of LayerWorkers from the driver's side: built, watched, and rebuilt when one of them is lost.
 
 No worker is restarted inside a gang: a new process has no place in the others' collectives. The first loss ends the
 gang, and a new one, of as many workers as the cluster has room for then, takes up the work from what is committed.
@@ -13,19 +13,17 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
-from calibprune.failures import Failure, nobody
+from calibprune.events import Event, LayerEntered, Lost, Tick, emit, note
 from calibprune.gang import PeerLost
-from calibprune.pruning.layer import layer_unit
 from calibprune.redact import one_line
-from calibprune.stage import Record
+from calibprune.stage import Stage
+from cluster.actors import Actors, death, node_died
 from cluster.label import Label
 from cluster.layer_worker import LayerWorker
 from cluster.places import Bundle, NoRoom, Waiting, capacity
-from cluster.session import Actors, death, node_died
 
 ATTEMPTS = 3
-"""Losses in a row, without a step of progress in between, before the work is given up."""
-NOWHERE = -(1 << 30)
+"""Losses in a row, without a unit committed in between, before the work is given up."""
 POLL_SECONDS = 1.0
 CULPRIT_SECONDS = 15.0
 """How long a worker whose peers are gone waits for one of them to turn out dead."""
@@ -33,13 +31,14 @@ HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 180.0
 
 
 class WorkerLost(RuntimeError):
-    """A worker of the gang died, hangs or failed; names worker, node, how far it was, and why."""
+    """A worker of the gang died, hangs or failed; the message says which, how far it was, and why."""
 
     def __init__(
-        self, message: str, host: str | None = None, layer: int | None = None, kind: str = "worker"
-    ) -> None:
-        super().__init__(message)
-        self.host, self.layer, self.kind = host, layer, kind
+        self, name: str, place: str, reason: str,
+        host: str | None = None, layer: int | None = None, kind: str = "worker",
+    ) -> None:  # fmt: skip
+        super().__init__(f"{name}{place} was lost {reason}")
+        self.name, self.reason, self.host, self.layer, self.kind = name, reason, host, layer, kind
 
 
 class RoomChanged(Exception):
@@ -57,20 +56,19 @@ def run_gang(
     workers: int,
     bundle: Bundle,
     cluster: ClusterSettings,
+    stage: Stage,
     layer_timeout_seconds: float | None = None,
-    progress: Callable[[], int],
-    notice: Callable[[str], None],
-    failed: Callable[[Failure], None] = nobody,
+    unit_of: Callable[[int], str] | None = None,
     label: Label | None = None,
-) -> Iterator[Any]:
-    """Calls `method(*arguments)`, a generator, on every worker of a gang; yields what they yield, None now and then.
+) -> Iterator[Event]:
+    """Calls `method(*arguments)`, a generator of events, on every worker of a gang; emits and yields the events.
 
-    When a worker is lost the call is made again on a new gang: `method` goes on from what is committed, and
-    `progress()` tells how much that is. `notice` gets a line about every loss and every new gang, `failed` every loss;
-    `label` names the actors. Raises NoRoom where the first gang finds no places, UserError where a worker raised one,
-    WorkFailed after too many losses without progress.
+    LayerEntered is yielded once, when the last worker enters a layer, and Tick about once a second. When a worker is
+    lost, which is a Lost event, the call is made again on a new gang: `method` goes on from what is committed to the
+    `stage`. `unit_of` names the unit that a layer is. Raises NoRoom where the first gang finds no places, UserError
+    where a worker raised one, WorkFailed after too many losses without a unit committed in between.
     """
-    attempts, before = 0, progress()
+    attempts, before = 0, len(stage.done_units())
     group: WorkerGroup | None = None
     while True:
         try:
@@ -78,16 +76,15 @@ def run_gang(
                 yield from group.events(method, arguments, layer_timeout_seconds)
             return
         except WorkerLost as lost:
-            done = progress()
+            done = len(stage.done_units())
             attempts, before = (1 if done > before else attempts + 1), done
-            layers = () if lost.layer is None or method != "prune" else (lost.layer,)
-            units = tuple(map(layer_unit, layers))
-            failed(Failure(lost.kind, str(lost), units, attempts, lost.host))
+            units = () if lost.layer is None or unit_of is None else (unit_of(lost.layer),)
+            yield emit(Lost(lost.kind, lost.reason, units, attempts, lost.host, lost.name))
             if attempts >= ATTEMPTS:
                 raise WorkFailed(f"gave up after {attempts} losses in a row: {lost}") from None
-            notice(f"{lost}; going on with a new gang")
+        note("going on with a new gang")
         group = rebuild(workers, bundle, cluster, label)
-        notice(f"{len(group)} of {workers} workers at work again")
+        note(f"{len(group)} of {workers} workers at work again")
 
 
 def rebuild(
@@ -95,8 +92,8 @@ def rebuild(
 ) -> "WorkerGroup":
     """A gang of as many workers, up to `workers`, as there is room for in the cluster.
 
-    Waits for places, which is told now and then, and asks anew only when the cluster has become larger or smaller.
-    Raises WorkFailed, saying what was asked, what is free and what is busy, after `start_timeout_seconds`.
+    Waits for places, which is logged now and then, and asks again only when the cluster has become larger or smaller.
+    Raises WorkFailed, naming what was asked for, what is free and what is busy, after `start_timeout_seconds`.
     """
     waiting = Waiting(workers, bundle, cluster.start_timeout_seconds)
     lost: WorkerLost | None = None
@@ -149,7 +146,7 @@ class WorkerGroup:
         )
         self.nodes = self._actors.nodes
         self._start_seconds = float(seconds)
-        self._at = [NOWHERE] * count
+        self._at: list[LayerEntered | None] = [None] * count
         try:
             self._join()
         except BaseException:
@@ -167,18 +164,17 @@ class WorkerGroup:
 
     def events(
         self, method: str, arguments: tuple[Any, ...], layer_timeout_seconds: float | None
-    ) -> Iterator[Any]:
-        """What the workers yield, in the order of arrival; None about once a second in between.
+    ) -> Iterator[Event]:
+        """What the workers yield, in the order of arrival; Tick about once a second in between.
 
-        Whole numbers are taken for the layers left behind, negative ones for those of a sweep before the real one.
         Raises WorkerLost and UserError.
         """
-        self._at, moves, measured = [NOWHERE] * len(self), 0, False
+        self._at = [None] * len(self)
         streams = {
             getattr(handle, method).options(num_returns="streaming").remote(*arguments): rank
             for rank, handle in enumerate(self._actors.handles)
         }
-        moved, longest = time.monotonic(), 0.0
+        pace = _LayerPace(layer_timeout_seconds, self._start_seconds)
         suspect: tuple[float, Exception] | None = None
         while streams:
             ready, _ = ray.wait(list(streams), num_returns=1, timeout=POLL_SECONDS)
@@ -186,7 +182,7 @@ class WorkerGroup:
             for stream in ready:
                 rank = streams[stream]
                 try:
-                    event = ray.get(next(stream))  # type: ignore[arg-type]
+                    event: Any = ray.get(next(stream))  # type: ignore[arg-type]
                 except StopIteration:
                     del streams[stream]
                 except (RayActorError, RayTaskError) as error:
@@ -196,26 +192,25 @@ class WorkerGroup:
                     suspect = suspect or (now, lost)  # one of its peers is to blame: which?
                     del streams[stream]
                 else:
-                    if isinstance(event, int) and event > self._at[rank]:
-                        self._at[rank] = event
-                        if event == min(self._at):
-                            longest, moved, moves = max(longest, now - moved), now, moves + 1
-                    # what is swept through only is no measure of a layer that is pruned
-                    measured = measured or (
-                        moves > 1
-                        if method != "prune"
-                        else isinstance(event, Record) and "layer" in event.facts
-                    )
-                    yield event
+                    if not isinstance(event, LayerEntered):
+                        yield emit(event)
+                    elif self._last_to_enter(rank, event):
+                        pace.enter(event, now)
+                        yield emit(event)
             if suspect and (now - suspect[0] > CULPRIT_SECONDS or not streams):
                 raise suspect[1]
-            limit = layer_timeout_seconds or max(HANG_FLOOR_SECONDS, HANG_FACTOR * longest)
-            if moves < 1 or not (layer_timeout_seconds or measured):
-                limit = max(limit, self._start_seconds)
-            if now - moved > limit:
-                raise self._hanging(limit)
+            if now - pace.entered_at > pace.limit:
+                raise self._hanging(pace.limit)
             if not ready:
-                yield None
+                yield Tick()
+
+    def _last_to_enter(self, rank: int, event: LayerEntered) -> bool:
+        """Notes where a worker is; returns whether all workers have come as far as this now."""
+        at = self._at[rank]
+        if at is not None and event.position <= at.position:
+            return False
+        self._at[rank] = event
+        return all(at is not None and at.position >= event.position for at in self._at)
 
     def _join(self) -> None:
         handles, count = self._actors.handles, len(self)
@@ -236,9 +231,8 @@ class WorkerGroup:
                 ready, _ = ray.wait(list(joining), num_returns=1, timeout=left)
                 if not ready:
                     rank = min(joining.values())
-                    raise WorkerLost(
-                        f"{self._named(rank)} did not start within {self._start_seconds:.0f} s"
-                    )
+                    reason = f"at its start: not ready within {self._start_seconds:.0f} s"
+                    raise WorkerLost(f"worker {rank}", f" on {self.nodes[rank]}", reason)
                 rank = joining.pop(ready[0])
                 ray.get(ready[0])
         except (RayActorError, RayTaskError, GetTimeoutError) as error:
@@ -249,36 +243,66 @@ class WorkerGroup:
         cause = death(error) if isinstance(error, RayActorError) else getattr(error, "cause", error)
         if isinstance(cause, UserError):
             return UserError(str(cause))
-        where = self._named(rank) if rank is not None else "a worker"
-        at = f" at {_place(self._at[rank])}" if rank is not None else ""
-        reason = one_line(cause, 400)
+        if rank is None:
+            return WorkerLost("a worker", "", f"at its start: {one_line(cause, 400)}")
+        at, where = self._at[rank], f" on {self.nodes[rank]}"
+        reason = f"at {_place(at)}: {one_line(cause, 400)}"
         if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
-            return WorkFailed(f"{where}{at}: {reason}")
-        host = self._actors.hosts[rank] if rank is not None else None
-        layer = max(self._at[rank], 0) if rank is not None else None
+            return WorkFailed(f"worker {rank}{where} {reason}")
         kind = "node" if isinstance(error, RayActorError) and node_died(error) else "worker"
-        return WorkerLost(f"{where} was lost{at}: {reason}", host, layer, kind)
+        host = self._actors.hosts[rank]
+        return WorkerLost(f"worker {rank}", where, reason, host, _layer(at), kind)
 
     def _hanging(self, limit: float) -> WorkerLost:
-        """Names the workers that do not even say where they are, or all of them."""
+        """Names the workers that do not even answer where they are, or all of them."""
         asked = {
             handle.where.options(concurrency_group="health").remote(): rank
             for rank, handle in enumerate(self._actors.handles)
         }
         _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=5.0)
         ranks = sorted(asked[reference] for reference in silent) or sorted(asked.values())
-        named = ", ".join(self._named(rank) for rank in ranks)
+        named = ", ".join(f"worker {rank} on {self.nodes[rank]}" for rank in ranks)
         state = "does not answer" if silent else "makes no progress"
-        place = _place(min(self._at))
+        slowest = min(self._at, key=lambda at: (-1, 0) if at is None else at.position)
         hosts = ", ".join(sorted({str(self._actors.hosts[rank]) for rank in ranks}))
-        text = f"{named} {state} at {place}: no step within {limit:.0f} s"
-        return WorkerLost(text, hosts, max(min(self._at), 0))
-
-    def _named(self, rank: int) -> str:
-        return f"worker {rank} on {self.nodes[rank]}"
+        reason = f"at {_place(slowest)}: {state}, no step within {limit:.0f} s"
+        return WorkerLost(named, "", reason, hosts, _layer(slowest))
 
 
-def _place(at: int) -> str:
-    if NOWHERE < at < 0:
-        return "the sweep before the first layer is pruned"
-    return f"layer {max(at, 0)}"
+class _LayerPace:
+    """How long a layer may take before the gang is treated as hung: the time given, or ten times the longest so far.
+
+    A layer that is merely swept through, or one of an earlier sweep, says nothing about layers that are pruned: until
+    one of these has been left, a layer has the time that a start has.
+    """
+
+    def __init__(self, given: float | None, start_seconds: float) -> None:
+        self._given, self._start_seconds = given, start_seconds
+        self._longest, self._measured = 0.0, False
+        self._last: LayerEntered | None = None
+        self.entered_at = time.monotonic()
+
+    def enter(self, event: LayerEntered, now: float) -> None:
+        """All workers have entered a layer."""
+        if self._last is not None:
+            same_sweep = self._last.order == event.order
+            self._measured = same_sweep and (self._measured or self._last.full)
+            self._longest = max(self._longest, now - self.entered_at)
+        self._last, self.entered_at = event, now
+
+    @property
+    def limit(self) -> float:
+        if self._given and self._last is not None:
+            return self._given
+        limit = self._given or max(HANG_FLOOR_SECONDS, HANG_FACTOR * self._longest)
+        return limit if self._measured else max(limit, self._start_seconds)
+
+
+def _layer(at: LayerEntered | None) -> int:
+    return 0 if at is None or at.order == 0 else at.layer
+
+
+def _place(at: LayerEntered | None) -> str:
+    if at is None:
+        return "layer 0"
+    return f"layer {at.layer}{f', {at.work}' if at.order == 0 else ''}"

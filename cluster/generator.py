@@ -3,7 +3,9 @@
 Rows never leave it: the driver gets the done record only.
 """
 
+import logging
 import time
+from collections.abc import AsyncIterator, Sequence
 from functools import cached_property
 
 from calibprune.calibration.engine import Engine
@@ -13,11 +15,12 @@ from calibprune.calibration.samples import sample_facts, write_rows
 from calibprune.calibration.sources import score_shard
 from calibprune.config.generate import GenerateSettings
 from calibprune.config.model import ModelSettings
+from calibprune.events import Event, UnitDone, emit
 from calibprune.model import load_tokenizer
 from calibprune.process import node
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 from cluster.label import label_of
-from cluster.metrics import SampleMetrics
+from cluster.metrics import WorkMetrics
 
 
 def shard_unit(shard: int) -> str:
@@ -46,7 +49,9 @@ class Generator:
             self._url, self._dtype, self._settings, self._most_tokens, self._cpus,
             trust_remote_code=trust,
         )  # fmt: skip
-        self._metrics = SampleMetrics(label_of(self._stage.url))
+        events = logging.getLogger("calibprune")
+        events.setLevel(logging.INFO)
+        events.addHandler(WorkMetrics(label_of(self._stage.url)))
         return node()
 
     def stop(self) -> None:
@@ -58,17 +63,17 @@ class Generator:
         tokenizer = load_tokenizer(self._url, self._model.trust_remote_code)
         return PrefixReader(self._stage, self._settings, tokenizer)
 
-    async def complete(self, unit: str) -> Record:
-        """Generates, scores and commits the rows of one shard; returns its done record. Raises EngineDied."""
-        started = time.monotonic()
-        rows = shard_rows(unit, self._settings)
-        table = await write_rows(self._engine, self._prefixes, self._settings, rows)
-        published = self._stage.put(unit, parquet_bytes(table), "parquet", "data", "part")
-        facts = sample_facts(table) | {"seconds": time.monotonic() - started}
-        record = self._stage.commit(unit, published, facts)
-        self._metrics.record(record)
-        return record
+    async def complete(self, units: Sequence[str]) -> AsyncIterator[Event]:
+        """Generates, scores and commits the rows of shards. Raises EngineDied."""
+        for unit in units:
+            started = time.monotonic()
+            rows = shard_rows(unit, self._settings)
+            table = await write_rows(self._engine, self._prefixes, self._settings, rows)
+            published = self._stage.put(unit, parquet_bytes(table), "parquet", "data", "part")
+            facts = sample_facts(table) | {"seconds": time.monotonic() - started}
+            yield emit(UnitDone(self._stage.commit(unit, published, facts)))
 
-    async def score(self, unit: str) -> Record:
-        """Commits the model's own log-probabilities of one shard of documents. Raises EngineDied."""
-        return await score_shard(self._engine, self._stage, unit)
+    async def score(self, units: Sequence[str]) -> AsyncIterator[Event]:
+        """Commits the model's own log-probabilities of shards of documents. Raises EngineDied."""
+        for unit in units:
+            yield emit(UnitDone(await score_shard(self._engine, self._stage, unit)))

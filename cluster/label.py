@@ -28,6 +28,6 @@ class Label:
 
 
 def label_of(stage_url: str) -> Label:
-    """That of the stage in a folder `.../<run>/<stage>`."""
+    """The label of the stage in a folder `.../<run>/<stage>`."""
     parts = stage_url.rstrip("/").split("/")
     return Label(parts[-2] if len(parts) > 1 else "", parts[-1])

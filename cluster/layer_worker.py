@@ -6,7 +6,8 @@ where the work stands. All work is in the library.
 
 import datetime
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -18,15 +19,15 @@ from calibprune.calibration.pool import read_pool, read_positions
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
-from calibprune.evaluation.perplexity import Perplexity, sweep_perplexity
+from calibprune.evaluation.perplexity import sweep_perplexity
+from calibprune.events import Event, LayerEntered, Note, UnitDone, emit, listening
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
-from calibprune.process import host_memory
 from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.memory import offload_needed
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 from cluster.label import label_of
-from cluster.metrics import LayerMetrics
+from cluster.metrics import WorkMetrics
 
 LOOPBACK = "127.0.0.1"
 
@@ -44,7 +45,6 @@ class LayerWorker:
             )
         self._gang: Gang = ALONE
         self._meeting: Meeting | None = None
-        self._metrics: LayerMetrics | None = None
         self._at = "starting"
 
     def open_meeting(self, one_node: bool) -> tuple[str, int]:
@@ -69,37 +69,27 @@ class LayerWorker:
 
     def prune(
         self, model: ModelSettings, settings: PruneSettings, pool_url: str, stage_url: str
-    ) -> Iterator[Record | int | str | dict[str, Any]]:
-        """Commits every layer that is missing; rows and weights stay here.
-
-        Yields a line for the user to read, if there is one, the number of layers left behind, each done record of
-        its own, and last what this worker used.
-        """
+    ) -> Iterator[Event]:
+        """Commits every layer that is missing; rows and weights stay here. Yields what `prune_layers` does."""
         torch.set_num_threads(self._cpus)
-        skeleton = build_skeleton(model, self._device)
-        stage, pool, positions = Stage(stage_url), read_pool(pool_url), read_positions(pool_url)
-        sequences, tokens = pool.shape
-        vocabulary = skeleton.model.get_input_embeddings().num_embeddings
-        if pool.min() < 0 or pool.max() >= vocabulary:
-            raise UserError(
-                f"{pool_url} holds token ids from {pool.min()} to {pool.max()}, the model has {vocabulary}: it was "
-                f"made with another model's tokenizer"
+        with listening(WorkMetrics(label_of(stage_url))):
+            skeleton = build_skeleton(model, self._device)
+            pool, positions = read_pool(pool_url), read_positions(pool_url)
+            sequences, tokens = pool.shape
+            vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+            if pool.min() < 0 or pool.max() >= vocabulary:
+                raise UserError(
+                    f"{pool_url} holds token ids from {pool.min()} to {pool.max()}, the model has {vocabulary}: it was "
+                    f"made with another model's tokenizer"
+                )
+            reason = offload_needed(skeleton, settings, sequences, tokens, self._gang.size)
+            if reason and self._gang.rank == 0:
+                yield Note(reason)
+            settings = settings.model_copy(update={"offload": reason is not None})
+            stage = Stage(stage_url)
+            yield from self._watched(
+                prune_layers(skeleton, pool, settings, stage, self._gang, positions)
             )
-        reason = offload_needed(skeleton, settings, sequences, tokens, self._gang.size)
-        if reason and self._gang.rank == 0:
-            yield reason
-        settings = settings.model_copy(update={"offload": reason is not None})
-        for event in prune_layers(skeleton, pool, settings, stage, self._gang, positions):
-            if isinstance(event, int):
-                self._at = f"layer {event}"
-            else:
-                self._metrics = self._metrics or LayerMetrics(label_of(stage_url))
-                self._metrics.record(event)
-            yield event
-        yield {
-            "bytes_read": skeleton.checkpoint.bytes_read,
-            "peak_host_memory_bytes": host_memory("VmHWM"),
-        }
 
     def evaluate(
         self,
@@ -107,13 +97,28 @@ class LayerWorker:
         windows: dict[str, Tensor],
         batch_sequences: int,
         hashes: dict[str, str] | None,
-    ) -> Iterator[int | dict[str, Perplexity]]:
-        """Yields the number of layers left behind, and last the perplexity of every text."""
+        stage_url: str,
+        unit: str,
+    ) -> Iterator[Event]:
+        """Measures the perplexity of every text, which the first worker commits as `unit`."""
         torch.set_num_threads(self._cpus)
         skeleton = build_skeleton(model, self._device, hashes)
-        for event in sweep_perplexity(skeleton, windows, batch_sequences, self._gang):
-            if isinstance(event, int):
-                self._at = f"layer {event}"
+        found = yield from self._watched(
+            sweep_perplexity(skeleton, windows, batch_sequences, self._gang, work=unit)
+        )
+        if self._gang.rank == 0:
+            facts = {"perplexity": {name: asdict(value) for name, value in found.items()}}
+            yield emit(UnitDone(Stage(stage_url).commit(unit, None, facts)))
+
+    def _watched(self, events: Iterator[Event]) -> Generator[Event, None, Any]:
+        """The same events and value; `where` answers with the last layer that was entered."""
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as ended:
+                return ended.value
+            if isinstance(event, LayerEntered):
+                self._at = f"layer {event.layer}"
             yield event
 
     def where(self) -> str:

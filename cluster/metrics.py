@@ -1,4 +1,4 @@
-"""What records and drivers say, as Prometheus metrics of the Ray cluster, each with the tags `run` and `stage`.
+"""What happens in a run as Prometheus metrics of the Ray cluster, each with the tags `run` and `stage`.
 
 Ray's own agent on every node serves them, as `ray_calibprune_...`, counters with `_total` behind the name. Grafana's
 dashboard for them is grafana/calibprune.json.
@@ -8,35 +8,52 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from calibprune.failures import Failure
+from calibprune.events import Event, EventHandler, Lost, Pace, StageBegun, UnitDone
 from calibprune.stage import Record
 from cluster.label import Label
 
 
-class _Metrics:
+def _metric(label: Label, kind: type, name: str, description: str, *tags: str) -> Any:
+    metric = kind(f"calibprune_{name}", description, ("run", "stage", *tags))
+    return metric.set_default_tags(label.tags)
+
+
+class WorkMetrics(EventHandler):
+    """In the process of an engine or worker: what it commits. `record` picks the metrics by the kind of unit."""
+
     def __init__(self, label: Label) -> None:
+        super().__init__()
         self._label = label
+        self._layers: LayerMetrics | None = None
+        self._samples: SampleMetrics | None = None
 
-    def _make(self, kind: type, name: str, description: str, *tags: str) -> Any:
-        metric = kind(f"calibprune_{name}", description, ("run", "stage", *tags))
-        return metric.set_default_tags(self._label.tags)
+    def handle_event(self, event: Event) -> None:
+        if not isinstance(event, UnitDone):
+            return
+        if "bytes_written" in event.record.facts:
+            self._layers = self._layers or LayerMetrics(self._label)
+            self._layers.record(event.record)
+        elif "finish_reasons" in event.record.facts:
+            self._samples = self._samples or SampleMetrics(self._label)
+            self._samples.record(event.record)
 
 
-class LayerMetrics(_Metrics):
-    """Set on the worker that committed a layer."""
+class LayerMetrics:
+    """Layers that a worker committed."""
 
     def __init__(self, label: Label) -> None:
-        super().__init__(label)
-        self._layers = self._make(Counter, "layers_pruned", "Layers committed.")
-        self._read = self._make(Counter, "checkpoint_read_bytes", "Bytes of layers read.")
-        self._written = self._make(Counter, "checkpoint_written_bytes", "Bytes of shards written.")
-        self._seconds = self._make(Gauge, "layer_seconds", "By kind of work.", "layer", "work")
-        self._memory = self._make(Gauge, "peak_memory_bytes", "Peak of a worker.", "worker")
-        self._sparsity = self._make(
-            Gauge, "sparsity", "Fraction of a linear's weights that are zero.", "layer", "linear"
+        self._layers = _metric(label, Counter, "layers_pruned", "Layers committed.")
+        self._read = _metric(label, Counter, "checkpoint_read_bytes", "Bytes of layers read.")
+        self._written = _metric(
+            label, Counter, "checkpoint_written_bytes", "Bytes of shards written."
         )
-        self._error = self._make(
-            Gauge, "relative_output_error", "||(W - W') X|| / ||W X||.", "layer", "linear"
+        self._seconds = _metric(label, Gauge, "layer_seconds", "By kind of work.", "layer", "work")
+        self._memory = _metric(label, Gauge, "peak_memory_bytes", "Peak of a worker.", "worker")
+        self._sparsity = _metric(
+            label, Gauge, "sparsity", "Fraction of a linear's weights that are zero.", "layer", "linear"
+        )  # fmt: skip
+        self._error = _metric(
+            label, Gauge, "relative_output_error", "||(W - W') X|| / ||W X||.", "layer", "linear"
         )
 
     def record(self, record: Record) -> None:
@@ -57,14 +74,15 @@ class LayerMetrics(_Metrics):
             self._error.set(of["relative_error"], tags)
 
 
-class SampleMetrics(_Metrics):
-    """Set on the worker that committed a shard of samples."""
+class SampleMetrics:
+    """Shards of samples that an engine committed."""
 
     def __init__(self, label: Label) -> None:
-        super().__init__(label)
-        self._shards = self._make(Counter, "shards_committed", "Shards of samples committed.")
-        self._samples = self._make(Counter, "samples", "Samples committed.")
-        self._tokens = self._make(Counter, "generated_tokens", "Tokens generated and committed.")
+        self._shards = _metric(label, Counter, "shards_committed", "Shards of samples committed.")
+        self._samples = _metric(label, Counter, "samples", "Samples committed.")
+        self._tokens = _metric(
+            label, Counter, "generated_tokens", "Tokens generated and committed."
+        )
 
     def record(self, record: Record) -> None:
         self._shards.inc()
@@ -73,14 +91,13 @@ class SampleMetrics(_Metrics):
                 counter.inc(record.facts[name])
 
 
-class QueueMetrics(_Metrics):
-    """Set by the driver that hands units to a crew."""
+class QueueMetrics:
+    """State of the driver's work queue."""
 
     def __init__(self, label: Label) -> None:
-        super().__init__(label)
-        self._waiting = self._make(Gauge, "units_waiting", "Units that no engine has yet.")
-        self._running = self._make(Gauge, "units_running", "Units under way on an engine.")
-        self._ready = self._make(Gauge, "engines_ready", "Engines that take units.")
+        self._waiting = _metric(label, Gauge, "units_waiting", "Units that no engine has yet.")
+        self._running = _metric(label, Gauge, "units_running", "Units under way on an engine.")
+        self._ready = _metric(label, Gauge, "engines_ready", "Engines that take units.")
 
     def record(self, waiting: int, running: int, ready: int) -> None:
         self._waiting.set(waiting)
@@ -88,21 +105,29 @@ class QueueMetrics(_Metrics):
         self._ready.set(ready)
 
 
-class StageMetrics(_Metrics):
-    """Set by the driver: how far a stage is, and what failed."""
+class StageMetrics(EventHandler):
+    """In the driver: how far a stage is, and what was lost."""
 
     def __init__(self, label: Label) -> None:
-        super().__init__(label)
-        self._units = self._make(Gauge, "units", "Units of a stage.")
-        self._done = self._make(Gauge, "units_done", "Units that are committed.")
-        self._left = self._make(Gauge, "seconds_left", "Expected, at the recent pace.")
-        self._failures = self._make(Counter, "failures", "What was lost, by kind.", "kind")
+        super().__init__()
+        self._units = _metric(label, Gauge, "units", "Units of a stage.")
+        self._done = _metric(label, Gauge, "units_done", "Units that are committed.")
+        self._left = _metric(label, Gauge, "seconds_left", "Expected, at the recent pace.")
+        self._failures = _metric(label, Counter, "failures", "What was lost, by kind.", "kind")
+        self._pace = Pace(0, 0)
 
-    def record(self, done: int, units: int, seconds_left: float | None) -> None:
-        self._units.set(units)
-        self._done.set(done)
-        if seconds_left is not None:
-            self._left.set(seconds_left)
-
-    def failed(self, failure: Failure) -> None:
-        self._failures.inc(1, {"kind": failure.kind})
+    def handle_event(self, event: Event) -> None:
+        match event:
+            case StageBegun():
+                self._pace = Pace(event.units, event.done)
+            case UnitDone():
+                self._pace.add()
+            case Lost():
+                self._failures.inc(1, {"kind": event.kind})
+                return
+            case _:
+                return
+        self._units.set(self._pace.total)
+        self._done.set(self._pace.done)
+        if self._pace.seconds_left is not None:
+            self._left.set(self._pace.seconds_left)

@@ -1,7 +1,5 @@
 """Places for actors and tasks: what one asks for, how many there are, in words what does not fit: never, or not yet."""
 
-import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,8 +8,10 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.util import client
 
+from calibprune.events import note
+
 FIRST_LINE_SECONDS, NEXT_LINE_SECONDS = 8.0, 30.0
-"""Of waiting, until a line says so."""
+"""Time of waiting after which a line says so, first and then repeatedly."""
 NODES_NAMED = 4
 COUNTED = ("CPU", "GPU")
 
@@ -47,6 +47,28 @@ class Node:
     def busy(self) -> dict[str, float]:
         held = {name: self.total[name] - self.free.get(name, 0) for name in self.total}
         return {name: amount for name, amount in held.items() if amount > 0}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Actors of a stage that are at work at the same time."""
+
+    stage: str
+    actor: str
+    count: int
+    least: int
+    """Number that have to find a place, without which there is no work at all."""
+    bundle: Bundle
+    work: str
+    """What they do, in a few words."""
+    host_bytes: int | None = None
+    """Most host memory of one actor; None where it is not known beforehand."""
+    gpu_bytes: int = 0
+    """Memory of each GPU of an actor; 0 without GPUs."""
+    movable_bytes: int = 0
+    """Part of the GPU memory that moves to host memory where it does not fit."""
+    gpu_share: float = 1.0
+    """Fraction of a GPU's memory that may be used."""
 
 
 class NoRoom(RuntimeError):
@@ -103,10 +125,21 @@ def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:
 
 
 class Waiting:
-    """The wait for `count` places, or for the first of them: told now and then on stderr, and ended by NoRoom."""
+    """The wait for `count` places, or for the first of them: logged now and then, and ended by NoRoom.
 
-    def __init__(self, count: int, bundle: Bundle, limit_seconds: float) -> None:
+    `before` is what the cluster had free before these places were asked for. Where that was enough, processes are
+    starting in them, and what looks busy is ours.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        bundle: Bundle,
+        limit_seconds: float,
+        before: list[Node] | None = None,
+    ) -> None:
         self._count, self._bundle, self._limit = count, bundle, limit_seconds
+        self._found = before is not None and self._free(before) >= count
         self.restart()
 
     def restart(self) -> None:
@@ -118,17 +151,20 @@ class Waiting:
         now = time.monotonic()
         if now - self._since > self._limit:
             raise self._given_up()
-        if now < self._next_line:
+        if now < self._next_line or self._found:
             return
         self._next_line = now + NEXT_LINE_SECONDS
         cluster = nodes()
-        free = sum(self._bundle.fits_in(node.free) for node in cluster)
+        free = self._free(cluster)
         busy = sum(self._bundle.fits_in(node.total) for node in cluster) - free
         if free < self._count:  # else a place is found, and a process is starting in it
-            say(
+            note(
                 f"waiting for {wanted(self._count, self._bundle)}: {free} free, {busy} busy{_held(cluster)}, "
                 f"{now - self._since:.0f} of {self._limit:g} s"
             )
+
+    def _free(self, cluster: list[Node]) -> int:
+        return sum(self._bundle.fits_in(node.free) for node in cluster)
 
     def _given_up(self) -> NoRoom:
         cluster = nodes()
@@ -141,14 +177,6 @@ class Waiting:
             f"{shown(total)}, free now {shown(free)}, busy {shown(_sum(n.busy for n in cluster))}{_held(cluster)}: "
             + (gone or "others hold them; wait for them, or raise cluster.start_timeout_seconds")
         )
-
-
-def say(line: str) -> None:
-    """On stderr, as it is or where the log is JSON as such."""
-    if logging.getLogger("calibprune").handlers:
-        logging.getLogger("calibprune.log").info(line)
-    else:
-        print(line, file=sys.stderr, flush=True)
 
 
 def wanted(count: int, bundle: Bundle) -> str:

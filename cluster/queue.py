@@ -1,36 +1,40 @@
 """Units of work queued over a crew of actors: bounded in flight, results in completion order, the dead replaced.
 
-The driver sees only done records. A unit that fails too often is set aside, and all others are done first.
+The driver sees done records only. A unit that fails too often is set aside, and all others are done first.
 """
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from calibprune.errors import UserError
-from calibprune.failures import Failure
+from calibprune.events import SET_ASIDE, Event, Lost, Tick, UnitDone, emit
 from calibprune.redact import one_line
-from calibprune.stage import Record
+from cluster.actors import death, node_died
 from cluster.crew import Crew, Member
 from cluster.metrics import QueueMetrics
-from cluster.session import death, node_died
 
+Batch = tuple[str, ...]
+"""Units that an actor makes one after another in one call."""
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
-"""The floor leaves room for a store to be sat out, while a unit is read and while it is committed."""
+"""The floor leaves time to wait for a store that fails, while a unit is read and while it is committed."""
 FIRST_SECONDS = 3600.0
-"""For a unit while nobody knows how long one of its size takes, unless the caller knows better."""
+"""Time limit for a unit while nobody knows how long one of its size takes, unless the caller knows better."""
+SOURCE_SECONDS = 1800.0
 MOST_WITH_A_NODE = 10
-"""Losses of a unit together with its node, for which no unit is blamed: one more, and it may be what kills them."""
+"""Losses of a unit together with its node for which no unit is blamed; with one more, the unit may be what kills."""
+IN_A_ROW, IN_A_ROW_AT_FIRST = 20, 2
+"""Units whose attempts may fail one after another, and while nothing ever succeeded: more have a common cause."""
 POLL_SECONDS = 1.0
 
 
-def _bear(failures: int, reason: str) -> None:
-    """However many."""
+class TooManyFailures(RuntimeError):
+    """So many attempts failed one after another that the units are not to blame."""
 
 
 def _alike(unit: str) -> float:
@@ -38,142 +42,24 @@ def _alike(unit: str) -> float:
     return 1.0
 
 
-@dataclass(frozen=True)
-class Call:
-    """A unit under way on an actor."""
-
-    member: Member
-    unit: str
-    since: float
-
-
-def dispatch(
-    crew: Crew,
-    method: str,
-    units: Sequence[str],
-    *,
-    in_flight: int,
-    attempts: int,
-    set_aside: Callable[[str, str], None],
-    in_a_row: Callable[[int, str], None] = _bear,
-    timeout_seconds: float | None = None,
-    longest: float = 0.0,
-    first_seconds: float = FIRST_SECONDS,
-    work: Callable[[str], float] = _alike,
-    fatal: tuple[type[Exception], ...] = (),
-    more: Iterator[Sequence[str]] | None = None,
-) -> Iterator[Record | None]:
-    """Calls `method(unit)` for every unit; yields records as they come, and None about once a second in between.
-
-    `more` has the units that others are still preparing: once a second or more often, until it ends, it is asked for
-    those that are ready now.
-
-    An actor that dies, or whose unit takes longer than the time limit (the one given, or ten times the longest
-    measured unit, which begins with `longest`; `first_seconds` at least before a unit of as much `work` is done), or
-    whose unit raises a `fatal` error, is replaced, and its units are queued again. Any other error that a unit raises
-    counts as a failure too; after `attempts` of them `set_aside` is called with the unit and the last cause. `in_a_row`
-    is told how many of these failures there were since the last unit done, and the last cause; what it raises ends the
-    stage, and a UserError of a unit does so at once. `crew.failed` is told of every failure.
-    """
-    queue = Queue(units, attempts, set_aside, in_a_row, more)
-    metrics = QueueMetrics(crew.label) if crew.label else None
-    patience = Patience(timeout_seconds, longest, first_seconds, work)
-    running: dict[Any, Call] = {}
-
-    def lose(member: Member, cause: Exception, counted: bool = True) -> None:
-        lost = [reference for reference, call in running.items() if call.member is member]
-        crew.dismiss(member)
-        failed(
-            [running.pop(reference).unit for reference in lost], cause, member, "engine", counted
-        )
-
-    def failed(
-        lost: list[str], cause: Exception, member: Member, kind: str, counted: bool = True
-    ) -> None:
-        if not isinstance(cause, UserError):
-            reason = one_line(cause)
-            attempt = 1 + max(map(queue.failures, lost), default=0)
-            crew.failed(
-                Failure(kind if counted else "node", reason, tuple(lost), attempt, member.node)
-            )
-        queue.failed(lost, cause, counted)
-
-    while queue or running:
-        queue.refill()
-        crew.fill(len(queue) + len(running))
-        _assign(crew, method, queue, running, in_flight)
-        starting = crew.pending()
-        for reference in _ready([*running, *starting]):
-            if (member := starting.get(reference)) is not None:
-                crew.advance(member)
-                continue
-            if (call := running.get(reference)) is None:  # its actor was lost a moment ago
-                continue
-            try:
-                record: Any = ray.get(reference)
-            except RayTaskError as error:
-                cause = error.cause or error
-                if isinstance(cause, fatal):
-                    lose(call.member, cause)
-                else:
-                    del running[reference]
-                    failed([call.unit], cause, call.member, "unit")
-            except RayError as error:  # dead, or nothing will be heard of it any more
-                lose(call.member, death(error), counted=not node_died(error))
-            else:
-                del running[reference]
-                patience.learn(call.unit, time.monotonic() - call.since)
-                queue.succeeded()
-                yield record
-        now = time.monotonic()
-        late = {
-            call.member: limit
-            for call in running.values()
-            if now - call.since > (limit := patience.seconds(call.unit))
-        }
-        for member, limit in late.items():
-            lose(
-                member, TimeoutError(f"no result within {limit:.0f} s (see shard_timeout_seconds)")
-            )
-        for member in crew.late():
-            crew.start_failed(member, TimeoutError("it took too long"))
-        if metrics:
-            metrics.record(len(queue), len(running), len(crew.ready))
-        yield None
-
-
-def _assign(
-    crew: Crew, method: str, queue: "Queue", running: dict[Any, Call], in_flight: int
-) -> None:
-    """Gives units to whoever has the fewest, until all have enough or none is left."""
-    busy: dict[Member, list[str]] = {member: [] for member in crew.ready}
-    for call in running.values():
-        busy[call.member].append(call.unit)
-    for depth in range(in_flight):
-        for member, here in busy.items():
-            if len(here) > depth or (unit := queue.take(here)) is None:
-                continue
-            reference = getattr(member.handle, method).remote(unit)
-            running[reference] = Call(member, unit, time.monotonic())
-            here.append(unit)
-
-
-def _ready(references: list[Any]) -> list[Any]:
-    """Those that are there, after a second at most."""
-    if not references:
-        time.sleep(POLL_SECONDS)
-        return []
-    some, _ = ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
-    return ray.wait(references, num_returns=len(references), timeout=0)[0] if some else []
-
-
 class Patience:
-    """How long a unit may take before its actor is held to hang. A small unit says nothing of larger ones."""
+    """How long a unit may take before its actor is treated as hung. A small unit says nothing about larger ones.
+
+    The limit is the one given, or ten times the longest unit so far, which begins with `longest`; it is at least
+    `first_seconds` before a unit of as much `work` is done. With `final`, a unit that is late ends the work: trying
+    again would not help.
+    """
 
     def __init__(
-        self, given: float | None, longest: float, first: float, work: Callable[[str], float]
+        self,
+        given: float | None = None,
+        longest: float = 0.0,
+        first_seconds: float = FIRST_SECONDS,
+        work: Callable[[str], float] = _alike,
+        final: bool = False,
     ) -> None:
-        self._given, self._longest, self._first, self._work = given, longest, first, work
+        self._given, self._longest, self._first, self._work = given, longest, first_seconds, work
+        self.final = final
         self._most = 0.0
         """Work of the largest unit done."""
 
@@ -187,78 +73,258 @@ class Patience:
         return self._given or (measured if known else max(measured, self._first))
 
 
-class Queue:
-    """Units still to be started. One of several units that went down with an actor may have killed it: to find out
-    which, each of them is tried alone, and only a failure alone counts. A unit that failed comes last: others go on."""
+def patience_with_source() -> Patience:
+    """For work that reads a source from its start: half an hour without a sign of life ends it."""
+    return Patience(SOURCE_SECONDS, final=True)
 
-    def __init__(
-        self,
-        units: Sequence[str],
-        attempts: int,
-        set_aside: Callable[[str, str], None],
-        in_a_row: Callable[[int, str], None] = _bear,
-        more: Iterator[Sequence[str]] | None = None,
-    ) -> None:
-        self._waiting, self._attempts, self._set_aside = deque(units), attempts, set_aside
+
+@dataclass
+class Call:
+    """A batch under way on an actor."""
+
+    member: Member
+    left: list[str]
+    """Units that are not done yet; the first is in work."""
+    since: float
+    """When the actor was last heard of for this call, by time.monotonic()."""
+
+
+def work_through(
+    crew: Crew,
+    method: str,
+    batches: Iterable[Sequence[str] | None],
+    *,
+    in_flight: int = 1,
+    attempts: int = 3,
+    may_fail: int = 0,
+    proven: bool = False,
+    patience: Patience | None = None,
+    fatal: tuple[type[Exception], ...] = (),
+    poll_seconds: float = POLL_SECONDS,
+) -> Iterator[Event]:
+    """Calls the generator `method(units)` for every batch; emits and yields UnitDone, Lost and, in between, Tick.
+
+    `batches` is asked for more about once a second: None means that the next ones are not ready yet.
+
+    An actor that dies, that is not heard of within the time limit, or whose unit raises a `fatal` error is replaced,
+    and its units are queued again. Any other error that a unit raises counts as a failure of that unit too. After
+    `attempts` failures a unit is set aside, which is a Lost event of that kind; `may_fail` units may be. Raises
+    TooManyFailures when more than these fail in a row, which takes fewer while nothing has succeeded (`proven`: it has
+    before), the UserError of a unit at once, and TimeoutError where patience is final.
+    """
+    work = _Work(
+        crew, method, Queue(batches, attempts), in_flight, attempts, may_fail, proven,
+        patience or Patience(), fatal, poll_seconds,
+    )  # fmt: skip
+    yield from work.events()
+
+
+@dataclass
+class _Work:
+    """What `work_through` does, by its arguments."""
+
+    crew: Crew
+    method: str
+    queue: "Queue"
+    in_flight: int
+    attempts: int
+    may_fail: int
+    proven: bool
+    patience: Patience
+    fatal: tuple[type[Exception], ...]
+    poll_seconds: float
+    running: dict[Any, Call] = field(default_factory=dict)
+    in_a_row: int = 0
+    """Failures since the last unit that was done."""
+
+    def events(self) -> Iterator[Event]:
+        crew, queue = self.crew, self.queue
+        metrics = QueueMetrics(crew.label) if crew.label else None
+        while queue or self.running:
+            queue.refill()
+            crew.fill(len(queue) + len(self.running))
+            self._assign()
+            starting = crew.pending()
+            for reference in _ready([*self.running, *starting], self.poll_seconds):
+                if (member := starting.get(reference)) is not None:
+                    crew.advance(member)
+                elif (call := self.running.get(reference)) is not None:  # else lost a moment ago
+                    yield from self._hear(reference, call)
+            yield from self._end_the_late()
+            if metrics:
+                metrics.record(len(queue), len(self.running), len(crew.ready))
+            yield Tick()
+
+    def _assign(self) -> None:
+        """Gives batches to whoever has the fewest, until all have enough or none is left."""
+        busy: dict[Member, list[str]] = {member: [] for member in self.crew.ready}
+        calls = Counter(call.member for call in self.running.values())
+        for call in self.running.values():
+            busy[call.member].extend(call.left)
+        for depth in range(self.in_flight):
+            for member, here in busy.items():
+                if calls[member] > depth or (batch := self.queue.take(here)) is None:
+                    continue
+                stream = getattr(member.handle, self.method).options(num_returns="streaming")
+                call = Call(member, list(batch), time.monotonic())
+                self.running[stream.remote(batch)] = call
+                here.extend(batch)
+                calls[member] += 1
+
+    def _hear(self, stream: Any, call: Call) -> Iterator[Event]:
+        """Takes the next event of a call, or its end."""
+        try:
+            event: Any = ray.get(next(stream))
+        except StopIteration:
+            if call.left:
+                cause = RuntimeError(f"the work ended without {', '.join(call.left)}")
+                yield from self._fail(stream, call, cause)
+            else:
+                del self.running[stream]
+        except RayTaskError as error:
+            cause = error.cause or error
+            if isinstance(cause, self.fatal):
+                yield from self._lose(call.member, cause)
+            else:
+                yield from self._fail(stream, call, cause)
+        except RayError as error:  # dead, or nothing will be heard of it any more
+            yield from self._lose(call.member, death(error), counted=not node_died(error))
+        else:
+            now = time.monotonic()
+            if isinstance(event, UnitDone):
+                seconds = now - call.since
+                call.left.remove(event.record.unit)
+                self.patience.learn(event.record.unit, seconds)
+                self.in_a_row, self.proven = 0, True
+                yield emit(UnitDone(event.record, seconds))
+            call.since = now
+
+    def _end_the_late(self) -> Iterator[Event]:
+        now = time.monotonic()
+        late = {
+            call.member: limit
+            for call in self.running.values()
+            if call.left and now - call.since > (limit := self.patience.seconds(call.left[0]))
+        }
+        for member, limit in late.items():
+            if self.patience.final:
+                raise TimeoutError(f"nothing was heard of the work for {limit:.0f} s")
+            cause = TimeoutError(f"no result within {limit:.0f} s (see shard_timeout_seconds)")
+            yield from self._lose(member, cause)
+        for member in list(self.crew.late()):
+            self.crew.start_failed(member, TimeoutError("it took too long"))
+
+    def _lose(self, member: Member, cause: Exception, counted: bool = True) -> Iterator[Event]:
+        """Replaces an actor. Each of its calls may have been what killed it, by the unit that was in work."""
+        calls = [stream for stream, call in self.running.items() if call.member is member]
+        self.crew.dismiss(member)
+        suspects = []
+        for call in map(self.running.pop, calls):
+            suspects += call.left[:1]
+            self.queue.put_back(call.left[1:])
+        kind = self.crew.kind if counted else "node"
+        yield from self._failed(suspects, cause, member, kind, counted)
+
+    def _fail(self, stream: Any, call: Call, cause: Exception) -> Iterator[Event]:
+        """Ends a call whose unit in work failed; its actor goes on."""
+        del self.running[stream]
+        self.queue.put_back(call.left[1:])
+        yield from self._failed(call.left[:1], cause, call.member, "unit", True)
+
+    def _failed(
+        self, units: list[str], cause: Exception, member: Member, kind: str, counted: bool
+    ) -> Iterator[Event]:
+        if isinstance(cause, UserError):
+            raise cause from None
+        reason = one_line(cause)
+        attempt = 1 + max(map(self.queue.failures, units), default=0)
+        name = "" if kind == "unit" else f"{self.crew.kind} {member.slot}"
+        yield emit(Lost(kind, reason, tuple(units), attempt, member.node, name))
+        if not self.queue.failed(units, counted):
+            return
+        (unit,) = units
+        if self.queue.failures(unit) >= self.attempts:
+            yield emit(Lost(SET_ASIDE, reason, (unit,), self.attempts))
+        self.in_a_row += 1
+        most = self.may_fail + (IN_A_ROW if self.proven else IN_A_ROW_AT_FIRST)
+        if self.in_a_row >= self.attempts * max(most + 1, self.crew.count * self.in_flight):
+            raise TooManyFailures(
+                f"{self.in_a_row} attempts in a row failed, the last one at {unit}: {reason}"
+            )
+
+
+def _ready(references: list[Any], poll_seconds: float) -> list[Any]:
+    """Those that have something to give, after `poll_seconds` at most."""
+    if not references:
+        time.sleep(poll_seconds)
+        return []
+    some, _ = ray.wait(references, num_returns=1, timeout=poll_seconds)
+    return ray.wait(references, num_returns=len(references), timeout=0)[0] if some else []
+
+
+class Queue:
+    """Batches still to be started. One of several units that went down with an actor may have killed it: to find out
+    which, each of them is tried alone, and only a failure alone counts. A unit that failed comes last."""
+
+    def __init__(self, batches: Iterable[Sequence[str] | None], attempts: int) -> None:
+        self._coming: Iterator[Sequence[str] | None] | None = iter(batches)
+        """None once no more batches are to come."""
+        self._waiting, self._attempts = deque[Batch](), attempts
         self._failures, self._suspects = Counter[str](), set[str]()
         self._with_node = Counter[str]()
-        self._in_a_row, self._tell = 0, in_a_row
-        self._more = more
-        """None once no more units are being prepared."""
+        self.refill()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def __bool__(self) -> bool:
-        return self._more is not None or bool(self._waiting)
+        return self._coming is not None or bool(self._waiting)
 
     def refill(self) -> None:
-        """Takes in the units that have become ready."""
-        if self._more is not None:
-            ready = next(self._more, None)
-            if ready is None:
-                self._more = None
-            self._waiting.extend(ready or ())
+        """Takes in the batches that have become ready."""
+        while self._coming is not None:
+            try:
+                batch = next(self._coming)
+            except StopIteration:
+                self._coming = None
+                return
+            if batch is None:
+                return
+            self._waiting.append(tuple(batch))
 
     def failures(self, unit: str) -> int:
         return self._failures[unit]
 
-    def take(self, beside: Sequence[str]) -> str | None:
-        """The next unit for an actor that is busy with these, or None if it has to wait."""
+    def take(self, beside: Sequence[str]) -> Batch | None:
+        """The next batch for an actor that is busy with these units, or None if it has to wait."""
         if not self._waiting or self._suspects.intersection(beside):
             return None
-        for place, unit in enumerate(self._waiting):
-            if not beside or unit not in self._suspects:
+        for place, batch in enumerate(self._waiting):
+            if not beside or self._suspects.isdisjoint(batch):
                 del self._waiting[place]
-                return unit
+                return batch
         return None
 
-    def failed(self, units: Sequence[str], cause: Exception, counted: bool = True) -> None:
-        """Queues units again, or sets one aside that failed too often. Raises the cause if the user can mend it.
+    def put_back(self, units: Sequence[str]) -> None:
+        """Queues units that nothing is known against."""
+        if units:
+            self._waiting.appendleft(tuple(units))
+
+    def failed(self, units: Sequence[str], counted: bool) -> bool:
+        """Queues units again, each alone, unless one failed too often; returns whether this was one unit's failure.
 
         Not `counted` is what no unit can be blamed for, such as the loss of a node, unless one is always there.
         """
-        if isinstance(cause, UserError):
-            raise cause from None
         if not counted:
             self._with_node.update(units)
             counted = any(self._with_node[unit] > MOST_WITH_A_NODE for unit in units)
-        if not counted:
-            self._waiting.extendleft(reversed(units))
-            return
-        if len(units) > 1:
-            self._suspects.update(units)
-            self._waiting.extendleft(reversed(units))
-            return
-        for unit in units:
-            reason = one_line(cause)
-            self._failures[unit] += 1
-            self._in_a_row += 1
-            if self._failures[unit] >= self._attempts:
-                self._set_aside(unit, reason)
-            else:
-                self._waiting.append(unit)
-            self._tell(self._in_a_row, reason)
-
-    def succeeded(self) -> None:
-        self._in_a_row = 0
+        if not counted or len(units) != 1:
+            if counted:
+                self._suspects.update(units)
+            self._waiting.extendleft((unit,) for unit in reversed(units))
+            return False
+        (unit,) = units
+        self._failures[unit] += 1
+        if self._failures[unit] < self._attempts:
+            self._waiting.append((unit,))
+        return True

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -13,7 +14,8 @@ import typer
 from calibprune import __version__
 from calibprune.errors import UserError
 from calibprune.redact import plain, plain_lines
-from jobs import log, progress
+from jobs.output import is_json, set_up, stop_asked
+from jobs.stages import COMMANDS, STAGES
 
 if TYPE_CHECKING:
     from jobs.run import Run
@@ -59,49 +61,28 @@ Address = Annotated[
         "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
     ),
 ]
-ALL = ("generate", "curate", "prune", "evaluate", "report")
 
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
-    """All five stages. Stages that are done already are passed over."""
-    from jobs.report import say_result
+    """All stages. Those that are done already are passed over."""
+    finished = _run(config, overrides, COMMANDS)
+    from jobs.report import show_result
 
-    finished = _run(config, overrides, ALL)
-    say_result(_read_report(finished))
+    show_result(finished)
     print(finished.url("report", "index.html"))
 
 
-@app.command()
-def generate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Let the model write samples with vLLM, with their exact token ids and log-probabilities."""
-    _run(config, overrides, ["generate"])
+def _add_stage_command(name: str) -> None:
+    @app.command(name, help=STAGES[name])
+    def stage(config: ConfigPath, overrides: Overrides = None) -> None:
+        finished = _run(config, overrides, [name])
+        if name == "report":
+            print(finished.url("report", "index.html"))
 
 
-@app.command()
-def curate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Bring samples and other texts through the filters, pack what is kept into a calibration pool, and compare it
-    with reference corpora."""
-    _run(config, overrides, ["curate"])
-
-
-@app.command()
-def prune(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Prune layer by layer with the pool; writes a Hugging Face checkpoint."""
-    _run(config, overrides, ["prune"])
-
-
-@app.command()
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Held-out perplexity of the dense and the pruned model."""
-    _run(config, overrides, ["evaluate"])
-
-
-@app.command()
-def report(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Gather what the stages recorded into report/index.html and report/report.json."""
-    finished = _run(config, overrides, ["report"])
-    print(finished.url("report", "index.html"))
+for _name in COMMANDS:
+    _add_stage_command(_name)
 
 
 @app.command()
@@ -122,6 +103,8 @@ def check(
 
     Starts no work. Exit code 2 where something is missing."""
     from calibprune.config.load import load_config
+
+    settings = load_config(config, overrides or ())  # before the imports, which take seconds
     from jobs.check import (
         advice,
         check_before_work,
@@ -132,15 +115,15 @@ def check(
     from jobs.preflight import check_cluster, cluster_to_look_at
     from jobs.run import Run
 
-    checked = Run(load_config(config, overrides or ()))
-    check_before_work(checked, ALL)
+    checked = Run(settings, COMMANDS)
+    check_before_work(checked)
     for name, value in requirements(checked).items():
         print(f"{name:<26} {value}")
     for line in memory_in_lines(checked):
         print(line)
-    settings = cluster_to_look_at(checked.config.cluster, cluster)
-    if settings is not None:
-        answered, notes = check_cluster(checked, settings)
+    cluster_settings = cluster_to_look_at(checked.config.cluster, cluster)
+    if cluster_settings is not None:
+        answered, notes = check_cluster(checked, cluster_settings)
         print(f"the configuration is fine, and the cluster has what it needs: {answered}")
     else:
         notes = advice(checked)
@@ -154,10 +137,10 @@ def check(
 def status(
     run_url: Annotated[str, typer.Argument(metavar="RUN_URL")],
     watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Look again and again until all stages are done.")
+        bool, typer.Option("--watch", "-w", help="Look repeatedly until all stages are done.")
     ] = False,
     every: Annotated[
-        float, typer.Option("--every", metavar="SECONDS", min=0.2, help="Between two looks.")
+        float, typer.Option("--every", metavar="SECONDS", min=0.2, help="Pause between two looks.")
     ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
 ) -> None:
@@ -220,7 +203,7 @@ def presets() -> None:
 @app.command()
 def publish(
     run_url: Annotated[str, typer.Argument(metavar="RUN_URL")],
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(ALL)}.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(COMMANDS)}.")],
     target: Annotated[
         str,
         typer.Argument(
@@ -230,10 +213,11 @@ def publish(
     ],
 ) -> None:
     """Copy a finished stage, verified, to a folder, a bucket or the Hugging Face hub; of prune, the checkpoint."""
+    from calibprune.events import note
     from calibprune.publish import publish as publish_stage
     from calibprune.retry import shown
 
-    done = publish_stage(run_url, stage, target, lambda line: progress.say(f"publish: {line}"))
+    done = publish_stage(run_url, stage, target, lambda line: note(f"publish: {line}"))
     print(
         f"{shown(target)}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
     )
@@ -272,31 +256,23 @@ def options(
 ) -> None:
     if traceback:
         os.environ["CALIBPRUNE_TRACEBACK"] = "1"
-    log.choose(log_format.value)
+    set_up(log_format.value)
 
 
-def _run(config: str, overrides: list[str] | None, stages: "list[str] | tuple[str, ...]") -> "Run":
+def _run(config: str, overrides: list[str] | None, commands: Sequence[str]) -> "Run":
     from calibprune.config.load import load_config
 
     settings = load_config(config, overrides or ())
     try:
-        from jobs.pipeline import (
-            run_stages,
-        )  # which takes seconds: a signal to stop may come in them
+        from jobs.pipeline import run_stages  # takes seconds, in which a signal may come
 
-        return run_stages(settings, stages)
+        return run_stages(settings, commands)
     except KeyboardInterrupt:
         _leave("stopped; what is committed is kept, the same command resumes", 130)
 
 
-def _read_report(finished: "Run") -> dict:
-    from calibprune import storage
-
-    return storage.read_json(finished.url("report", "report.json"))
-
-
 def _stop(number: int, frame: object) -> None:
-    progress.stop_asked = True
+    stop_asked.set()
     raise KeyboardInterrupt
 
 
@@ -318,9 +294,9 @@ def main() -> None:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    """Ends at once: who stops a job gives it 3 s, and the interpreter may take 2 to put libraries away."""
-    if log.is_json():
-        log.line(message)
+    """Ends at once: Ray gives a job that it stops 3 s, and the interpreter may take 2 to put libraries away."""
+    if is_json():
+        logging.getLogger("calibprune").info("%s", message)
     else:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -330,8 +306,8 @@ def _leave(message: str, code: int) -> NoReturn:
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
     if error is not None and os.environ.get("CALIBPRUNE_TRACEBACK"):
         print(plain_lines("".join(traceback.format_exception(error))), file=sys.stderr)
-    elif log.is_json():
-        log.line(message, logging.ERROR)
+    elif is_json():
+        logging.getLogger("calibprune").error("%s", message)
     else:
         print(plain(message), file=sys.stderr)
     raise SystemExit(code)

@@ -1,11 +1,10 @@
-"""The sources of curate beside the reference corpora: how alike they are, and how familiar to the model.
+"""curate/analysis: the sources beside the reference corpora: how alike they are, and how familiar to the model.
 
 A small stage of its own inside curate's folder, so that other references can be asked for at any time.
 """
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,74 +14,92 @@ from calibprune.calibration.compare import analyse, min_k_scores, read_reference
 from calibprune.calibration.curate_units import Curation
 from calibprune.calibration.sources import flat_tokens, read_shard
 from calibprune.config.model import ModelSettings
-from calibprune.errors import DriftError
+from calibprune.events import SET_ASIDE, Event, Lost, UnitDone, emit
 from calibprune.model import build_skeleton, load_tokenizer
-from calibprune.stage import Record, Stage
-from cluster.label import label_of
-from cluster.places import Bundle
+from calibprune.stage import Stage, flat
+from cluster.crew import Crew
+from cluster.places import Bundle, Need
+from cluster.queue import work_through
 from cluster.session import worker_bundle
-from cluster.tasks import run_tasks
-from jobs.progress import say, tick
+from cluster.unit_worker import UnitWorker
+from jobs import curate
 from jobs.run import Run
-from jobs.watching import Watch
+from jobs.stages import Plan
 
-FOLDER = "analysis"
+NAME = "curate/analysis"
+PUBLISHED = ("", ("manifest.json", "_SUCCESS"))
+UNIT = "analysis"
 
 
-def run(run: Run, curation: Curation) -> None:
-    """Compares sources and references, if there are any of these and it has not been done yet."""
-    settings = curation.settings
-    if not settings.references:
-        return
-    stage = Stage(storage.join(curation.stage_url, FOLDER))
-    identity = compared(run) | {
-        "samples": run.stage("curate").content_id(),
-    }
-    try:
-        missing = stage.plan(identity, [FOLDER])
-    except DriftError:  # others were asked for
+def skip(run: Run) -> str | None:
+    if not run.config.curate.references:
+        return "curate.references names no text to compare with"
+    return curate.skip(run)
+
+
+def check(run: Run) -> None:
+    """The references are checked with curate's other texts."""
+
+
+def needs(run: Run) -> Iterator[Need]:
+    if skip(run) is None and not run.stage(NAME).finished:
+        work = f"sources beside {len(run.config.curate.references)} texts"
+        yield Need("curate", "task", 1, 1, _bundle(run), work)
+
+
+def plan(run: Run) -> Plan:
+    """What was compared with other references before is removed."""
+    stage = run.stage(NAME)
+    identity = _compared(run) | {"samples": run.stage("curate").content_id()}
+    if stage.planned and stage.read_plan()["identity"] != flat(identity):
         storage.remove_folder(stage.url)
-        missing = stage.plan(identity, [FOLDER])
-    if not missing and stage.finished:
-        return
-    say(f"curate: comparing {len(settings.sources)} sources with {len(settings.references)} texts")
-    started = time.monotonic()
-    label = replace(label_of(curation.stage_url), stage=FOLDER)
-    watch = Watch(stage, 1, 0, label)
-    bundle = task_bundle(run)
-    device = "cuda" if bundle.gpus else "cpu"
-    arguments = (curation, run.config.model, run.skeleton.checkpoint.url, device, stage)
-    for done in run_tasks(
-        _analyse, arguments, [missing] if missing else [], bundle,
-        start_seconds=run.config.cluster.start_timeout_seconds, label=label, failed=watch.lost,
-    ):  # fmt: skip
-        tick()
-        if done is not None:
-            watch.committed(*done)
-    stage.finish({"seconds": time.monotonic() - started})
+    return Plan(identity, [UNIT])
 
 
-def task_bundle(run: Run) -> Bundle:
-    """What the comparison asks of the cluster: a worker's place where the model is asked, else a core."""
+def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
+    bundle = _bundle(run)
+    function = partial(
+        _analyse, curate.curation_of(run), run.config.model, "cuda" if bundle.gpus else "cpu", stage.url
+    )  # fmt: skip
+    crew = Crew(
+        UnitWorker, 1, bundle, [function, run.label(NAME)],
+        start_seconds=run.config.cluster.start_timeout_seconds,
+        label=run.label(NAME), kind="worker",
+    )  # fmt: skip
+    with crew:
+        for event in work_through(crew, "make", [missing] if missing else []):
+            if isinstance(event, Lost) and event.kind == SET_ASIDE:
+                raise RuntimeError(f"the comparison failed {event.attempt} times: {event.message}")
+            yield event
+
+
+def facts(run: Run) -> dict[str, Any] | None:
+    """The comparison with the references that are configured, if it is done."""
+    stage = run.stage(NAME)
+    if (
+        not stage.finished
+        or not stage.read_plan()["identity"].items() >= flat(_compared(run)).items()
+    ):
+        return None
+    return stage.record(UNIT).facts
+
+
+def _bundle(run: Run) -> Bundle:
+    """A worker's place where the model is asked, else a core."""
     needs_model = run.config.curate.analysis.min_k is not None
     return worker_bundle(run.config.cluster) if needs_model else Bundle(1, 0)
 
 
-def compared(run: Run) -> dict[str, Any]:
+def _compared(run: Run) -> dict[str, Any]:
     """What the configuration asks to be compared."""
     return run.config.curate.model_dump(mode="json", include={"references", "analysis"})
 
 
 def _analyse(
-    curation: Curation,
-    model: ModelSettings,
-    folder: str,
-    device: str,
-    stage: Stage,
-    units: Sequence[str],
-) -> Iterator[Record]:
+    curation: Curation, model: ModelSettings, device: str, stage_url: str, units: Sequence[str]
+) -> Iterator[Event]:
     settings = curation.settings
-    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    tokenizer = load_tokenizer(curation.model, model.trust_remote_code)
     most = settings.analysis.documents, settings.sequence_tokens
     references = {one.name: read_reference(one, tokenizer, *most) for one in settings.references}
     sources = {one.name: _documents(curation, n) for n, one in enumerate(settings.sources)}
@@ -90,7 +107,9 @@ def _analyse(
     if settings.analysis.min_k is not None:
         skeleton = build_skeleton(model, device)
         scores = min_k_scores(skeleton, settings.analysis, sources, references)
-    yield stage.commit(FOLDER, None, analyse(settings, sources, references, scores))
+    facts = analyse(settings, sources, references, scores)
+    for unit in units:
+        yield emit(UnitDone(Stage(stage_url).commit(unit, None, facts)))
 
 
 def _documents(curation: Curation, source: int) -> list[np.ndarray]:

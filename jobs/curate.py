@@ -1,80 +1,183 @@
-"""curate: tasks all over the cluster score, filter and pack the samples; the driver sees records only.
+"""curate: a crew of CPU workers scores, filters and packs the samples; the driver sees records only.
 
-Every unit commits on its own, so a rerun takes up what is there. calibprune/calibration/curate_units.py says which
-units there are.
+Every unit commits on its own, so that a rerun goes on from what is there. calibprune/calibration/curate_units.py says
+which units there are.
 """
 
 import importlib.metadata
-import os
-import time
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
-
-import ray
+from functools import partial
+from typing import Any, cast
 
 from calibprune.calibration.curate_units import (
     SELECTION,
     Curation,
-    make_files,
-    make_scores,
-    make_selection,
+    kind_of,
+    make_units,
     needs_scoring,
     plan_curation,
 )
-from calibprune.calibration.engine import vllm_version
-from calibprune.calibration.mixing import mixture
-from calibprune.calibration.prefixes import start_token
+from calibprune.calibration.engine import EngineDied, vllm_version
+from calibprune.calibration.filters import share_of
+from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.scores import VERSION as SCORES
-from calibprune.calibration.sources import scored_tokens, text_unit, write_documents
-from calibprune.config.curate import DuplicateFilter, GeneratedSource, NaturalSource
+from calibprune.calibration.sources import document_tokens, scored_tokens, text_unit
+from calibprune.calibration.texts import documents
+from calibprune.config import Config
+from calibprune.config.curate import (
+    CurateSettings,
+    DuplicateFilter,
+    GeneratedSource,
+    LengthFilter,
+    NaturalSource,
+    PerplexityFilter,
+    Source,
+)
 from calibprune.errors import UserError
-from calibprune.model import load_tokenizer
-from calibprune.stage import Record, Stage
-from cluster.places import Bundle, capacity
+from calibprune.events import SET_ASIDE, Event, Lost, UnitDone, note
+from calibprune.reporting.facts import CurateFacts
+from calibprune.stage import Stage
+from cluster.crew import Crew
+from cluster.places import Bundle, Need, capacity
+from cluster.queue import Patience, patience_with_source, work_through
 from cluster.session import worker_bundle
-from cluster.tasks import run_tasks
-from jobs import analysis, progress
-from jobs.generate import dispatched, engines, most_failures
-from jobs.progress import Steps, say
+from cluster.unit_worker import UnitWorker
+from jobs import generate
+from jobs.engines import check_engines, engine_need, engines
 from jobs.run import Run
-from jobs.watching import Watch
+from jobs.stages import Plan
 
+NAME = "curate"
+PUBLISHED = ("", ("manifest.json", "_SUCCESS"))
 NOT_IN_THE_RESULT = {"references", "analysis"}
 BATCHES_PER_CPU = 4
-"""Of units given to one task: few enough that a task's start costs little, many enough that none ends late."""
+"""Batches of units for every core: few enough that a call costs little, many enough that none ends late."""
 MOST_IN_BATCH = 16
 
 
-def run(run: Run) -> None:
-    if run.config.prune.pool is not None:
-        say("curate: not needed, prune.pool is given")
+def skip(run: Run) -> str | None:
+    return None if run.config.prune.pool is None else "prune.pool is given"
+
+
+def check(run: Run) -> None:
+    settings = run.config.curate
+    run.check_context("curate.sequence_tokens", settings.sequence_tokens)
+    if needs_scoring(settings):  # for which the engine has to be asked for one token more
+        for one in _natural(settings):
+            run.check_context(
+                f"the documents of source {one.name} with one token more (curate.sources' document_tokens)",
+                scored_tokens(one, settings.sequence_tokens),
+            )
+    if {"generate", "curate"} & set(run.commands):
+        _check_sources(run.config)
+    if "curate" in run.commands and not run.stage(NAME).finished:
+        _check_texts(run)
+
+
+def _check_sources(config: Config) -> None:
+    """Whether every source can fill its sequences, were all its samples as long as they may get."""
+    settings = config.curate
+    counts, kept, available = mixture(settings), [], []
+    for source in settings.sources:
+        if isinstance(source, NaturalSource):
+            most = document_tokens(source, settings.sequence_tokens) + source.bos
+            samples = kept_at_most(config, source.documents)
+        elif source.path is None:
+            most = generate.most_tokens(config.generate)
+            samples = kept_at_most(config, config.generate.samples)
+        else:  # of another run: there is no telling without reading it
+            most = samples = sys.maxsize
+        _check_length_filters(settings, source, most)
+        kept.append(samples)
+        if settings.pack == "document":
+            available.append(samples if most >= settings.sequence_tokens else 0)
+        else:
+            available.append(samples * most)
+    short = shortage(settings, counts, kept, available)
+    if short:
+        raise UserError(f"as long as samples may get, {short}")
+
+
+def _check_length_filters(settings: CurateSettings, source: Source, most_tokens: int) -> None:
+    longer = "curate.sources' document_tokens or curate.sequence_tokens"
+    if isinstance(source, GeneratedSource):
+        longer = "generate.max_tokens"
+    for index, one in enumerate(settings.filters):
+        if isinstance(one, LengthFilter) and one.min_tokens > most_tokens:
+            raise UserError(
+                f"curate.filters.{index} drops every sample of {source.name}: its min_tokens is {one.min_tokens}, and "
+                f"none has more than {most_tokens} tokens: lower it, or raise {longer}"
+            )
+
+
+def kept_at_most(config: Config, samples: int) -> int:
+    """Samples of a source that are left when every filter drops no more than it must."""
+    for one in config.curate.filters:
+        if isinstance(one, PerplexityFilter):
+            dropped = share_of(samples, one.drop_worst) + share_of(samples, one.drop_best)
+            both = one.drop_worst > 0 and one.drop_best > 0
+            samples -= max(0, dropped - both)  # of one sample less, two less may be dropped
+    return samples
+
+
+def _check_texts(run: Run) -> None:
+    """Whether the texts that curate will read are there, by reading the first document of each."""
+    settings = run.config.curate
+    natural = _natural(settings)
+    for text in (*natural, *settings.references):
+        next(documents(text.path, name=text.dataset_name, split=text.split, column=text.column))
+    for source in settings.sources:
+        if isinstance(source, GeneratedSource) and source.path is not None:
+            Stage(source.path).manifest()
+    if natural and needs_scoring(settings):
+        check_engines(run, "a perplexity filter of curate")
+
+
+def _natural(settings: CurateSettings) -> list[NaturalSource]:
+    return [one for one in settings.sources if isinstance(one, NaturalSource)]
+
+
+def needs(run: Run) -> Iterator[Need]:
+    settings = run.config.curate
+    if skip(run) is not None or run.stage(NAME).finished:
         return
-    settings, stage = run.config.curate, run.stage("curate")
+    natural = _natural(settings)
+    if natural and needs_scoring(settings):
+        count = sum(one.documents for one in natural)
+        tokens = f"{count * settings.sequence_tokens:,} tokens at most"
+        yield engine_need(run, NAME, count, settings.sequence_tokens + 1, tokens)
+    work = f"{settings.pool_sequences} sequences of {settings.sequence_tokens} tokens"
+    yield Need(NAME, "task", 1, 1, Bundle(1, 0), work)
+
+
+def plan(run: Run) -> Plan:
+    settings, generated = run.config.curate, generated_stages(run)
     mixture(settings)
-    generated = generated_stages(run)
-    curation = plan_curation(stage.url, settings, generated)
-    units = curation.units()
-    missing = stage.plan(_identity(run, generated), units)
-    if not missing and stage.finished:
-        say("curate: done already")
-        analysis.run(run, curation)
-        return
-    started = time.monotonic()
-    watch = Watch(stage, len(units), len(units) - len(missing))
-    with Steps("curate", "units", len(units), len(units) - len(missing)) as steps:
-        for record in _make(run, curation, missing, watch):
-            steps.add(record.unit)
-    stage.finish({"seconds": time.monotonic() - started})
-    facts = stage.record(SELECTION).facts
-    say(
-        f"curate: kept {facts['kept']} of {facts['samples']} samples, packed "
-        f"{facts['sequences']} sequences of {facts['sequence_tokens']} tokens"
+    identity: dict[str, Any] = {
+        "curate": settings.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "generated": {name: stage.content_id() for name, stage in generated.items()},
+        "versions": {"scores": SCORES},
+    }
+    if _natural(settings):
+        if needs_scoring(settings):
+            identity["versions"]["vllm"] = vllm_version()
+        identity |= {"model": run.model_identity, "model.dtype": run.dtype}
+        identity["versions"]["transformers"] = importlib.metadata.version("transformers")
+    if any(isinstance(one, DuplicateFilter) for one in settings.filters):
+        identity["versions"]["rensa"] = importlib.metadata.version("rensa")
+    return Plan(identity, curation_of(run).units())
+
+
+def curation_of(run: Run) -> Curation:
+    """What the stage is made from. Raises UserError for another model's samples."""
+    return plan_curation(
+        run.url(NAME),
+        run.config.curate,
+        generated_stages(run),
+        run.skeleton.checkpoint.url,
+        run.config.model.trust_remote_code,
     )
-    for name, source in facts["sources"].items() if len(facts["sources"]) > 1 else ():
-        say(
-            f"curate: {source['sequences']} sequences of {name}, from {source['used']} of {source['kept']} kept samples"
-        )
-    analysis.run(run, curation)
 
 
 def generated_stages(run: Run) -> dict[str, Stage]:
@@ -84,7 +187,7 @@ def generated_stages(run: Run) -> dict[str, Stage]:
         if isinstance(source, GeneratedSource):
             stage = run.stage("generate") if source.path is None else Stage(source.path)
             stages[source.name] = stage
-            facts = stage.manifest()["facts"]  # says so where it is not finished
+            facts = stage.manifest()["facts"]  # raises where the stage is not finished
             if source.path is not None and _writer(stage, facts) != run.model_identity:
                 raise UserError(
                     f"the samples of curate source {source.name} in {source.path} were written by another model"
@@ -97,124 +200,96 @@ def _writer(stage: Stage, facts: Mapping[str, Any]) -> Any:
     return facts["model"] if "model" in facts else stage.read_plan()["identity"].get("model")
 
 
-def _identity(run: Run, generated: dict[str, Stage]) -> dict[str, Any]:
-    settings = run.config.curate
-    identity: dict[str, Any] = {
-        "curate": settings.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "generated": {name: stage.content_id() for name, stage in generated.items()},
-        "versions": {"scores": SCORES},
-    }
-    if any(isinstance(one, NaturalSource) for one in settings.sources):
-        if needs_scoring(settings):
-            identity["versions"]["vllm"] = vllm_version()
-        identity |= {"model": run.model_identity, "model.dtype": run.dtype}
-        identity["versions"]["transformers"] = importlib.metadata.version("transformers")
-    if any(isinstance(one, DuplicateFilter) for one in settings.filters):
-        identity["versions"]["rensa"] = importlib.metadata.version("rensa")
-    return identity
+def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
+    """Has the missing units made, in the order in which they need each other."""
+    curation = curation_of(run)
+    by_kind: dict[str, list[str]] = {}
+    for unit in missing:
+        by_kind.setdefault(kind_of(unit), []).append(unit)
+    if texts := by_kind.get("text"):
+        sources = [curation.text_units(source) for source in curation.natural_sources()]
+        batches = [[unit for unit in units if unit in texts] for units in sources]
+        yield from _make(run, curation, filter(None, batches), patience_with_source())
+    if scored := by_kind.get("scored"):
+        yield from _score(run, curation, scored)
+    done: set[str] = set()
+    phases = [by_kind.get("scores", []), by_kind.get(SELECTION, [])]
+    phases.append([*by_kind.get("dropped", []), *by_kind.get("pool", [])])
+    # the decision about all samples may take longer than any number of them
+    patience = Patience(work=lambda unit: 2.0 if unit == SELECTION else 1.0)
+    for event in _make(run, curation, _in_phases(run, phases, done), patience):
+        if isinstance(event, UnitDone):
+            done.add(event.record.unit)
+        yield event
+    chosen = stage.record(SELECTION).facts
+    note(
+        f"kept {chosen['kept']} of {chosen['samples']} samples, packed "
+        f"{chosen['sequences']} sequences of {chosen['sequence_tokens']} tokens"
+    )
+    for name, source in chosen["sources"].items() if len(chosen["sources"]) > 1 else ():
+        note(
+            f"{source['sequences']} sequences of {name}, from {source['used']} of {source['kept']} kept samples"
+        )
 
 
-def _make(run: Run, curation: Curation, missing: Sequence[str], watch: Watch) -> Iterator[Record]:
-    """Has the missing units made, in the order in which they need each other; yields their records."""
-    handle, left = ray.put(curation), set(missing)
-    texts = [curation.text_units(source) for source in curation.natural_sources()]
-    texts = [units for source in texts if (units := [unit for unit in source if unit in left])]
-    model = run.skeleton.checkpoint.url, run.config.model.trust_remote_code
-    yield from _tasks(run, _read_documents, (handle, *model), texts, watch)
-    yield from _score_documents(run, curation, _of_kind(missing, "scored"), watch)
-    for function, kinds in (
-        (_score, ["scores"]),
-        (_select, [SELECTION]),
-        (_write_files, ["dropped", "pool"]),
-    ):
-        batches = _batches(run, _of_kind(missing, *kinds))
-        yield from _tasks(run, function, (handle,), batches, watch)
+def _in_phases(
+    run: Run, phases: Sequence[list[str]], done: set[str]
+) -> Iterator[Sequence[str] | None]:
+    """Batches of consecutive units, which are of neighbouring shards; None while the phase before is under way."""
+    cores = _cores(run) or max(1, capacity(Bundle(1, 0)))
+    for units in phases:
+        size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cores)))
+        yield from (units[first : first + size] for first in range(0, len(units), size))
+        while not done.issuperset(units):
+            yield None
 
 
-def _score_documents(
-    run: Run, curation: Curation, units: list[str], watch: Watch
-) -> Iterator[Record]:
-    """Has engines take the log-probabilities of documents, where a filter asks for them."""
-    if not units:
-        return
-
-    attempts = run.config.generate.attempts
-
-    def give_up(unit: str, reason: str) -> None:
-        raise RuntimeError(f"{unit} failed {attempts} times: {reason}")
-
-    def in_a_row(failures: int, reason: str) -> None:
-        if failures >= most_failures(run, crew, 2):
-            raise RuntimeError(f"{failures} attempts in a row failed, the last time: {reason}")
-
-    tokens = curation.settings.sequence_tokens
-    most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
-    with engines(run, curation.stage, len(units), watch, most) as crew:
-        for record in dispatched(run, crew, "score", _tokens(curation, units), give_up, in_a_row):
-            progress.tick()
-            if record is not None:
-                watch.committed(record)
-                yield record
+def _make(
+    run: Run,
+    curation: Curation,
+    batches: Iterable[Sequence[str] | None],
+    patience: Patience,
+) -> Iterator[Event]:
+    """Has workers of one core each make batches of units."""
+    crew = Crew(
+        UnitWorker, _cores(run), Bundle(1, 0), [partial(make_units, curation), run.label(NAME)],
+        start_seconds=run.config.cluster.start_timeout_seconds,
+        label=run.label(NAME), kind="worker",
+    )  # fmt: skip
+    with crew:
+        for event in work_through(crew, "make", batches, patience=patience):
+            _raise_if_set_aside(event)
+            yield event
 
 
-def _tokens(curation: Curation, units: Sequence[str]) -> dict[str, int]:
-    """What each of these units has to score: nothing, where the source has fewer documents than were asked for."""
-    done = curation.stage.done(map(text_unit, units))
-    return {unit: done[text_unit(unit)].facts["tokens"] for unit in units}
-
-
-def _of_kind(units: Iterable[str], *kinds: str) -> list[str]:
-    return [unit for unit in units if unit.partition("-")[0] in kinds]
-
-
-def _batches(run: Run, units: Sequence[str]) -> list[Sequence[str]]:
-    """Consecutive units together: they are of neighbouring shards."""
-    room = max(1, capacity(Bundle(1, 0)))
-    cpus = min(room, tasks_at_once(run) or room)
-    size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cpus)))
-    return [units[first : first + size] for first in range(0, len(units), size)]
-
-
-def _tasks(
-    run: Run, function: Any, arguments: tuple, batches: Sequence[Sequence[str]], watch: Watch
-) -> Iterator[Record]:
-    """Tasks of one core each, one for every batch of units."""
-    for done in run_tasks(
-        function, arguments, batches, Bundle(1, 0),
-        start_seconds=run.config.cluster.start_timeout_seconds, label=watch.label, failed=watch.lost,
-        at_once=tasks_at_once(run),
-    ):  # fmt: skip
-        progress.tick()
-        if done is not None:
-            watch.committed(*done)
-            yield done.record
-
-
-def tasks_at_once(run: Run) -> int | None:
-    """As many as the workers asked for have cores; None, any number, where nobody says how many workers."""
+def _cores(run: Run) -> int | None:
+    """As many as the workers asked for have; None, all that are free, where nobody says how many workers."""
     cluster = run.config.cluster
     return cluster.workers and cluster.workers * worker_bundle(cluster).cpus
 
 
-def _read_documents(
-    curation: Curation, model: str, trust: bool, units: Sequence[str]
-) -> Iterator[Record]:
-    """All of one source: a text is read from its start."""
-    (source,) = (s for s in curation.natural_sources() if units[0] in curation.text_units(s))
-    tokenizer = load_tokenizer(model, trust)
-    start = start_token(tokenizer) if source.bos else None
-    tokens = curation.settings.sequence_tokens
-    yield from write_documents(curation.stage, source, tokens, tokenizer, start, set(units))
+def _score(run: Run, curation: Curation, units: Sequence[str]) -> Iterator[Event]:
+    """Has engines take the log-probabilities of documents, where a filter asks for them."""
+    settings, tokens = run.config.generate, curation.settings.sequence_tokens
+    most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
+    documents = curation.stage.done(map(text_unit, units))
+    sizes = {unit: documents[text_unit(unit)].facts["tokens"] for unit in units}
+    with engines(run, NAME, curation.stage, len(units), most) as crew:
+        for event in work_through(
+            crew, "score", [[unit] for unit in units],
+            in_flight=settings.shards_in_flight,
+            attempts=settings.attempts,
+            patience=generate.patience(settings, sizes),
+            fatal=(EngineDied,),
+        ):  # fmt: skip
+            _raise_if_set_aside(event)
+            yield event
 
 
-def _score(curation: Curation, units: Sequence[str]) -> Iterator[Record]:
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # MinHash would take all cores of the node
-    yield from make_scores(curation, units)
+def _raise_if_set_aside(event: Event) -> None:
+    if isinstance(event, Lost) and event.kind == SET_ASIDE:
+        raise RuntimeError(f"{event.units[0]} failed {event.attempt} times: {event.message}")
 
 
-def _select(curation: Curation, units: Sequence[str]) -> Iterator[Record]:
-    yield make_selection(curation)
-
-
-def _write_files(curation: Curation, units: Sequence[str]) -> Iterator[Record]:
-    yield from make_files(curation, units)
+def facts(run: Run) -> CurateFacts:
+    return cast(CurateFacts, run.stage(NAME).record(SELECTION).facts)

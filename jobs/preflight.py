@@ -9,43 +9,53 @@ from rich.table import Table
 from rich.text import Text
 
 from calibprune import storage
+from calibprune.calibration.prefixes import longest_prefix
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import StoreUnavailable, UserError
-from cluster.places import never_fits, nodes, shown, wanted
+from calibprune.events import note
+from cluster.places import Need, never_fits, nodes, shown, wanted
 from cluster.session import connect
 from cluster.survey import Survey, Surveyed, check_survey, only_passing, problems, take_survey
-from jobs.needs import Need, bytes_read, bytes_stored, needs
-from jobs.progress import say
 from jobs.run import Run
+from jobs.stages import module, modules
 
 PIPELINE_SECONDS = 30.0
-"""For the nodes' answers when a run starts: one that is slower is passed over with a note."""
+"""Time for the nodes to answer when a run starts: one that is slower is passed over with a note."""
 LEAST_SHARED_MEMORY, LEAST_TEMP = 1 << 30, 5 << 30
+TOKEN_BYTES = 4
 LOG_WIDTH = 180
 SHOWN = ("torch", "vllm", "transformers", "ray")
 
 
-def look_before_work(run: Run, stages: Sequence[str]) -> None:
+def needs(run: Run) -> list[Need]:
+    """What the stages of the run's commands that still have work to do ask for, in order.
+
+    Needs a connection to Ray: some settings follow the cluster.
+    """
+    return [need for stage in modules(run.commands) for need in stage.needs(run)]
+
+
+def look_before_work(run: Run) -> None:
     """Refuses a cluster whose nodes differ in versions, or do not reach the run's folder or the model.
 
-    Raises UserError naming nodes and versions. Nodes that do not answer, and too little memory for the given
-    stages, are told in notes.
+    Raises UserError naming nodes and versions. Notes say which nodes do not answer, and where there is too little
+    memory for a stage.
     """
     survey = _surveyed(run, PIPELINE_SECONDS)
     for node, reason in survey.silent:
-        say(f"note: no answer from {node.name}: {reason}")
+        note(f"note: no answer from {node.name}: {reason}")
     check_survey(survey)
     cluster = nodes()
-    for need in needs(run, stages):
+    for need in needs(run):
         if never_fits(need.least, need.bundle, cluster) is None:  # else `check_room` refuses
             for line in judged(need, survey)[0]:
-                say(f"note: {line}")
+                note(f"note: {line}")
 
 
-def check_room(run: Run, stages: Sequence[str]) -> None:
+def check_room(run: Run) -> None:
     """Raises UserError where the places that a stage asks for would not be there were the whole cluster idle."""
     cluster = nodes()
-    for need in needs(run, stages):
+    for need in needs(run):
         never = never_fits(need.least, need.bundle, cluster)
         if never is not None:
             raise UserError(f"{need.stage}: {never}")
@@ -192,6 +202,33 @@ def _small_disks(needed: Sequence[Need], survey: Survey) -> Iterator[str]:
             )
         if temp is not None and temp < LEAST_TEMP:
             yield f"{one.name} has {gib(temp)} free for Ray's temporary files"
+
+
+def bytes_read(run: Run, engines: int) -> int:
+    """Most bytes of the model that the whole cluster reads: by every engine, by prune once more where the allocation
+    is measured, by the comparison, and by evaluate of the dense and the pruned model."""
+    config = run.config
+    measured = config.prune.allocation.type in ("owl", "alphapruning")
+    compared = bool(config.curate.references) and config.curate.analysis.min_k is not None
+    evaluated = 2 if config.evaluate.perplexity else 0
+    return run.skeleton.checkpoint.bytes * (engines + 1 + measured + compared + evaluated)
+
+
+def bytes_stored(run: Run) -> int:
+    """Most bytes in the run's folder: samples, pool, snapshots and the pruned checkpoint, if they are not there yet."""
+    sequences, tokens = run.pool_shape
+    generate = run.config.generate
+    samples = 0
+    if module("generate").skip(run) is None and not run.stage("generate").finished:
+        samples = generate.samples * (generate.max_tokens + longest_prefix(generate.prefixes))
+    hidden = run.skeleton.model.config.get_text_config().hidden_size
+    snapshots = 2 if run.config.prune.snapshot_layers else 0
+    return (
+        run.skeleton.checkpoint.bytes * (not run.stage("prune").finished)
+        + TOKEN_BYTES
+        * (2 * samples + sequences * tokens)  # what is dropped is kept with its reason
+        + snapshots * sequences * tokens * hidden * run.skeleton.dtype.itemsize
+    )
 
 
 def _surveyed(run: Run, seconds: float | None = None) -> Survey:

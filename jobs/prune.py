@@ -1,30 +1,111 @@
 """prune: a gang of workers sweeps the pool through the model, solves layer by layer and streams the checkpoint out."""
 
-import time
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from calibprune import storage
-from calibprune.calibration.pool import pool_identity, pool_shape
-from calibprune.pruning.allocation import foreseen, in_words, is_measured, missed, shapes_of
-from calibprune.pruning.export import ALLOCATION, finish_checkpoint
+from calibprune.calibration.pool import pool_identity
+from calibprune.checkpoint import INDEX
+from calibprune.errors import UserError
+from calibprune.events import Event, UnitDone, note
+from calibprune.process import host_memory
+from calibprune.pruning.allocation import (
+    check_allocation,
+    foreseen,
+    in_words,
+    is_measured,
+    missed,
+    shapes_of,
+)
+from calibprune.pruning.export import ALLOCATION, REST, finish_checkpoint
+from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.linears import chosen_linears
 from calibprune.pruning.loop import units_of
+from calibprune.pruning.memory import GPU_SHARE, WorkerMemory, worker_memory
 from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
-from calibprune.stage import Record, Stage
+from calibprune.reporting.facts import PruneFacts
+from calibprune.stage import Stage
 from cluster.gang_driver import run_gang
-from cluster.places import Bundle
+from cluster.places import Need
 from cluster.session import worker_bundle
-from jobs.progress import Steps, say, tick
 from jobs.run import Run, versions
-from jobs.watching import Watch
+from jobs.stages import Plan
 
+NAME = "prune"
+PUBLISHED = ("checkpoint", (INDEX,))
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
-"""On the result, that is: they may differ when a run is taken up again."""
+"""Settings that do not change the result: they may differ when a run is taken up again."""
+SHOWN_OF_LINEARS = ("relative_error", "unrefined_error", "parameters")
 
 
-def run(run: Run) -> None:
-    settings, stage = run.config.prune, run.stage("prune")
-    bundle = worker_bundle(run.config.cluster)
+def skip(run: Run) -> str | None:
+    return None
+
+
+def check(run: Run) -> None:
+    chosen = chosen_linears(run.skeleton, run.config.prune)
+    _check_pattern(run, chosen)
+    check_allocation(run.config.prune, shapes_of(run.skeleton, chosen))
+    if run.config.prune.pool is not None:
+        context, tokens = run.context_tokens, run.pool_shape[1]
+        if context and tokens > context:
+            raise UserError(
+                f"prune.pool holds sequences of {tokens} tokens, the model's context is {context}"
+            )
+    elif "curate" not in run.commands:
+        run.stage("curate").manifest()
+
+
+def _check_pattern(run: Run, chosen: Sequence[Sequence[str]]) -> None:
+    n_of_m = run.config.prune.n_of_m
+    if n_of_m is None:
+        return
+    for index, names in enumerate(chosen):
+        linears = run.skeleton.linears(index)
+        for name in names:
+            if linears[name].in_features % n_of_m[1]:
+                raise UserError(
+                    f'prune.pattern "{run.config.prune.pattern}" does not fit {name} of layer {index}: its '
+                    f"{linears[name].in_features} inputs are not a multiple of {n_of_m[1]}; take another pattern, or "
+                    f"leave it dense with prune.keep='[{re.escape(name)}]'"
+                )
+
+
+def needs(run: Run) -> Iterator[Need]:
+    if run.stage(NAME).finished:
+        return
+    bundle, (sequences, tokens) = worker_bundle(run.config.cluster), run.pool_shape
+    batches = -(-sequences // run.config.prune.batch_sequences)
+    count = min(run.config.cluster.worker_count, batches)
+    host = pruning_memory(run, count, on_gpu=False)
+    work = f"{sequences} sequences of {tokens} tokens"
+    if not bundle.gpus:
+        yield Need(NAME, "worker", count, count, bundle, work, host_bytes=host.bytes)
+        return
+    gpu = pruning_memory(run, count, on_gpu=True)
+    yield Need(
+        NAME, "worker", count, count, bundle, work,
+        # the layer that is read ahead, and the one being written with its serialised copy
+        host_bytes=host.process + max(host.layers * 3 // 5, host.outside),
+        gpu_bytes=gpu.bytes,
+        movable_bytes=0 if run.config.prune.offload is False else gpu.paused,
+        gpu_share=GPU_SHARE,
+    )  # fmt: skip
+
+
+def pruning_memory(run: Run, workers: int, on_gpu: bool) -> WorkerMemory:
+    """Memory of one of that many workers; on a GPU what lies there."""
+    sequences, tokens = run.pool_shape
+    skeleton = replace(run.skeleton, device=torch.device("cuda" if on_gpu else "cpu"))
+    return worker_memory(skeleton, run.config.prune, sequences, tokens, workers, host_memory())
+
+
+def plan(run: Run) -> Plan:
+    settings, bundle = run.config.prune, worker_bundle(run.config.cluster)
     identity = {
         "model": run.model_identity,
         "model.dtype": run.dtype,
@@ -34,90 +115,61 @@ def run(run: Run) -> None:
         "threads": None if bundle.gpus else bundle.cpus,
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }
-    missing = stage.plan(identity, units_of(run.skeleton, settings))
-    if not missing and stage.finished:
-        say("prune: done already")
-        return
-    started = time.monotonic()
-    facts: dict[str, Any] = {"resumed": bool(stage.done_units())}
+    return Plan(identity, units_of(run.skeleton, settings), "layers and rest")
+
+
+def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
+    """Has the missing layers committed, then makes the folder a checkpoint."""
+    settings = run.config.prune
     if missing:
-        facts |= _prune(run, stage, bundle, missing)
+        yield from _prune(run, stage)
     finish_checkpoint(stage, run.skeleton.checkpoint.url, settings)
     storage.remove_folder(storage.join(stage.url, SNAPSHOTS))
-    facts["bytes_written"] = sum(record.bytes for record in stage.done().values())
-    stage.finish(facts | {"seconds": time.monotonic() - started})
 
 
-def _prune(run: Run, stage: Stage, bundle: Bundle, missing: list[str]) -> dict[str, Any]:
-    """Has the missing units committed; returns what the workers used, all of them together."""
+def _prune(run: Run, stage: Stage) -> Iterator[Event]:
     settings = run.config.prune
     workers = usable_workers(run)
     chosen = chosen_linears(run.skeleton, settings)
     removed = foreseen(settings, shapes_of(run.skeleton, chosen))
-    say(_plan(run, workers, chosen, removed))
-    _say_if_missed(run, removed)
-    losses: list[str] = []
-    used: list[dict[str, Any]] = []
-    units = len(stage.read_plan()["units"])
-    watch = Watch(stage, units, units - len(missing))
-    with Steps("prune", "layers and rest", units, units - len(missing)) as steps:
-
-        def notice(text: str) -> None:
-            losses.append(text)
-            say(f"prune: {text}")
-
-        events = run_gang(
-            "prune",
-            (run.config.model, settings, run.pool_url, stage.url),
-            workers=workers,
-            bundle=bundle,
-            cluster=run.config.cluster,
-            layer_timeout_seconds=settings.layer_timeout_seconds,
-            progress=lambda: len(stage.done_units()),
-            notice=notice,
-            failed=watch.failed,
-            label=watch.label,
-        )
-        for event in events:
-            tick()
-            match event:
-                case Record():
-                    watch.committed(event)
-                    steps.add(f"{settings.method.type} {event.unit}")
-                    if event.unit == ALLOCATION:
-                        say(f"prune: {settings.allocation.type} takes {in_words(event.facts)}")
-                        _say_if_missed(run, event.facts)
-                case str():
-                    say(f"prune: {event}")
-                case dict():
-                    used.append(event)
-    return {
-        "workers": workers,
-        "losses": losses,
-        "bytes_read": sum(worker["bytes_read"] for worker in used),
-        "peak_host_memory_bytes": max(worker["peak_host_memory_bytes"] for worker in used),
-    }
+    note(_intent(run, workers, chosen, removed))
+    _note_if_missed(run, removed)
+    for event in run_gang(
+        NAME, (run.config.model, settings, run.pool_url, stage.url),
+        workers=workers,
+        bundle=worker_bundle(run.config.cluster),
+        cluster=run.config.cluster,
+        stage=stage,
+        layer_timeout_seconds=settings.layer_timeout_seconds,
+        unit_of=layer_unit,
+        label=run.label(NAME),
+    ):  # fmt: skip
+        yield event
+        if isinstance(event, UnitDone) and event.record.unit == ALLOCATION:
+            note(f"{settings.allocation.type} takes {in_words(event.record.facts)}")
+            _note_if_missed(run, event.record.facts)
 
 
-def _say_if_missed(run: Run, allocation: dict[str, Any]) -> None:
+def _note_if_missed(run: Run, allocation: Mapping[str, Any]) -> None:
     if line := missed(run.config.prune, allocation):
-        say(f"prune: {line}")
+        note(line)
 
 
 def usable_workers(run: Run) -> int:
     """The workers asked for, but no more than there are micro-batches to sweep."""
-    wanted = run.config.cluster.worker_count
-    sequences, _ = pool_shape(run.pool_url)
+    wanted, (sequences, _) = run.config.cluster.worker_count, run.pool_shape
     batches = -(-sequences // run.config.prune.batch_sequences)
     if batches < wanted:
-        say(
-            f"prune: {sequences} sequences in micro-batches of {run.config.prune.batch_sequences} keep "
+        note(
+            f"{sequences} sequences in micro-batches of {run.config.prune.batch_sequences} keep "
             f"{batches} of {wanted} workers busy; lower prune.batch_sequences to use more"
         )
     return min(wanted, batches)
 
 
-def _plan(run: Run, workers: int, chosen: list[tuple[str, ...]], removal: dict[str, Any]) -> str:
+def _intent(
+    run: Run, workers: int, chosen: Sequence[tuple[str, ...]], removal: Mapping[str, Any]
+) -> str:
     """What is about to be done, in one line."""
     settings = run.config.prune
     total = sum(len(run.skeleton.linears(index)) for index in range(len(chosen)))
@@ -128,4 +180,34 @@ def _plan(run: Run, workers: int, chosen: list[tuple[str, ...]], removal: dict[s
     if is_measured(settings):
         removed += f", shared out by {settings.allocation.type}"
     method = settings.method.type + (f" and {settings.refine.type}" if settings.refine else "")
-    return f"prune: {method} takes {removed}: {picked} linears in {len(chosen)} layers on {workers_named}{dense}"
+    return f"{method} takes {removed}: {picked} linears in {len(chosen)} layers on {workers_named}{dense}"
+
+
+def facts(run: Run) -> PruneFacts:
+    stage = run.stage(NAME)
+    planned = stage.read_plan()["identity"]  # what was done, whatever is configured now
+    records = [record for record in stage.records() if record.unit not in (REST, ALLOCATION)]
+    layers: list[Any] = []
+    for record in records:
+        layer = {key: value for key, value in record.facts.items() if key != "tensors"}
+        layer["linears"] = {
+            name: {
+                "sparsity": linear["zeros"] / linear["parameters"],
+                **{shown: linear[shown] for shown in SHOWN_OF_LINEARS if shown in linear},
+            }
+            for name, linear in record.facts["linears"].items()
+        }
+        layers.append(layer)
+    return {
+        "method": planned["prune.method.type"],
+        "pattern": planned["prune.pattern"],
+        "allocation": planned["prune.allocation.type"],
+        "refine": planned.get("prune.refine.type"),
+        "parameters": sum(
+            one["parameters"] for layer in layers for one in layer["linears"].values()
+        ),
+        "workers": max((record.facts["workers"] for record in records), default=None),
+        "bytes_read": sum(record.facts.get("bytes_read", 0) for record in stage.records()),
+        "bytes_written": sum(record.bytes for record in stage.records()),
+        "layers": layers,
+    }

@@ -1,173 +1,129 @@
-"""report: gathers what the stages recorded into report.json and one self-contained page."""
+"""report: gathers what the stages recorded into report.json and one self-contained page.
+
+Everything comes from the run's own folder: the report can be drawn on any machine, also when the model has moved.
+"""
 
 import datetime
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 
 from calibprune import __version__, storage
-from calibprune.calibration.decide import UNIT as SELECTION
 from calibprune.calibration.filters import perplexity
 from calibprune.calibration.pool import read_samples, sample_records
-from calibprune.pruning.export import ALLOCATION, REST, overall_sparsity
+from calibprune.errors import DriftError, UserError
+from calibprune.events import Event, Tick, note
+from calibprune.pruning.export import FOLDER as CHECKPOINT
+from calibprune.reporting.facts import PruneFacts, Report, SampleText, StageFacts
 from calibprune.reporting.page import render_page
-from calibprune.stage import Record, Stage, flat
-from jobs.analysis import FOLDER as ANALYSIS
-from jobs.analysis import compared
-from jobs.progress import say
-from jobs.run import Run, versions
+from calibprune.stage import Stage, flat, told_apart
+from cluster.places import Need
+from jobs.run import Run
+from jobs.stages import STAGES, module
 
+NAME = "report"
+PUBLISHED = ("", ("index.html",))
+OTHERS = tuple(name for name in STAGES if name != NAME)
 SAMPLE_CHARACTERS = 4000
-SHOWN_OF_LINEARS = ("relative_error", "unrefined_error", "parameters")
-ORDER = ("generate", "curate", "prune", "evaluate", "report")
+"""Most characters that are shown of one sample."""
 
 
-def run(run: Run) -> None:
+def skip(run: Run) -> str | None:
+    return None
+
+
+def check(run: Run) -> None:
+    """Raises DriftError where a finished stage was made with other settings than the report would show."""
+    if set(run.commands) != {NAME}:
+        return
+    if not run.begun:
+        raise UserError(f"there is no run at {run.config.output} to report on")
+    configured = run.config.model_dump(mode="json")
+    for name in OTHERS:
+        stage = run.stage(name)
+        if "/" in name or not stage.finished:
+            continue
+        settings, made = flat({name: configured[name]}), stage.read_plan()["identity"]
+        changed = [key for key in settings if key in made and made[key] != settings[key]]
+        if changed:
+            raise DriftError(
+                f"{stage.url} was made with other settings: {told_apart(made, settings, changed)}. "
+                f"Give the same to report on it"
+            )
+
+
+def needs(run: Run) -> Iterator[Need]:
+    return iter(())
+
+
+def plan(run: Run) -> None:
+    """There is none: the report is made each time."""
+
+
+def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
     started = time.monotonic()
     report = collect(run)
-    report["stages"]["report"] = {"seconds": time.monotonic() - started}
-    storage.write_json(run.url("report", "report.json"), report)
-    storage.write(run.url("report", "index.html"), render_page(report).encode())
+    yield Tick()
+    report["stages"][NAME] = {"seconds": time.monotonic() - started, "drivers": 1, "losses": []}
+    storage.write_json(run.url(NAME, "report.json"), report)
+    storage.write(run.url(NAME, "index.html"), render_page(report).encode())
+    note(f"report: {run.url(NAME, 'index.html')}")
 
 
-def collect(run: Run) -> dict[str, Any]:
+def facts(run: Run) -> None:
+    """The report shows the other stages."""
+
+
+def collect(run: Run) -> Report:
     """Everything the report shows. Stages that are not finished are left out."""
-    stages = {name: run.stage(name) for name in ("generate", "curate", "prune", "evaluate")}
-    finished = {name: stage for name, stage in stages.items() if stage.finished}
-    report: dict[str, Any] = {
+    finished = [name for name in OTHERS if run.stage(name).finished]
+    recorded, found = run.read(), dict[str, Any]()
+    for name in finished:
+        parent, _, inside = name.partition("/")
+        shown = module(name).facts(run)
+        if not inside:
+            found[name] = shown
+        elif shown is not None and found.get(parent):
+            found[parent] = found[parent] | {inside: shown}
+    return {
         "calibprune": __version__,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": run.config.model_dump(mode="json"),
-        "versions": versions(),
-        "model": model_facts(run),
-        "stages": {
-            name: {"seconds": stage.manifest()["facts"]["seconds"]}
-            for name, stage in finished.items()
-        },
-        "generate": generate_facts(run) if "generate" in finished else None,
-        "curate": curate_facts(run) if "curate" in finished else None,
-        "samples": sample_texts(run) if {"generate", "curate"} <= finished.keys() else [],
-        "prune": None,
-        "sparsity": None,
-        "perplexity": {},
-    }
-    if "prune" in finished:
-        report["prune"] = prune_facts(run)
-        report["sparsity"] = overall_sparsity(
-            [record.facts["linears"] for record in _layers(stages["prune"])]
-        )
-    if "evaluate" in finished:
-        report["perplexity"] = perplexity_facts(run)
-    return report
-
-
-def model_facts(run: Run) -> dict[str, Any]:
-    skeleton = run.skeleton
-    linears = [
-        linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
-    ]
-    return {
-        "path": run.config.model.path,
-        "architecture": type(skeleton.model).__name__,
-        "parameters": sum(parameter.numel() for parameter in skeleton.model.parameters()),
-        "prunable_parameters": sum(linear.weight.numel() for linear in linears),
-        "layers": len(skeleton.layers),
-        "dtype": run.dtype,
+        "versions": recorded.get("versions"),
+        "model": recorded.get("model"),
+        "stages": {name: _stage_facts(run, name) for name in finished if "/" not in name},
+        "generate": found.get("generate"),
+        "curate": found.get("curate"),
+        "samples": _sample_texts(run) if {"generate", "curate"} <= found.keys() else [],
+        "prune": found.get("prune"),
+        "sparsity": _sparsity(found["prune"]) if "prune" in found else None,
+        "perplexity": found.get("evaluate", {}),
     }
 
 
-def generate_facts(run: Run) -> dict[str, Any]:
-    stage = run.stage("generate")
-    records, facts = sample_records(stage), stage.manifest()["facts"]
-    reasons: dict[str, int] = {}
-    for record in records:
-        for reason, count in record.facts["finish_reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
+def _stage_facts(run: Run, name: str) -> StageFacts:
+    facts = run.stage(name).manifest()["facts"]
     return {
-        "samples": sum(record.facts["rows"] for record in records),
-        "tokens": sum(record.facts["tokens"] for record in records),
-        "tokens_per_second": _rate(facts["tokens"], facts.get("working_seconds")),
-        "finish_reasons": reasons,
-        "set_aside": [
-            {"reason": record.facts["set_aside"], "rows": record.facts["rows_missing"]}
-            for record in stage.records()
-            if "set_aside" in record.facts
-        ],
-    }
-
-
-def _rate(tokens: int, seconds: float | None) -> float | None:
-    """Tokens a second while engines were ready; None where nothing was generated."""
-    return tokens / seconds if tokens and seconds else None
-
-
-def curate_facts(run: Run) -> dict[str, Any]:
-    """What was selected, and how the sources compare with the references that are configured, if that is done."""
-    stage = run.stage("curate")
-    done = Stage(storage.join(stage.url, ANALYSIS))
-    analysis = {}
-    if done.finished and done.read_plan()["identity"].items() >= flat(compared(run)).items():
-        analysis = {"analysis": done.record(ANALYSIS).facts}
-    return stage.record(SELECTION).facts | analysis
-
-
-def prune_facts(run: Run) -> dict[str, Any]:
-    planned = run.stage("prune").read_plan()[
-        "identity"
-    ]  # what was done, whatever is configured now
-    layers = []
-    for record in _layers(run.stage("prune")):
-        facts = {key: value for key, value in record.facts.items() if key != "tensors"}
-        facts["linears"] = {
-            name: {
-                "sparsity": linear["zeros"] / linear["parameters"],
-                **{name: linear[name] for name in SHOWN_OF_LINEARS if name in linear},
-            }
-            for name, linear in record.facts["linears"].items()
-        }
-        layers.append(facts)
-    facts = run.stage("prune").manifest()["facts"]
-    return {
-        "method": planned["prune.method.type"],
-        "pattern": planned["prune.pattern"],
-        "allocation": planned["prune.allocation.type"],
-        "refine": planned.get("prune.refine.type"),
-        "parameters": sum(
-            one["parameters"] for layer in layers for one in layer["linears"].values()
-        ),
-        "workers": facts.get("workers"),
+        "seconds": facts["seconds"],
+        "drivers": max(1, len(facts.get("drivers", ()))),
         "losses": facts.get("losses", []),
-        "bytes_read": facts.get("bytes_read"),
-        "bytes_written": facts["bytes_written"],
-        "layers": layers,
     }
 
 
-def _layers(stage: Stage) -> list[Record]:
-    """The records of the pruned layers."""
-    return [record for record in stage.records() if record.unit not in (REST, ALLOCATION)]
+def _sparsity(prune: PruneFacts) -> float:
+    """Share of zeros among the weights of all pruned linears."""
+    linears = [linear for layer in prune["layers"] for linear in layer["linears"].values()]
+    zeros = sum(round(linear["sparsity"] * linear["parameters"]) for linear in linears)
+    return zeros / max(1, prune["parameters"])
 
 
-def perplexity_facts(run: Run) -> dict[str, Any]:
-    done = run.stage("evaluate").done()
-    dense, pruned = (done[unit].facts["perplexity"] for unit in ("dense", "pruned"))
-    return {
-        name: {
-            "dense": facts["perplexity"],
-            "pruned": pruned[name]["perplexity"],
-            "sequence_tokens": facts["sequence_tokens"],
-            "sequences": facts["sequences"],
-        }
-        for name, facts in dense.items()
-    }
-
-
-def sample_texts(run: Run) -> list[dict[str, Any]]:
+def _sample_texts(run: Run) -> list[SampleText]:
     """A few samples of the first shard: the likeliest, the median and the least likely, by perplexity."""
     stage = run.stage("generate")
-    shards = sample_records(stage)
-    if not shards:
+    shards, tokenizer = sample_records(stage), _tokenizer(run)
+    if not shards or tokenizer is None:
         return []
     table = read_samples(stage, shards[0])
     prefix = table["prefix_length"].to_numpy()
@@ -175,29 +131,44 @@ def sample_texts(run: Run) -> list[dict[str, Any]]:
     values = perplexity(table["cumulative_logprob"].to_numpy(), tokens - prefix)
     order = np.argsort(values, kind="stable")
     count = min(run.config.report.sample_texts, len(order))
-    texts = []
+    texts: list[SampleText] = []
     for index in order[np.linspace(0, len(order) - 1, count).astype(int)] if count else ():
         ids = table["token_ids"][int(index)].as_py()
-        decode = run.tokenizer.decode
         texts.append(
             {
                 "row": int(table["row"][int(index)].as_py()),
                 "perplexity": float(values[index]),
                 "tokens": len(ids),
-                "prefix": decode(ids[: prefix[index]]),
-                "text": decode(ids[prefix[index] :])[:SAMPLE_CHARACTERS],
+                "prefix": tokenizer.decode(ids[: prefix[index]]),
+                "text": tokenizer.decode(ids[prefix[index] :])[:SAMPLE_CHARACTERS],
             }
         )
     return texts
 
 
-def say_result(report: dict[str, Any]) -> None:
-    """The result in a few lines on the terminal."""
+def _tokenizer(run: Run) -> Any:
+    """The one that was copied to the pruned checkpoint, else the model's; None where the model has moved."""
+    from calibprune.model import load_tokenizer
+
+    checkpoint = storage.join(run.stage("prune").url, CHECKPOINT)
+    try:
+        if run.stage("prune").finished:
+            return load_tokenizer(checkpoint, run.config.model.trust_remote_code)
+        return run.tokenizer
+    except UserError as error:
+        note(f"no samples are shown, their tokenizer cannot be read: {error}")
+        return None
+
+
+def show_result(run: Run) -> None:
+    """Prints the result in a few lines on the terminal."""
+    import logging
+
     from rich.table import Table
 
-    from jobs import log
-    from jobs.progress import console
+    from jobs.output import console, is_json
 
+    report = cast(Report, storage.read_json(run.url(NAME, "report.json")))
     table = Table(title="held-out perplexity", title_justify="left")
     for heading in ("text", "tokens a sequence", "dense", "pruned", "change"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
@@ -206,17 +177,18 @@ def say_result(report: dict[str, Any]) -> None:
         table.add_row(
             name, str(facts["sequence_tokens"]), f"{dense:.2f}", f"{pruned:.2f}", f"{pruned / dense - 1:+.1%}"
         )  # fmt: skip
-    if report["perplexity"] and log.is_json():
-        log.event("perplexity", **report["perplexity"])
+    if report["perplexity"] and is_json():
+        fields = {"event": "perplexity"} | report["perplexity"]
+        logging.getLogger("calibprune").info("perplexity", extra={"fields": fields})
     elif report["perplexity"]:
         console.print(table)
-    if report["sparsity"] is not None:
-        method = report["prune"]["method"]
-        say(
-            f"{method}: {report['sparsity']:.2%} of {report['prune']['parameters']:,} weights are zero"
+    if report["sparsity"] is not None and report["prune"] is not None:
+        prune = report["prune"]
+        note(
+            f"{prune['method']}: {report['sparsity']:.2%} of {prune['parameters']:,} weights are zero"
         )
     seconds = {
-        name: report["stages"][name]["seconds"] for name in ORDER if name in report["stages"]
+        name: report["stages"][name]["seconds"] for name in STAGES if name in report["stages"]
     }
     listed = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    say(f"time: {listed}; {sum(seconds.values()):.0f} s in all")
+    note(f"time: {listed}; {sum(seconds.values()):.0f} s in all")

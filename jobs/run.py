@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -9,51 +10,73 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from calibprune import __version__, storage
 from calibprune.config import Config
-from calibprune.config.curate import GeneratedSource
 from calibprune.errors import UserError
 from calibprune.lease import FILE as LEASE
+from calibprune.lease import Lease
 from calibprune.stage import Stage
+from cluster.label import Label
+from jobs.output import stop_asked
+from jobs.stages import STAGES, module
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from calibprune.model import Skeleton
 
-WRITTEN = ("generate", "curate", "prune", "evaluate", "report")
-"""Folders of a run."""
+FILE = "run.json"
 PACKAGES = ("torch", "transformers", "ray", "datasets", "safetensors", "pyarrow", "numpy")
 
 
 class Run:
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, commands: Sequence[str] = ()) -> None:
+        """`commands` are those whose stages are to be run."""
+        self.config, self.commands = config, tuple(commands)
+        self.lease: Lease | None = None
 
     def url(self, *parts: str) -> str:
         return storage.join(self.config.output, *parts)
 
     def stage(self, name: str) -> Stage:
-        return Stage(self.url(name))
+        return Stage(self.url(*name.split("/")))
+
+    def label(self, stage: str) -> Label:
+        """What the actors of a stage are called."""
+        return Label(self.config.output.rstrip("/").rsplit("/", 1)[-1], stage)
+
+    def go_on(self) -> None:
+        """Raises KeyboardInterrupt where the user asked to stop, and as `Lease.check` does."""
+        if stop_asked.is_set():
+            raise KeyboardInterrupt
+        if self.lease is not None:
+            self.lease.check()
 
     @property
     def begun(self) -> bool:
         """Whether a driver has worked here before."""
-        return storage.exists(self.url("run.json"))
+        return storage.exists(self.url(FILE))
 
     def open(self) -> None:
-        """Writes run.json: the resolved configuration and the versions; clears away what was left by those killed.
+        """Writes run.json, and clears away the files with which killed processes had tried the folder.
 
-        For the only driver, before it starts workers: what is still being uploaded is then nobody's.
+        For the only driver, before it starts workers. run.json holds what the report and `calibprune status` show of
+        the run as a whole, so that neither needs the model.
         """
         storage.remove_probes(self.config.output)
-        storage.abort_uploads(self.config.output, WRITTEN)
+        skipped = {name: module(name).skip(self) for name in STAGES}
         storage.write_json(
-            self.url("run.json"),
+            self.url(FILE),
             {
                 "config": self.config.model_dump(mode="json"),
                 "versions": versions(),
+                "model": self._model_facts(),
+                "unneeded": {name: reason for name, reason in skipped.items() if reason},
                 "opened_at": time.time(),
             },
         )
+
+    def read(self) -> dict[str, Any]:
+        """What run.json holds."""
+        return storage.read_json(self.url(FILE))
 
     def check_folder(self) -> None:
         """Raises UserError when the output cannot be written or holds something that is no run."""
@@ -74,12 +97,25 @@ class Run:
                     f"choose another folder"
                 )
 
+    def check_context(self, name: str, tokens: int) -> None:
+        """Raises UserError where a setting asks for longer sequences than the model can read."""
+        context = self.context_tokens
+        if context and tokens > context:
+            raise UserError(f"{name} is {tokens}, the model's context is {context} tokens")
+
     @cached_property
     def skeleton(self) -> "Skeleton":
         """The model on the meta device; checked against its checkpoint when first used."""
         from calibprune.model import build_skeleton
 
         return build_skeleton(self.config.model)
+
+    @cached_property
+    def context_tokens(self) -> int | None:
+        """Longest sequence that the model can read; None where its config does not say."""
+        from calibprune.model import context_tokens
+
+        return context_tokens(self.skeleton.model.config)
 
     @cached_property
     def model_identity(self) -> str:
@@ -96,18 +132,17 @@ class Run:
         return str(self.skeleton.dtype).removeprefix("torch.")
 
     @property
-    def no_samples_because(self) -> str | None:
-        """Why this run needs no samples of its own; None where it does."""
-        if self.config.prune.pool is not None:
-            return "prune.pool is given"
-        sources = self.config.curate.sources
-        if not any(isinstance(one, GeneratedSource) and one.path is None for one in sources):
-            return "curate.sources does not name this run's samples"
-        return None
-
-    @property
     def pool_url(self) -> str:
         return self.config.prune.pool or self.url("curate")
+
+    @cached_property
+    def pool_shape(self) -> tuple[int, int]:
+        """(sequences, tokens of each) of the calibration pool, also of one that is still to be made."""
+        if self.config.prune.pool is None:
+            return self.config.curate.pool_sequences, self.config.curate.sequence_tokens
+        from calibprune.calibration.pool import pool_shape
+
+        return pool_shape(self.config.prune.pool)
 
     @cached_property
     def windows(self) -> "dict[str, Tensor]":
@@ -125,6 +160,20 @@ class Run:
                 ids, settings.sequence_tokens, settings.sequences, text.name
             )
         return windows
+
+    def _model_facts(self) -> dict[str, Any]:
+        skeleton = self.skeleton
+        linears = [
+            linear for i in range(len(skeleton.layers)) for linear in skeleton.linears(i).values()
+        ]
+        return {
+            "path": self.config.model.path,
+            "architecture": type(skeleton.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in skeleton.model.parameters()),
+            "prunable_parameters": sum(linear.weight.numel() for linear in linears),
+            "layers": len(skeleton.layers),
+            "dtype": self.dtype,
+        }
 
 
 def versions() -> dict[str, str]:

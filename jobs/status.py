@@ -1,40 +1,214 @@
-"""status: how a run stands, told once or again and again until all stages are done."""
+"""status: how a run stands, read from its folder alone, which may be damaged, half-written, or somebody else's.
+
+Of a stage with many units only the names of the done records are listed, with the times at which they were written:
+none is read. What is read are run.json, the plans, a few failures and the lease.
+"""
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from calibprune import lease, storage
 from calibprune.errors import UserError
+from calibprune.events import SET_ASIDE
+from calibprune.failures import read_failures
 from calibprune.redact import one_line
-from jobs.progress import duration, pace
-from jobs.run_status import Status, run_status
+from calibprune.retry import shown
+from calibprune.stage import Stage
+from jobs.output import duration, pace
+from jobs.stages import STAGES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+WINDOW_SECONDS, WINDOW_UNITS = 600.0, 20
+"""The pace is that of the commits of the last ten minutes of work, or of the last 20 where they took longer."""
+PAUSE_FACTOR, PAUSE_SECONDS = 10.0, 60.0
+"""Between two commits that are this many times the usual distance apart, and this long, nobody worked."""
+FAILURES_READ = 50
 MOST_NAMED = 5
+MOST_CHARACTERS = 300
+Status = dict[str, Any]
+
+
+class NoRun(UserError):
+    """There is no run at a URL, or not yet."""
+
+
+def run_status(url: str) -> Status:
+    """How the run stands. Raises NoRun when there is none; what cannot be read of it is named in its place."""
+    url = url.rstrip("/")
+    if not storage.exists(storage.join(url, "run.json")):
+        raise NoRun(f"there is no run at {url}")
+    opened, unneeded = _opened(url)
+    driver = _guarded(lambda: lease.look(url))
+    alive = driver is not None and not isinstance(driver, str) and driver.alive
+    stages: dict[str, Status] = {}
+    for name in STAGES:
+        if name == "report":
+            continue
+        stage = Stage(storage.join(url, *name.split("/")))
+        status = _guarded(lambda stage=stage: stage_status(stage, opened, alive))
+        if isinstance(status, str):
+            status = {"state": "unreadable", "trouble": status}
+        if status["state"] == "not started" and name in unneeded:
+            status["state"] = "not needed"
+        if "/" not in name or status["state"] in ("unfinished", "done", "unreadable"):
+            stages[name] = status
+    at_work = next((s for s in stages.values() if s["state"] == "unfinished"), None)
+    if alive and at_work is not None:
+        at_work["state"] = "running"
+    page = storage.join(url, "report", "index.html")
+    made = _guarded(lambda: storage.exists(page)) is True
+    stages["report"] = {"state": "done" if made else "not started"}
+    finished = all(one["state"] in ("done", "not needed") for one in stages.values())
+    begun = min((s["begun_at"] for s in stages.values() if s.get("begun_at")), default=opened)
+    moved = max((s["last_at"] for s in stages.values() if s.get("last_at")), default=None)
+    end = time.time() if alive and not finished else moved
+    return {
+        "run": shown(url),
+        "finished": finished,
+        "elapsed_seconds": max(0.0, end - begun) if begun and end else None,
+        "driver": {"trouble": driver} if isinstance(driver, str) else driver and asdict(driver),
+        "stages": stages,
+        "report": page if made else None,
+    }
+
+
+def stage_status(stage: Stage, opened_at: float | None = None, alive: bool = False) -> Status:
+    """State, units, pace, time left, failures. `opened_at` is when the last driver began; `alive`: it is at work.
+
+    Durations are in seconds, `..._at` in seconds since the epoch. Raises CorruptionError for a damaged plan.
+    """
+    if not stage.planned:
+        return {"state": "not started"} | _failures(stage)
+    plan = stage.read_plan()
+    units, begun = set(map(str, plan["units"])), plan.get("created_at")
+    written = storage.times(storage.join(stage.url, "_done"))
+    done = {name.removesuffix(".json"): at for name, at in written.items() if name[-5:] == ".json"}
+    done = {unit: at for unit, at in done.items() if unit in units}
+    times = sorted(at for at in done.values() if at is not None)
+    status: Status = {
+        "state": "done" if stage.finished else "unfinished",
+        "done": len(done),
+        "units": len(units),
+        "begun_at": begun if isinstance(begun, int | float) else None,
+        "last_at": times[-1] if times else None,
+    } | _failures(stage, done)
+    if times:
+        status["since_last_seconds"] = max(0.0, time.time() - times[-1])
+    now = time.time() if alive else None
+    if status["state"] == "unfinished" and (each := seconds_each(times, opened_at, now)):
+        status["seconds_each"] = each
+        status["left_seconds"] = each * (len(units) - len(done))
+    return status
+
+
+def seconds_each(
+    times: list[float], opened_at: float | None = None, now: float | None = None
+) -> float | None:
+    """The distance of two commits in the recent past, pauses between two drivers left out; `times` are sorted.
+
+    Takes the commits of the present driver where there are two of them, else those of the drivers before. While a
+    driver is at work (`now`), silence since the last commit counts too, for units often come in bursts.
+    """
+    present = [at for at in times if opened_at is not None and at >= opened_at]
+    own = len(present) > 1
+    before = [at for at in times if opened_at is None or at < opened_at]
+    times = present if own else before
+    first, distances = len(times) - 1, list[float]()
+    while first > 0:
+        distance = times[first] - times[first - 1]
+        recent = times[-1] - times[first - 1] <= WINDOW_SECONDS or len(distances) < WINDOW_UNITS - 1
+        usual = statistics.median(distances) if distances else distance
+        if not recent or (not own and distance > max(PAUSE_SECONDS, PAUSE_FACTOR * usual)):
+            break
+        distances.append(distance)
+        first -= 1
+    if not distances:
+        return None
+    silent = (now - times[first]) / (len(distances) + 1) if now is not None and own else 0.0
+    return max(sum(distances) / len(distances), silent)
+
+
+def _failures(stage: Stage, done: dict[str, Any] | None = None) -> Status:
+    """How many there were, the last one, and the units that are set aside now, if any."""
+    count, failures = read_failures(stage.url, FAILURES_READ)
+    if not count:
+        return {"failures": 0}
+    named = sorted({unit for one in failures if one.kind == SET_ASIDE for unit in one.units})
+    aside = [unit for unit in named if unit not in (done or {}) or _left_out(stage, unit)]
+    found: Status = {"failures": count} | ({"set_aside": aside} if aside else {})
+    if failures:
+        last = failures[0]
+        age = max(0.0, time.time() - last.at)
+        found["last_failure"] = asdict(last) | {"text": last.in_words, "age_seconds": age}
+    return found
+
+
+def _left_out(stage: Stage, unit: str) -> bool:
+    """Whether a unit was committed without data since it had failed too often."""
+    try:
+        return "set_aside" in stage.record(unit).facts
+    except (UserError, FileNotFoundError):
+        return False
+
+
+def _opened(url: str) -> tuple[float | None, set[str]]:
+    """When the present driver, or the last one, began; and the stages that the run does without."""
+    try:
+        content = storage.read_json(storage.join(url, "run.json"))
+        opened, unneeded = content.get("opened_at"), set(map(str, content.get("unneeded", ())))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None, set()
+    return (opened if isinstance(opened, int | float) else None), unneeded
+
+
+def _guarded(look: Any) -> Any:
+    """What `look` finds, or in words why it cannot. Raises UserError where access is denied."""
+    try:
+        return look()
+    except UserError as error:
+        if "access denied" in str(error):
+            raise
+        return one_line(error)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        return one_line(f"{type(error).__name__}: {error}")
 
 
 def show(url: str, every: float | None, as_json: bool) -> None:
-    """Prints how the run stands; with `every` again after so many seconds, until all stages are done.
+    """Prints how the run stands; with `every` repeatedly, with that many seconds between, until all stages are done.
 
-    On a terminal a table in place, else lines, or JSON. Raises UserError where there is no run.
+    On a terminal it is a table in place, else lines, or JSON. Raises NoRun where there is no run, unless it is waited
+    for, and UserError for what is no run's URL.
     """
     if every is not None and sys.stdout.isatty() and not as_json:
         _show_in_place(url, every)
         return
     for status, trouble in _looks(url, every):
-        lines = [json.dumps(status)] if as_json else [*describe(status), *filter(None, [trouble])]
-        print("\n".join(lines), flush=True)
+        if as_json:
+            print(json.dumps(status), flush=True)
+        else:
+            print("\n".join([*describe(status), *filter(None, [trouble])]), flush=True)
 
 
 def _looks(url: str, every: float | None) -> Iterator[tuple[Status, str]]:
-    """What is seen, and why it is no longer the latest where a store gives trouble for the time being."""
-    status, trouble = run_status(url), ""  # where there is no run, it is said at once
+    """What is seen, and why it is no longer the latest while a store gives trouble."""
+    status, trouble = _first_look(url, every), ""
     while True:
         yield status, trouble
         if every is None or status["finished"]:
@@ -46,31 +220,53 @@ def _looks(url: str, every: float | None) -> Iterator[tuple[Status, str]]:
             trouble = f"cannot look: {one_line(error)}"
 
 
+def _first_look(url: str, every: float | None) -> Status:
+    """Waits for a run that is still to come, such as that of a job just submitted, where the run is to be watched."""
+    waiting = False
+    while True:
+        try:
+            return run_status(url)
+        except NoRun as error:
+            if every is None:
+                raise
+            if not waiting:
+                print(f"{error} yet, waiting for it", file=sys.stderr, flush=True)
+            waiting = True
+            time.sleep(every)
+
+
 def _show_in_place(url: str, every: float) -> None:
     from rich.console import Console, Group
     from rich.live import Live
 
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
         for status, trouble in _looks(url, every):
-            below = [
-                line for line in describe(status) if line.split(" ")[0] not in status["stages"]
-            ]
-            live.update(Group(_table(status), *map(escape, [*below, trouble])), refresh=True)
+            below = [*_below(status), trouble]
+            live.update(Group(_table(status), *map(escape, below)), refresh=True)
 
 
 def describe(status: Status) -> list[str]:
     """One line a stage, then the driver, the last failure, the time taken and the report."""
-    lines = [f"{name:<9} {_stage_line(one)}" for name, one in status["stages"].items()]
-    lines[-1] = f"report    {status['report'] or 'not made yet'}"
-    lines.append(f"driver    {_driver(status)}")
+    stages = {name: one for name, one in status["stages"].items() if name != "report"}
+    lines = [_printable(f"{name:<9} {_stage_line(one)}") for name, one in stages.items()]
+    return [*lines, f"report    {status['report'] or 'not made yet'}", *_below(status)]
+
+
+def _below(status: Status) -> list[str]:
+    """What there is to say beside the stages."""
+    lines = [f"driver    {_driver(status)}"]
     last = [one["last_failure"] for one in status["stages"].values() if "last_failure" in one]
     if last:
         newest = min(last, key=lambda failure: failure["age_seconds"])
         ago = duration(newest["age_seconds"])
-        lines.append(f"last failure {ago} ago: {newest['text'][:300]}")
+        lines.append(f"last failure {ago} ago: {newest['text'][:MOST_CHARACTERS]}")
     if status["elapsed_seconds"] is not None:
         lines.append(f"elapsed   {duration(status['elapsed_seconds'])}")
-    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+    return list(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _stage_line(one: Status) -> str:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from calibprune import storage
 from calibprune.config.evaluate import TrackingSettings
 from calibprune.errors import UserError
+from calibprune.events import note as say
 from calibprune.redact import one_line
 from calibprune.stage import flat
-from jobs.progress import say
 from jobs.run import Run
 
 FILE = "_tracking.json"

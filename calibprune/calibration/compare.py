@@ -23,6 +23,7 @@ from calibprune.calibration.sources import CHARACTERS_A_TOKEN, first_tokens
 from calibprune.calibration.texts import documents as stream_documents
 from calibprune.config.curate import AnalysisSettings, CurateSettings, Reference
 from calibprune.evaluation.min_k import sweep_min_k
+from calibprune.events import result_of
 from calibprune.gang import ALONE, Gang
 from calibprune.model import Skeleton
 
@@ -111,9 +112,7 @@ def min_k_scores(
         for name, texts in of_kind.items()
     }
     flat = [document for documents in wanted.values() for document in documents]
-    *_, scores = sweep_min_k(skeleton, flat, settings.min_k, FORWARD_TOKENS, gang)
-    assert isinstance(scores, list)
-    following = iter(scores)
+    following = iter(result_of(sweep_min_k(skeleton, flat, settings.min_k, FORWARD_TOKENS, gang)))
     found: dict[str, dict[str, list[float]]] = {"sources": {}, "references": {}}
     for (kind, name), documents in wanted.items():
         if documents:

@@ -1,4 +1,4 @@
-"""The curate stage as units of work, each made from committed files alone, anywhere and any number of times.
+"""The curate stage as units of work, each made from committed files alone, by any process, any number of times.
 
 text-*, scored-*   documents as samples, and what the model makes of them (calibration/sources.py)
 scores-*           a few numbers of every sample (scores.py)
@@ -8,23 +8,17 @@ pool-*             the calibration pool
 """
 
 import io
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from calibprune.calibration.decide import (
-    UNIT as SELECTION,
-)
-from calibprune.calibration.decide import (
-    Selection,
-    SelectionFile,
-    write_selection,
-)
+from calibprune.calibration.decide import UNIT as SELECTION
+from calibprune.calibration.decide import Selection, SelectionFile, write_selection
 from calibprune.calibration.filters import CLAUSES, KEPT, reason
-from calibprune.calibration.mixing import mixture, pool_files, source_of_sequence
+from calibprune.calibration.mixing import pool_files, source_of_sequence
 from calibprune.calibration.pool import (
     GENERATED,
     POOL_SCHEMA,
@@ -34,6 +28,7 @@ from calibprune.calibration.pool import (
     read_parquet,
     sample_records,
 )
+from calibprune.calibration.prefixes import start_token
 from calibprune.calibration.scores import write_scores
 from calibprune.calibration.sources import (
     Shard,
@@ -41,13 +36,17 @@ from calibprune.calibration.sources import (
     read_shard,
     scored_unit,
     text_units,
+    write_documents,
 )
 from calibprune.config.curate import CurateSettings, NaturalSource, PerplexityFilter
+from calibprune.events import UnitDone, emit
 from calibprune.stage import Record, Stage
 
 PORTION_BYTES = 32 << 20
-"""Of the files that are scored together."""
+"""Size of the files that are scored together."""
 PORTION_TEXT_SHARDS = 8
+PHASES = (("text",), ("scored",), ("scores",), (SELECTION,), ("dropped", "pool"))
+"""Kinds of units, in the order in which they can be made; those of one phase do not need each other."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,9 @@ class Curation:
     stage_url: str
     settings: CurateSettings
     portions: tuple[Portion, ...]
+    model: str = ""
+    """URL of the model whose tokenizer cuts documents into tokens."""
+    trust_remote_code: bool = False
 
     @property
     def stage(self) -> Stage:
@@ -92,9 +94,17 @@ def needs_scoring(settings: CurateSettings) -> bool:
 
 
 def plan_curation(
-    stage_url: str, settings: CurateSettings, generated: Mapping[str, Stage]
+    stage_url: str,
+    settings: CurateSettings,
+    generated: Mapping[str, Stage],
+    model: str = "",
+    trust_remote_code: bool = False,
 ) -> Curation:
-    """`generated`: the finished generate stage of every generated source, by the source's name."""
+    """Cuts the sources into portions.
+
+    `generated` holds the finished generate stage of every generated source, by the source's name; `model` and
+    `trust_remote_code` say whose tokenizer documents need.
+    """
     portions: list[Portion] = []
     for number, source in enumerate(settings.sources):
         if isinstance(source, NaturalSource):
@@ -111,7 +121,7 @@ def plan_curation(
             stage = generated[source.name]
             parts = _portions(stage.url, sample_records(stage))
         portions += [Portion(number, tuple(shards)) for shards in parts]
-    return Curation(stage_url, settings, tuple(portions))
+    return Curation(stage_url, settings, tuple(portions), model, trust_remote_code)
 
 
 def _portions(stage_url: str, records: Iterable[Record]) -> Iterator[list[Shard]]:
@@ -127,24 +137,55 @@ def _portions(stage_url: str, records: Iterable[Record]) -> Iterator[list[Shard]
         yield shards
 
 
-def make_scores(curation: Curation, units: Iterable[str]) -> Iterator[Record]:
-    """Commits `scores-*` units, a shard in memory at a time. Raises CorruptionError naming a damaged shard."""
-    for unit in units:
-        shards = curation.portions[int(unit.removeprefix("scores-"))].shards
-        yield write_scores(curation.stage, unit, shards, curation.settings.filters)
+def kind_of(unit: str) -> str:
+    """What a unit is, such as `scores`."""
+    return unit.partition("-")[0]
 
 
-def make_selection(curation: Curation) -> Record:
-    """Commits `selection`; holds a few numbers a sample. Raises UserError where the pool cannot be filled."""
+def make_units(curation: Curation, units: Sequence[str]) -> Iterator[UnitDone]:
+    """Commits units of one phase, a shard in memory at a time; those that engines score are theirs.
+
+    Units of documents are of one source, whose text is read from its start. Raises CorruptionError naming a damaged
+    file, UserError where the pool cannot be filled.
+    """
+    match kind_of(units[0]):
+        case "text":
+            records = _documents(curation, units)
+        case "scores":
+            records = (_write_scores(curation, unit) for unit in units)
+        case "selection":
+            records = (_write_selection(curation) for _ in units)
+        case _:
+            records = _write_files(curation, units)
+    for record in records:
+        yield emit(UnitDone(record))
+
+
+def _documents(curation: Curation, units: Sequence[str]) -> Iterator[Record]:
+    from calibprune.model import load_tokenizer  # takes seconds, and most units need none
+
+    (source,) = (s for s in curation.natural_sources() if units[0] in curation.text_units(s))
+    tokenizer = load_tokenizer(curation.model, curation.trust_remote_code)
+    start = start_token(tokenizer) if source.bos else None
+    tokens = curation.settings.sequence_tokens
+    return write_documents(curation.stage, source, tokens, tokenizer, start, set(units))
+
+
+def _write_scores(curation: Curation, unit: str) -> Record:
+    shards = curation.portions[int(unit.removeprefix("scores-"))].shards
+    return write_scores(curation.stage, unit, shards, curation.settings.filters)
+
+
+def _write_selection(curation: Curation) -> Record:
+    """Holds a few numbers a sample."""
     units = [(f"scores-{i:05d}", one.source) for i, one in enumerate(curation.portions)]
     return write_selection(curation.stage, curation.settings, units)
 
 
-def make_files(curation: Curation, units: Collection[str]) -> Iterator[Record]:
-    """Commits `dropped-*` and `pool-*` units; the selection is fetched once for all of them."""
-    selection = SelectionFile(curation.stage) if units else None
+def _write_files(curation: Curation, units: Iterable[str]) -> Iterator[Record]:
+    """The selection is fetched once for all of them."""
+    selection = SelectionFile(curation.stage)
     for unit in units:
-        assert selection is not None
         kind, _, number = unit.partition("-")
         write = _write_dropped if kind == "dropped" else _write_pool
         yield write(curation, unit, int(number), selection)
@@ -264,15 +305,3 @@ def _sequences(
         raise RuntimeError(f"{filled} of {high - low} tokens were found: the shards have changed")
     shape = len(wanted), settings.sequence_tokens
     return token_ids.reshape(shape), generated.reshape(shape)
-
-
-def curate(curation: Curation) -> Iterator[Record]:
-    """All units but those of documents, in this process: yields the records of those that were missing."""
-    mixture(curation.settings)
-    done = curation.stage.done_units()
-    missing = [unit for unit in curation.units() if unit not in done]
-    yield from make_scores(curation, [unit for unit in missing if unit.startswith("scores-")])
-    if SELECTION in missing:
-        yield make_selection(curation)
-    files = [unit for unit in missing if unit.startswith(("dropped-", "pool-"))]
-    yield from make_files(curation, files)

@@ -27,7 +27,8 @@ from calibprune.config.generate import (
     VocabularyPrefixes,
 )
 from calibprune.errors import UserError
-from calibprune.stage import Record, Stage
+from calibprune.events import Tick, UnitDone, emit
+from calibprune.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,8 +67,8 @@ def cut_prefixes(
     settings: GenerateSettings,
     tokenizer: "PreTrainedTokenizerBase",
     missing: set[str],
-) -> Iterator[Record | None]:
-    """Reads the source from its start and commits the missing units, each a parquet file of `token_ids`; None in
+) -> Iterator[UnitDone | Tick]:
+    """Reads the source from its start and commits the missing units, each a parquet file of `token_ids`; a Tick in
     between says that it goes on.
 
     Documents with fewer tokens than the prefix is to have, and prompts of too many, are passed over. A source
@@ -89,7 +90,7 @@ def cut_prefixes(
         while taken < count:
             cut = next(cuts)
             if cut is None:
-                yield None
+                yield Tick()
                 continue
             taken, last = taken + 1, cut
             if unit in missing:
@@ -101,7 +102,7 @@ def cut_prefixes(
                 "source_prefixes": last.source_prefixes,
             }
             published = stage.put(unit, _parquet(filled), "parquet", "prefixes", "part")
-            yield stage.commit(unit, published, facts)
+            yield emit(UnitDone(stage.commit(unit, published, facts)))
         passed_over = last.passed_over
 
 

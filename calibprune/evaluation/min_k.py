@@ -4,7 +4,7 @@ Zhang et al., "Min-K%++: Improved Baseline for Detecting Pre-Training Data from 
 (arXiv 2404.02936). Texts like those a model was trained on score higher.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from calibprune.evaluation.perplexity import LOSS_ROWS, sweep_logits
+from calibprune.events import LayerEntered
 from calibprune.gang import ALONE, Gang
 from calibprune.model import Skeleton
 
@@ -25,15 +26,14 @@ def sweep_min_k(
     share: float,
     batch_tokens: int,
     gang: Gang = ALONE,
-) -> Iterator[int | list[float]]:
+) -> Generator[LayerEntered, None, list[float]]:
     """The score of every document of at least two tokens, in one pass over the model's layers. Collective.
 
-    Documents of one length are forwarded together, up to `batch_tokens` of them. Yields the number of layers left
-    behind after each, and last the scores, in the documents' order. Raises PeerLost when another worker is gone.
+    Documents of one length are forwarded together, up to `batch_tokens` of them. The generator's value is the scores,
+    in the documents' order. Raises PeerLost when another worker is gone.
     """
     if not documents:
-        yield []
-        return
+        return []
     batches = _of_one_length(documents, batch_tokens)
     tokens = [torch.stack([documents[index] for index in batch]) for batch in batches]
 
@@ -48,7 +48,7 @@ def sweep_min_k(
     scores = torch.zeros(len(documents), dtype=torch.float64)
     held = [index for batch in mine for index in batch]
     scores[held] = torch.tensor([s for result in results for s in result], dtype=torch.float64)
-    yield gang.collect(scores, held).tolist()
+    return gang.collect(scores, held).tolist()
 
 
 def token_scores(

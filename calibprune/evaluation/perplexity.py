@@ -1,7 +1,7 @@
 """Perplexity of held-out texts by the streamed sweep: works for models larger than memory."""
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from calibprune.errors import UserError
+from calibprune.events import LayerEntered, emit
 from calibprune.gang import ALONE, Gang
 from calibprune.layer_stream import LayerReader
 from calibprune.model import Skeleton
@@ -53,11 +54,12 @@ def sweep_perplexity(
     windows: Mapping[str, Int[Tensor, "_ tokens"]],
     batch_sequences: int,
     gang: Gang = ALONE,
-) -> Iterator[int | dict[str, Perplexity]]:
+    work: str = "",
+) -> Generator[LayerEntered, None, dict[str, Perplexity]]:
     """Perplexity of every text in one pass over the model's layers, which all workers of the gang make together.
 
-    Yields the number of layers left behind after each, and last the perplexity of every text: the same for any
-    number of workers. Raises PeerLost when another worker is gone.
+    The generator's value is the same on every worker, and for any number of workers. `work` says in the events what
+    the pass is for. Raises PeerLost when another worker is gone.
     """
     names = [name for name, texts in windows.items() for _ in texts.split(batch_sequences)]
     batches = [batch for texts in windows.values() for batch in texts.split(batch_sequences)]
@@ -65,12 +67,12 @@ def sweep_perplexity(
     def summed(logits: Tensor, targets: Tensor) -> float:
         return summed_nll(logits.flatten(0, 1), targets.flatten())
 
-    results = yield from sweep_logits(skeleton, batches, summed, gang)
+    results = yield from sweep_logits(skeleton, batches, summed, gang, work)
     mine = gang.dealt(range(len(batches)))
     nlls = torch.zeros(len(batches), dtype=torch.float64)
     nlls[mine] = torch.tensor(results, dtype=torch.float64)
     nlls = gang.collect(nlls, mine).tolist()
-    yield {
+    return {
         name: _perplexity(
             [nll for of, nll in zip(names, nlls, strict=True) if of == name], sequences
         )
@@ -83,11 +85,12 @@ def sweep_logits(
     batches: Sequence[Int[Tensor, "_ _"]],
     measure: Callable[[Tensor, Tensor], Any],
     gang: Gang = ALONE,
-) -> Generator[int, None, list[Any]]:
+    work: str = "",
+) -> Generator[LayerEntered, None, list[Any]]:
     """One pass of all batches of token ids over the model's layers, which need not fit memory together. Collective.
 
     `measure(logits [sequences, tokens - 1, vocabulary], targets [sequences, tokens - 1])` is called for every batch of
-    this worker's, and what it returned is the generator's value. Yields the number of layers left behind after each.
+    this worker's, and what it returned is the generator's value.
     """
     if len(batches) < gang.size:
         raise ValueError(f"{gang.size} workers, but only {len(batches)} batches of windows")
@@ -112,9 +115,9 @@ def sweep_logits(
             if stop.layer > 0:
                 skeleton.evict(skeleton.layers[stop.layer - 1])
                 return_free_memory()
-            yield stop.layer
+            yield emit(LayerEntered(stop.layer, len(skeleton.layers), work))
             skeleton.place_layer(stop.layer, reader.take(stop.layer).tensors)
-    yield len(skeleton.layers)
+    yield emit(LayerEntered(len(skeleton.layers), len(skeleton.layers), work))
     return sweep.results
 
 

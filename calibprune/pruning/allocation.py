@@ -10,6 +10,7 @@ from torch import Tensor
 from calibprune import storage
 from calibprune.config.prune import OWL, AlphaPruning, ListAllocation, PruneSettings
 from calibprune.errors import UserError
+from calibprune.events import Event, UnitDone, emit
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
 from calibprune.pruning.alphapruning import tail_exponents
@@ -18,7 +19,7 @@ from calibprune.pruning.masks import Target
 from calibprune.pruning.owl import outlier_ratios
 from calibprune.pruning.positions import Positions
 from calibprune.pruning.rounding import whole_numbers
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 
 Shapes = Sequence[Mapping[str, tuple[int, int]]]
 """For every layer, (out, in) of the linears to prune, by their path inside it."""
@@ -43,12 +44,11 @@ def allocate(
     gang: Gang,
     positions: Positions,
     done: set[str],
-) -> Generator[Record | int, None, Targets]:
+) -> Generator[Event, None, Targets]:
     """What to remove from every linear, as the generator's value; the same on every worker. Collective.
 
-    Measures what there is to measure, unless it is committed already, and has the first worker commit it. Yields the
-    record, and negative numbers that grow with the layers left behind. Raises UserError where a layer's sparsity
-    would leave 0 ... 1.
+    Measures what there is to measure, unless it is committed already, and has the first worker commit it. Yields
+    LayerEntered and UnitDone. Raises UserError where a layer's sparsity would leave 0 ... 1.
     """
     shapes = shapes_of(skeleton, chosen)
     if not is_measured(settings):
@@ -71,7 +71,8 @@ def allocate(
         ) from None
     if gang.rank == 0:
         published = stage.put(ALLOCATION, storage.json_bytes(scores), "json", "data", "scores")
-        yield stage.commit(ALLOCATION, published, summary(targets, shapes))
+        record = stage.commit(ALLOCATION, published, summary(targets, shapes))
+        yield emit(UnitDone(record))
     return targets
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from calibprune.events import LayerEntered, emit
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
 from calibprune.pruning.linears import numbers_of_all
@@ -20,15 +21,15 @@ STARTS_AT_ONCE = 64
 
 def tail_exponents(
     skeleton: Skeleton, chosen: Sequence[Sequence[str]], per: str, gang: Gang
-) -> Generator[int, None, list[dict[str, float]]]:
+) -> Generator[LayerEntered, None, list[dict[str, float]]]:
     """The exponent for every layer and its linears to prune, as the generator's value. Collective.
 
     `per` "layer" gives all linears of a layer their mean. Every layer is read and measured by its owner. Yields
-    negative numbers that grow with the layers left behind, its own or not.
+    LayerEntered for every layer, its own or not.
     """
     count, mine = len(skeleton.layers), {}
     for index in range(count):
-        yield index - count
+        yield emit(LayerEntered(index, count, "measuring the allocation", order=0))
         for path in chosen[index] if gang.owns(index) else ():
             name = skeleton.stored_name(f"{skeleton.layer_prefix(index)}{path}.weight")
             weight = skeleton.checkpoint.read([name])[name].to(skeleton.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calibprune.checkpoint import from_bytes
 from calibprune.config.prune import PruneSettings
+from calibprune.events import Event, LayerEntered, UnitDone, emit
 from calibprune.failpoint import failpoint
 from calibprune.gang import ALONE, Gang
 from calibprune.layer_stream import LayerReader, paused_sweep
@@ -42,14 +43,13 @@ def prune_layers(
     stage: Stage,
     gang: Gang = ALONE,
     positions: Bool[Tensor, "sequences tokens"] | None = None,
-) -> Iterator[Record | int]:
+) -> Iterator[Event]:
     """Prunes every layer that has no done record yet and commits it; every worker of the gang runs this.
 
     `pool` is [sequences, tokens] of token ids, of which every worker sweeps its micro-batches; statistics are taken
-    from the `positions` that are True, of all without it. Yields the records that
-    this worker committed, and whole numbers that grow: the layers that the sweep has left behind, after negative ones
-    while the allocation is measured. Layers that are done are swept through with the weights they were committed
-    with, so that a resumed run sees the same inputs, bit for bit.
+    from the `positions` that are True, from all without it. Emits and yields UnitDone for every unit that this worker
+    committed, and LayerEntered. Layers that are done are swept through with the weights they were committed with, so
+    that a resumed run sees the same inputs, bit for bit.
     Raises ValueError, naming layer and group, when a group cannot be solved (a Gram matrix that is not positive
     definite after damping, inputs or weights that are not finite), UserError when no position counts, and PeerLost when
     another worker is gone.
@@ -78,7 +78,7 @@ def prune_layers(
     ):
         if gang.rank == 0 and REST not in done:
             reader.outer_held = skeleton.checkpoint.read(skeleton.rest_tensors())
-            yield copy_rest(reader.outer_held, stage)
+            yield emit(UnitDone(copy_rest(reader.outer_held, stage)))
         if not missing:
             return
         sweep = paused_sweep(
@@ -97,7 +97,8 @@ def prune_layers(
             if isinstance(stop, LayerStop):
                 yield from writer.submit(layer)
                 layer = None
-                yield stop.layer
+                full = stop.layer in missing
+                yield emit(LayerEntered(stop.layer, count, "pruning", full=full))
                 if stop.layer > missing[-1]:
                     break
                 failpoint(f"enter-{stop.layer}-{gang.rank}")
@@ -108,9 +109,9 @@ def prune_layers(
                 clock = Clock()
                 loaded = reader.take(stop.layer)
                 skeleton.place_layer(stop.layer, loaded.tensors)
-                stop.pause_at_groups = stop.layer in missing and bool(chosen[stop.layer])
+                stop.pause_at_groups = full and bool(chosen[stop.layer])
                 clock.lap("load")
-                if stop.layer in missing:
+                if full:
                     layer = LayerInWork(
                         skeleton, settings, gang, stop.layer, targets[stop.layer], counted, loaded, clock
                     )  # fmt: skip
@@ -123,7 +124,7 @@ def prune_layers(
             clock.start()
         yield from writer.submit(layer)
         yield from writer.written(wait=True)
-        yield missing[-1] + 1
+        yield emit(LayerEntered(missing[-1] + 1, count, "pruning"))
 
 
 class Writer:
@@ -140,18 +141,18 @@ class Writer:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(wait=exception[0] is None)
 
-    def submit(self, layer: LayerInWork | None) -> Iterator[Record]:
+    def submit(self, layer: LayerInWork | None) -> Iterator[UnitDone]:
         """Begins to commit a layer, if it is this worker's, once the one before is written; yields what is written."""
         owned = layer if layer is not None and layer.gang.owns(layer.index) else None
         yield from self.written(wait=owned is not None)
         if owned is not None:
             self._under_way = self._pool.submit(owned.commit, self._stage)
 
-    def written(self, wait: bool = False) -> Iterator[Record]:
-        """The record of the layer under way, if it is written."""
+    def written(self, wait: bool = False) -> Iterator[UnitDone]:
+        """The layer under way, if it is written."""
         if self._under_way is not None and (wait or self._under_way.done()):
             record, self._under_way = self._under_way.result(), None
-            yield record
+            yield emit(UnitDone(record))
 
 
 def _agreed(gang: Gang, stage: Stage, units: list[str]) -> set[str]:

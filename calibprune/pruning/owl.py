@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calibprune.config.prune import OWL, PruneSettings
+from calibprune.events import LayerEntered, emit
 from calibprune.gang import Gang
 from calibprune.layer_stream import LayerReader, paused_sweep
 from calibprune.model import Skeleton
@@ -29,11 +30,10 @@ def outlier_ratios(
     chosen: Sequence[Sequence[str]],
     gang: Gang,
     positions: Positions,
-) -> Generator[int, None, list[dict[str, float]]]:
+) -> Generator[LayerEntered, None, list[dict[str, float]]]:
     """The percentage of outliers, for every layer and its linears to prune, as the generator's value. Collective.
 
-    `per: layer` gives all linears of a layer the layer's. Yields negative numbers that grow with the layers left
-    behind. Every layer is measured by its owner.
+    `per: layer` gives all linears of a layer the layer's. Every layer is measured by its owner.
     """
     allocation = settings.allocation
     assert isinstance(allocation, OWL)
@@ -57,7 +57,7 @@ def outlier_ratios(
             if isinstance(stop, LayerStop):
                 if stop.layer > 0:
                     leave(stop.layer - 1)
-                yield stop.layer - count
+                yield emit(LayerEntered(stop.layer, count, "measuring the allocation", order=0))
                 skeleton.place_layer(stop.layer, reader.take(stop.layer).tensors)
                 stop.pause_at_groups = bool(chosen[stop.layer])
             elif isinstance(stop, GroupStop):

@@ -1,0 +1,131 @@
+"""The actors of a stage: how each is started, a group that is asked for with a deadline, and why one died."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from calibprune.errors import UserError
+from calibprune.redact import plain
+from cluster.label import Label
+from cluster.places import Bundle, Waiting
+
+POLL_SECONDS = 1.0
+
+
+class Actors:
+    """`count` actors of one class, each on a bundle of its own; killed and their places freed on leaving.
+
+    Raises NoRoom, saying what was asked, what is free and what is busy, when they do not come in time; or whatever
+    `go_on` raises, which is called about once a second until they come, in the place of that.
+    """
+
+    def __init__(
+        self,
+        actor_class: Any,
+        count: int,
+        bundle: Bundle,
+        arguments: Sequence[Any],
+        *,
+        timeout_seconds: float,
+        go_on: Callable[[], None] | None = None,
+        concurrency_groups: Mapping[str, int] | None = None,
+        spinning: bool = False,
+        label: Label | None = None,
+    ) -> None:
+        self._bundle, self._label = bundle, label
+        self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
+        go_on = go_on or Waiting(count, bundle, timeout_seconds).go_on
+        try:
+            while not self._group.wait(POLL_SECONDS):
+                go_on()
+        except BaseException:
+            remove_placement_group(self._group)
+            raise
+        groups: dict[str, Any] = {"concurrency_groups": dict(concurrency_groups or {}) or None}
+        self._class = ray.remote(max_restarts=0, **groups)(actor_class)
+        self._arguments = arguments
+        self._options = actor_options(bundle, spinning)
+        self._order = self._by_node(count)
+        self.handles = [self._start(index) for index in range(count)]
+
+    def __enter__(self) -> "Actors":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            ray.kill(handle)
+        remove_placement_group(self._group)
+
+    def _start(self, index: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(
+            self._group, placement_group_bundle_index=self._order[index]
+        )
+        named = {"name": self._label.actor("worker", index)} if self._label else {}
+        return self._class.options(scheduling_strategy=place, **self._options, **named).remote(
+            *self._arguments
+        )
+
+    def _by_node(self, count: int) -> list[int]:
+        """The bundles, those on one node beside one another; their order in the group says nothing about nodes."""
+        node_of = placement_group_table(self._group)["bundles_to_node_id"]
+        order = sorted(range(count), key=lambda index: (node_of[index], index))
+        names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        self.nodes = [f"{names.get(node_of[i], '?')} ({node_of[i][:8]})" for i in order]
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        self.hosts = [hosts.get(node_of[i]) for i in order]
+        return order
+
+
+def actor_options(bundle: Bundle, spinning: bool = False) -> dict[str, Any]:
+    """What every actor of ours is started with. No restarts: the driver must see a death to decide what to do."""
+    return {
+        "num_cpus": bundle.cpus,
+        "num_gpus": bundle.gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": _environment(bundle, spinning)},
+    }
+
+
+def _environment(bundle: Bundle, spinning: bool) -> dict[str, str]:
+    # Ray shows all of a node's GPUs to an actor that asked for none.
+    hidden = {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return _thread_environment(bundle.cpus, spinning) | hidden
+
+
+def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:
+    """How threads wait for one another between two operations.
+
+    Left alone they spin for long, and where anything else wants the same cores that makes CPU work up to ten times
+    slower: asleep is safe. `spinning`: briefly, for work of many small operations that has its cores to itself;
+    memory is kept for the next operation too.
+    """
+    environment = {"OMP_NUM_THREADS": str(cpus)}
+    if not spinning:
+        return environment | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    memory = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    return environment | {"GOMP_SPINCOUNT": "100000"} | memory
+
+
+def node_died(error: RayError) -> bool:
+    """Whether an actor went down with its node, or had to make room."""
+    return bool(getattr(error, "preempted", False)) or "its node has died" in str(error)
+
+
+def death(error: RayError) -> Exception:
+    """Why an actor died, in one line; a UserError where its constructor raised one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    for line in reversed(lines):
+        kind, colon, text = line.partition(": ")
+        if colon and kind.rsplit(".", 1)[-1] in ("UserError", "CorruptionError", "DriftError"):
+            return UserError(plain(text))
+    return RuntimeError(plain(last))

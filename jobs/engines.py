@@ -1,0 +1,115 @@
+"""vLLM engines for the stages that need some: whether they can work here, what they ask for, and a crew of them."""
+
+import importlib.util
+
+from calibprune import storage
+from calibprune.calibration.engine import STREAMED, model_and_revision, vllm_version
+from calibprune.config.model import ClusterSettings
+from calibprune.errors import UserError
+from calibprune.events import note
+from calibprune.model import Skeleton
+from calibprune.process import host_memory
+from calibprune.stage import Stage
+from cluster.crew import Crew
+from cluster.generator import Generator
+from cluster.places import Bundle, Need, capacity
+from cluster.session import needs_gpus, worker_bundle
+from jobs.run import Run
+
+
+def on_gpus(cluster: ClusterSettings) -> bool:
+    """Whether workers are to have GPUs, as far as can be known without a look at the cluster."""
+    if cluster.gpus_per_worker is None:
+        return needs_gpus(vllm_version())
+    return cluster.gpus_per_worker > 0
+
+
+def check_engines(run: Run, stage: str) -> None:
+    """Raises UserError where vLLM is missing, or what it needs to read the model, or an engine asks for more GPUs than
+    the run may have."""
+    model_url, cluster = run.skeleton.checkpoint.url, run.config.cluster
+    parallel = run.config.generate.tensor_parallel
+    if on_gpus(cluster) and parallel > cluster.worker_count:
+        raise UserError(
+            f"generate.tensor_parallel {parallel} is more GPUs for one engine than the run has: cluster.workers is "
+            f"{cluster.worker_count}, with one GPU each: raise cluster.workers or lower generate.tensor_parallel"
+        )
+    if vllm_version() is None:
+        raise UserError(
+            f'vLLM is not installed, {stage} needs it: pip install "calibprune[cuda]" on a machine with '
+            f'NVIDIA GPUs, "calibprune[cpu]" on one without'
+        )
+    if model_url.startswith("hf://"):
+        model_and_revision(model_url)
+        return
+    if storage.is_local(model_url):
+        return
+    if not model_url.startswith(STREAMED):
+        raise UserError(
+            f"vLLM, which {stage} needs, does not read {model_url}: give a folder that every node mounts, a hub id, or "
+            f"a URL that begins with {', '.join(STREAMED)}"
+        )
+    if importlib.util.find_spec("runai_model_streamer") is None:
+        raise UserError(
+            f"vLLM, which {stage} needs, reads {model_url} by its streamer, which is not installed: pip install "
+            f'"vllm[runai]", or give a folder that every node mounts'
+        )
+
+
+def engines(run: Run, name: str, stage: Stage, units: int, most_tokens: int) -> Crew:
+    """vLLM engines that commit to the stage, no more of them than there are units of work."""
+    settings, cluster = run.config.generate, run.config.cluster
+    bundle = worker_bundle(cluster, engine_gpus=settings.tensor_parallel)
+    count = _count(run, bundle, units)
+    room = capacity(bundle)
+    note(f"starting {min(count, room) or count} vLLM engine{'s' * (count > 1)}")
+    if 0 < room < count:
+        note(f"{count} were asked for; the others start when nodes join")
+    model = run.skeleton.checkpoint.url
+    return Crew(
+        Generator, count, bundle,
+        [run.config.model, model, run.dtype, most_tokens, settings, stage.url, bundle.cpus],
+        start_seconds=cluster.start_timeout_seconds,
+        concurrency=settings.shards_in_flight + 1,
+        label=run.label(name),
+    )  # fmt: skip
+
+
+def engine_need(run: Run, stage: str, units: int, most_tokens: int, work: str) -> Need:
+    """What the engines of a stage ask for."""
+    settings = run.config.generate
+    bundle = worker_bundle(run.config.cluster, engine_gpus=settings.tensor_parallel)
+    host, gpu = engine_bytes(run, bundle.gpus, most_tokens)
+    return Need(
+        stage, "engine", _count(run, bundle, units), 1, bundle, work,
+        host_bytes=host, gpu_bytes=gpu, gpu_share=settings.gpu_memory_utilization,
+    )  # fmt: skip
+
+
+def _count(run: Run, bundle: Bundle, units: int) -> int:
+    """As many engines as the pruning workers' GPUs hold, or one a worker on CPUs, unless the settings say how many."""
+    workers, asked = run.config.cluster.worker_count, run.config.generate.engines
+    held = workers // bundle.gpus if bundle.gpus else workers
+    return min(asked or max(1, held), units)
+
+
+def model_bytes(skeleton: Skeleton) -> int:
+    """Bytes of all weights in the dtype of the forwards, as an engine holds them."""
+    parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    return parameters * skeleton.dtype.itemsize
+
+
+def cache_bytes(skeleton: Skeleton, tokens: int) -> int:
+    """Bytes of the keys and values of one sequence."""
+    config = skeleton.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * skeleton.dtype.itemsize * tokens
+
+
+def engine_bytes(run: Run, gpus: int, most_tokens: int) -> tuple[int | None, int]:
+    """(host memory of one engine, memory of each of its GPUs): weights and room for at least one sequence."""
+    weights, cache = model_bytes(run.skeleton), cache_bytes(run.skeleton, most_tokens)
+    if gpus:
+        return None, (weights + cache) // gpus
+    return host_memory() + weights + (run.config.generate.cpu_kvcache_gib << 30), 0
