@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -125,7 +126,7 @@ class Stage:
         begun = [int(name[:13]) / 1000 for name in names if re.fullmatch(r"\d{13}-\w+\.json", name)]
         commits = sorted(record.finished_at for record in records)
         spans = []
-        for start, following in zip(begun, [*begun[1:], math.inf], strict=True):
+        for start, following in pairwise([*begun, math.inf]):
             last = max((at for at in commits if start <= at < following), default=start)
             spans.append([start, last if following < math.inf else max(last, time.time())])
         return spans

@@ -51,7 +51,8 @@ class Crew:
     """Up to `count` actors of one class, whose constructor is quick and whose `start()` does the long work.
 
     `start()` returns the name of its machine. `count` None means as many as the cluster has places for at the time;
-    `kind` and `label` name the actors. A context manager that on leaving has them `stop()`, and kills them. Raises
+    `kind` and `label` name the actors. A context manager that on leaving has them `stop()`, where the class
+    has that, and kills them. Raises
     NoRoom, naming what was asked for, what is free and what is busy, when not even one finds a place within
     `start_seconds`.
     """
@@ -69,7 +70,10 @@ class Crew:
         kind: str = "engine",
     ) -> None:
         self._count, self._bundle, self._start_seconds = count, bundle, float(start_seconds)
-        self._class = ray.remote(max_restarts=0)(actor_class)
+        self._class, self._stops = (
+            ray.remote(max_restarts=0)(actor_class),
+            hasattr(actor_class, "stop"),
+        )
         self._options = actor_options(bundle) | {"max_concurrency": concurrency}
         self._arguments, self.label, self.kind = arguments, label, kind
         self.members: list[Member] = []
@@ -80,7 +84,7 @@ class Crew:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        stopping = [member.handle.stop.remote() for member in self.ready]
+        stopping = [member.handle.stop.remote() for member in self.ready if self._stops]
         hasty = kind is not None and not issubclass(kind, Exception)
         seconds = HASTY_STOP_SECONDS if hasty else STOP_SECONDS
         if stopping:

@@ -17,7 +17,7 @@ from calibprune.config.generate import GenerateSettings
 from calibprune.config.model import ModelSettings
 from calibprune.events import Event, UnitDone, emit
 from calibprune.model import load_tokenizer
-from calibprune.process import node
+from calibprune.process import keep_compiled_code_private, node
 from calibprune.stage import Stage
 from cluster.label import label_of
 from cluster.metrics import WorkMetrics
@@ -44,6 +44,7 @@ class Generator:
 
     def start(self) -> str:
         """Starts the engine, which takes from half a minute to several; returns the name of this machine."""
+        keep_compiled_code_private()
         trust = self._model.trust_remote_code
         self._engine = Engine(
             self._url, self._dtype, self._settings, self._most_tokens, self._cpus,

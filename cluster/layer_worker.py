@@ -23,6 +23,7 @@ from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.events import Event, LayerEntered, Note, UnitDone, emit, listening
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
+from calibprune.process import keep_compiled_code_private
 from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.memory import offload_needed
 from calibprune.stage import Stage
@@ -34,6 +35,7 @@ LOOPBACK = "127.0.0.1"
 
 class LayerWorker:
     def __init__(self, cpus: int, meet_seconds: float) -> None:
+        keep_compiled_code_private()
         torch.backends.cuda.matmul.allow_tf32 = False
         transformers.utils.logging.set_verbosity(logging.ERROR)
         self._cpus, self._timeout = cpus, datetime.timedelta(seconds=meet_seconds)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from calibprune.events import Event, listening
-from calibprune.process import node
+from calibprune.process import keep_compiled_code_private, node
 from cluster.label import Label
 from cluster.metrics import WorkMetrics
 
@@ -16,10 +16,8 @@ class UnitWorker:
 
     def start(self) -> str:
         """Returns the name of this machine."""
+        keep_compiled_code_private()
         return node()
-
-    def stop(self) -> None:
-        """There is nothing to end in order."""
 
     def make(self, units: Sequence[str]) -> Iterator[Event]:
         """Yields UnitDone for every unit, and Tick now and then while a unit takes long."""

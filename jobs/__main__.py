@@ -13,6 +13,7 @@ import typer
 
 from calibprune import __version__
 from calibprune.errors import UserError
+from calibprune.process import keep_compiled_code_private
 from calibprune.redact import plain, plain_lines
 from jobs.output import is_json, set_up, stop_asked
 from jobs.stages import COMMANDS, STAGES
@@ -278,6 +279,7 @@ def _stop(number: int, frame: object) -> None:
 
 def main() -> None:
     """Entry point: errors in one line; exit code 2 for what the user can mend, 1 for what failed, 130 for Ctrl-C."""
+    keep_compiled_code_private()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:

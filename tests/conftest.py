@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ if "RAY_TMPDIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
+from calibprune.events import listening
+from tests.hearing import Hearing
 from tests.servers import PATIENT_RAY
 from tests.tiny import write_tiny_llama
 
@@ -28,6 +31,14 @@ for name, value in PATIENT_RAY.items():
 def tiny_llama(tmp_path_factory) -> Path:
     """A 3-layer float32 random Llama checkpoint with a byte-level tokenizer."""
     return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def heard() -> Iterator[Hearing]:
+    """Every event and line that this process logs during the test."""
+    hearing = Hearing()
+    with listening(hearing):
+        yield hearing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from calibprune import storage
@@ -69,10 +70,11 @@ def allocate(
         raise UserError(
             f"{error}; change it and remove {stage.url}: nothing is pruned yet"
         ) from None
+    read = gang.add(torch.tensor([skeleton.checkpoint.bytes_read], device=gang.device)).item()
     if gang.rank == 0:
         published = stage.put(ALLOCATION, storage.json_bytes(scores), "json", "data", "scores")
-        record = stage.commit(ALLOCATION, published, summary(targets, shapes))
-        yield emit(UnitDone(record))
+        facts = summary(targets, shapes) | {"bytes_read": read}
+        yield emit(UnitDone(stage.commit(ALLOCATION, published, facts)))
     return targets
 
 

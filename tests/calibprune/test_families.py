@@ -11,12 +11,13 @@ from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
+from calibprune.events import UnitDone, result_of
 from calibprune.model import build_skeleton
 from calibprune.pruning import layer
 from calibprune.pruning.export import REST, finish_checkpoint
 from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.loop import prune_layers
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 
 TOKENS = torch.randint(0, 300, (6, 48), generator=torch.Generator().manual_seed(1))
 LAYERS = 4
@@ -88,7 +89,7 @@ def test_zeros_where_asked_and_the_saved_checkpoint_computes_what_the_sweep_did(
 
     monkeypatch.setattr(layer.LayerInWork, "prune", watch)
     events = list(prune_layers(skeleton, TOKENS, settings, stage))
-    assert sum(isinstance(event, Record) for event in events) == LAYERS + 1
+    assert sum(isinstance(event, UnitDone) for event in events) == LAYERS + 1
     expected = SHARED_INPUTS.get(
         family,
         {("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")},
@@ -177,8 +178,8 @@ def test_buffers_that_the_checkpoint_stores_count(tmp_path):
         layer_here.layer_scalar.fill_(0.5)
     model.save_pretrained(tmp_path)
     skeleton = build_skeleton(ModelSettings(path=str(tmp_path)))
-    *_, found = sweep_perplexity(skeleton, {"text": TOKENS}, 2)
+    found = result_of(sweep_perplexity(skeleton, {"text": TOKENS}, 2))
     with torch.no_grad():
         losses = model(TOKENS, labels=TOKENS).loss
-    assert isinstance(found, dict)
+
     assert found["text"].perplexity == pytest.approx(losses.exp().item(), rel=1e-4)

@@ -29,9 +29,9 @@ def test_importing_makes_no_folder_for_compiled_code_in_the_one_that_all_share(t
 
 @pytest.mark.parametrize("home", ["/dev/null", "/nonexistent"])
 def test_who_has_no_folder_of_his_own_is_none_the_worse(tmp_path, home):
-    assert variable_of("import calibprune", tmp_path, HOME=home) == "None"
+    assert variable_of(KEEP, tmp_path, HOME=home) == "None"
     assert not Path("/nonexistent").exists()
 
 
 def test_a_folder_that_was_chosen_stays(tmp_path):
-    assert variable_of("import calibprune", tmp_path, TORCHINDUCTOR_CACHE_DIR="/a/b") == "/a/b"
+    assert variable_of(KEEP, tmp_path, TORCHINDUCTOR_CACHE_DIR="/a/b") == "/a/b"

@@ -82,5 +82,5 @@ def alone(models, tmp_path_factory):
 
 
 @pytest.fixture
-def run(models, pool, tmp_path) -> Run:
-    return Run(models, pool, tmp_path / "run")
+def run(models, pool, tmp_path, heard) -> Run:
+    return Run(models, pool, tmp_path / "run", heard)

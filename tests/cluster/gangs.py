@@ -1,16 +1,19 @@
 """Gangs to prune with in tests: models, a pool, what a run without a gang writes, and runs that survive failures."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from calibprune.config.model import ClusterSettings, ModelSettings
 from calibprune.config.prune import PruneSettings
-from calibprune.failures import Failure
+from calibprune.events import Event
+from calibprune.pruning.layer import layer_unit
 from calibprune.stage import Stage
 from cluster.gang_driver import run_gang
 from cluster.label import label_of
 from cluster.places import Bundle
+from tests.hearing import Hearing
 
 LAYERS = 5
 BUNDLE = Bundle(cpus=1, gpus=0)
@@ -41,23 +44,23 @@ def shards(stage: Stage) -> dict[str, bytes]:
 class Run:
     """A pruning on a gang that is to survive what its failpoints do to it."""
 
-    def __init__(self, models, pool, folder: Path) -> None:
-        self.stage = Stage(str(folder))
+    def __init__(self, models, pool, folder: Path, heard: Hearing) -> None:
+        self.stage, self.heard = Stage(str(folder)), heard
         self.way = WAYS[2]
         settings = PruneSettings.model_validate(self.way | {"layer_timeout_seconds": None})
         self.arguments = (ModelSettings(path=models["float32"]), settings, pool, self.stage.url)
-        self.notices: list[str] = []
-        self.failures: list[Failure] = []
+
+    def events(self, workers: int = 2, **options) -> Iterator[Event]:
+        return run_gang(
+            "prune", self.arguments, workers=workers, bundle=BUNDLE, cluster=SETTINGS,
+            stage=self.stage, unit_of=layer_unit, label=label_of(self.stage.url), **options,
+        )  # fmt: skip
 
     def __call__(self, workers: int = 2, **options) -> "Run":
-        for _ in run_gang(
-            "prune", self.arguments, workers=workers, bundle=BUNDLE, cluster=SETTINGS,
-            progress=lambda: len(self.stage.done_units()), notice=self.notices.append,
-            failed=self.failures.append, label=label_of(self.stage.url), **options,
-        ):  # fmt: skip
+        for _ in self.events(workers, **options):
             pass
         return self
 
     @property
     def losses(self) -> list[str]:
-        return [notice for notice in self.notices if "lost" in notice or "answer" in notice]
+        return [str(loss) for loss in self.heard.losses]

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,15 @@ from ray.util.placement_group import placement_group_table
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.evaluation.perplexity import sweep_perplexity
+from calibprune.events import Lost, UnitDone, result_of
 from calibprune.model import build_skeleton
 from calibprune.process import node
 from calibprune.pruning.export import ALLOCATION, REST
 from calibprune.pruning.layer import layer_unit
-from calibprune.stage import Record, Stage
-from cluster.gang_driver import WorkerGroup, WorkFailed, rebuild, run_gang
+from calibprune.stage import Stage
+from cluster.actors import Actors
+from cluster.gang_driver import WorkerGroup, WorkFailed, rebuild
 from cluster.places import Bundle, NoRoom
-from cluster.session import Actors
 from tests.cluster.gangs import BUNDLE, GENERATED, LAYERS, MORE_WAYS, SETTINGS, WAYS, shards
 from tests.cluster.leftovers import assert_nothing_left, leftovers
 from tests.cluster.nodes import cluster_of
@@ -60,10 +62,10 @@ def perplexities(models):
     torch.set_num_threads(1)
     try:
         skeleton = build_skeleton(ModelSettings(path=models["bfloat16"]))
-        *_, found = sweep_perplexity(skeleton, WINDOWS, 1)
+        found = result_of(sweep_perplexity(skeleton, WINDOWS, 1))
     finally:
         torch.set_num_threads(threads)
-    return found
+    return {name: asdict(of) for name, of in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -90,21 +92,24 @@ def test_any_number_of_workers_on_any_number_of_nodes_writes_the_same_bytes(
                     pool,
                     stage.url,
                 )
-                events = [e for e in group.events("prune", arguments, None) if e is not None]
+                events = list(group.events("prune", arguments, None))
                 assert shards(stage) == alone(dtype, way), (dtype, way)
-                records = {e.unit: e for e in events if isinstance(e, Record)}
+                done = [event for event in events if isinstance(event, UnitDone)]
+                records = {event.record.unit: event.record for event in done}
+                assert len(done) == len(records)
                 measured = {ALLOCATION} if "allocation" in way else set()
                 assert records.keys() == {REST, *measured, *map(layer_unit, range(LAYERS))}
                 for index in range(LAYERS):
                     layer = records[layer_unit(index)].facts
                     assert (layer["worker"], layer["workers"]) == (index % size, size)
-                read = [e["bytes_read"] for e in events if isinstance(e, dict)]
-                assert len(read) == size
-                once = checkpoint.bytes * (2 if measured else 1)  # a look at the dense model first
-                assert 0.9 * once <= sum(read) <= 1.01 * once
-        arguments = (ModelSettings(path=models["bfloat16"]), WINDOWS, 1, None)
-        found = [e for e in group.events("evaluate", arguments, None) if isinstance(e, dict)]
-        assert len(found) == size and all(each == perplexities for each in found)
+                read = {unit: record.facts["bytes_read"] for unit, record in records.items()}
+                first_look = read.pop(ALLOCATION, checkpoint.bytes)
+                for once in (first_look, sum(read.values())):
+                    assert 0.85 * checkpoint.bytes <= once <= 1.05 * checkpoint.bytes
+        evaluated, model = Stage(str(tmp_path / "evaluate")), ModelSettings(path=models["bfloat16"])
+        arguments = (model, WINDOWS, 1, None, evaluated.url, "dense")
+        found = [e for e in group.events("evaluate", arguments, None) if isinstance(e, UnitDone)]
+        assert [event.record.facts["perplexity"] for event in found] == [perplexities]
 
 
 @pytest.mark.slow
@@ -131,9 +136,10 @@ def test_workers_killed_in_a_collective_while_writing_and_before_the_done_record
     assert not list(failpoints.iterdir())
     assert shards(run.stage) == alone("float32", run.way)
     assert len(run.losses) == 3
-    assert "worker 1 on" in run.losses[0] and "layer 0" in run.losses[0]
-    assert [failure.kind for failure in run.failures] == ["worker"] * 3
-    assert run.failures[0].units == (layer_unit(0),) and run.failures[0].node == node()
+    assert "worker 1 with layer-00000 on" in run.losses[0] and "at layer 0" in run.losses[0]
+    assert [loss.kind for loss in run.heard.losses] == ["worker"] * 3
+    assert run.heard.losses[0].units == (layer_unit(0),)
+    assert run.heard.losses[0].node == node()
 
 
 @pytest.mark.slow
@@ -196,41 +202,35 @@ def test_a_worker_that_hangs_is_named_and_replaced(nodes, failpoints, alone, run
     run(layer_timeout_seconds=20)
     assert shards(run.stage) == alone("float32", run.way)
     (loss,) = run.losses
-    assert "worker 1 on" in loss and "does not answer at layer 3" in loss
+    assert "worker 1" in loss and "at layer 3: does not answer" in loss
 
 
 @pytest.mark.slow
 def test_a_worker_that_always_dies_ends_the_run_with_its_name_and_place(
     nodes, failpoints, run, monkeypatch
 ):
-    number = 0
-
-    def again(text: str) -> None:
-        nonlocal number
-        number += 1
-        (failpoints / "solve-2-1").touch()
-
-    run.notices = type("Notices", (list,), {"append": lambda self, text: again(text)})()
     (failpoints / "solve-2-1").touch()
     with pytest.raises(WorkFailed, match=r"3 losses in a row: worker 1 on .* at layer 2"):
-        run()
+        for event in run.events():
+            if isinstance(event, Lost):
+                (failpoints / "solve-2-1").touch()
     (failpoints / "solve-2-1").unlink(missing_ok=True)
 
 
-def test_a_new_gang_says_what_it_waits_for_and_in_the_end_what_there_was(nodes, monkeypatch, capfd):
+def test_a_new_gang_says_what_it_waits_for_and_in_the_end_what_there_was(nodes, monkeypatch, heard):
     monkeypatch.setattr("cluster.places.FIRST_LINE_SECONDS", 0.5)
     soon = SETTINGS.model_copy(update={"start_timeout_seconds": 6})
     with pytest.raises(
         WorkFailed, match=r"2 x \(1 CPU, 1 GPU\) did not .* within 6 s; .* has 4 CPU"
     ):
         rebuild(2, Bundle(1, 1), soon)
-    assert "waiting for 2 x (1 CPU, 1 GPU): 0 free, 0 busy" in capfd.readouterr().err
+    assert "waiting for 2 x (1 CPU, 1 GPU): 0 free, 0 busy" in heard.text
     with Actors(Idle, 4, BUNDLE, [], timeout_seconds=240):
         asked = len(placement_group_table())
         with pytest.raises(WorkFailed, match=r"within 6 s; .* free now 0 CPU, busy 4 CPU \("):
             rebuild(2, BUNDLE, soon)
         assert len(placement_group_table()) == asked + 1
-    assert re.search(r"waiting for 2 x \(1 CPU\): 0 free, 4 busy.* of 6 s", capfd.readouterr().err)
+    assert re.search(r"waiting for 2 x \(1 CPU\): 0 free, 4 busy.* of 6 s", heard.text)
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_more_workers_than_the_cluster_has_room_for(nodes):
 
 
 @pytest.mark.slow
-def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeypatch, capfd):
+def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeypatch, heard):
     monkeypatch.setattr("cluster.places.FIRST_LINE_SECONDS", 0.5)
     other = ray.remote(num_cpus=2)(Idle).remote()
     ray.get(other.__ray_ready__.remote())
@@ -265,8 +265,8 @@ def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeyp
         r"busy 2 CPU \(2 CPU on [\d.]+ \(\w{8}\)\): others hold them",
     ):
         Actors(Idle, 4, BUNDLE, [], timeout_seconds=6)
-    told = capfd.readouterr().err
-    assert re.search(r"waiting for 4 x \(1 CPU\): 2 free, 2 busy \(.*\), [0-6] of 6 s", told)
+    said = r"waiting for 4 x \(1 CPU\): 2 free, 2 busy \(.*\), [0-6] of 6 s"
+    assert re.search(said, heard.text)
     assert "placement groups" not in leftovers()
     release = threading.Timer(1.0, ray.kill, [other])
     release.start()
@@ -275,13 +275,10 @@ def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeyp
 
 
 def test_an_interrupted_gang_leaves_nothing(nodes, run):
-    events = run_gang(
-        "prune", run.arguments, workers=2, bundle=BUNDLE, cluster=SETTINGS,
-        progress=lambda: 0, notice=run.notices.append,
-    )  # fmt: skip
+    events = run.events()
     with pytest.raises(KeyboardInterrupt):
         for event in events:
-            if isinstance(event, Record):
+            if isinstance(event, UnitDone):
                 assert leftovers()["placement groups"]
                 events.throw(KeyboardInterrupt)
 

@@ -2,21 +2,23 @@
 
 import itertools
 import time
+from collections.abc import Iterator, Sequence
 
 import ray
 
+from calibprune.events import SET_ASIDE, Event, Lost, UnitDone
 from calibprune.stage import Record
 from cluster.crew import Crew
 from cluster.label import Label
 from cluster.places import Bundle
-from cluster.queue import dispatch
-from cluster.tasks import run_tasks
+from cluster.queue import work_through
+from cluster.unit_worker import UnitWorker
 from tests.cluster.nodes import cluster_of
-from tests.cluster.test_dispatch import Worker
+from tests.cluster.test_queue import Worker
 
 
 def test_a_node_that_joins_is_used_and_one_that_leaves_costs_no_unit(tmp_path):
-    bad: dict[str, str] = {}
+    bad: list[Event] = []
     with (
         cluster_of(0, 1) as cluster,
         Crew(
@@ -33,19 +35,19 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_costs_no_unit(tmp_path):
             while not left:
                 ready = list(itertools.islice(names, max(0, len(done) + 6 - len(given))))
                 given.extend(ready)
-                yield ready
+                yield from ([unit] for unit in ready)
+                yield None
             given.extend(last := list(itertools.islice(names, 20)))
-            yield last
+            yield from ([unit] for unit in last)
 
-        work = dispatch(
-            crew, "work", [], in_flight=2, attempts=3, set_aside=bad.__setitem__, more=units()
-        )
-        for record in work:
+        for event in work_through(crew, "work", units(), in_flight=2):
             most = max(most, len(crew.ready))
             assert left or time.monotonic() < deadline, "the second node was never used"
-            if record is None:
+            if isinstance(event, Lost) and event.kind == SET_ASIDE:
+                bad.append(event)
+            if not isinstance(event, UnitDone):
                 continue
-            done.append(record.unit)
+            done.append(event.record.unit)
             if len(done) == 5:
                 cluster.add_node(num_cpus=1)
             if most == 2 and not left:
@@ -54,15 +56,18 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_costs_no_unit(tmp_path):
     assert sorted(done) == sorted(given) and not bad
 
 
-def where(units: tuple[str, ...]):
-    yield Record(units[0], None, 0, None, {"node": ray.get_runtime_context().get_node_id()})
+def where(units: Sequence[str]) -> Iterator[Event]:
+    yield UnitDone(
+        Record(units[0], None, 0, None, {"node": ray.get_runtime_context().get_node_id()})
+    )
 
 
-def test_a_task_that_asks_for_nothing_goes_where_work_is_placed():
+def test_a_worker_that_asks_for_nothing_goes_where_work_is_placed():
     """Not to a head that is to have none, though the driver is there."""
     with cluster_of(0, 1) as cluster:
-        work = run_tasks(
-            where, (), [("a",)], Bundle(0, 0), start_seconds=240, label=Label("run", "x")
-        )
-        (node,) = (one.record.facts["node"] for one in work if one is not None)
+        with Crew(
+            UnitWorker, 1, Bundle(0, 0), [where, Label("run", "x")], start_seconds=240, kind="worker"
+        ) as crew:  # fmt: skip
+            done = [e for e in work_through(crew, "make", [("a",)]) if isinstance(e, UnitDone)]
+        (node,) = (event.record.facts["node"] for event in done)
         assert node == cluster.list_all_nodes()[1].node_id

@@ -4,8 +4,7 @@ import signal
 
 import pytest
 
-from cluster.gang_driver import run_gang
-from tests.cluster.gangs import BUNDLE, SETTINGS, shards
+from tests.cluster.gangs import shards
 from tests.cluster.nodes import cluster_of
 
 
@@ -13,20 +12,17 @@ from tests.cluster.nodes import cluster_of
 def test_a_node_that_dies_and_one_that_comes_back(failpoints, run, alone):
     with cluster_of(1, 1, 1) as cluster:
         lost = cluster.list_all_nodes()[-1]
-        events = run_gang(
-            "prune", run.arguments, workers=3, bundle=BUNDLE, cluster=SETTINGS,
-            progress=lambda: len(run.stage.done_units()), notice=run.notices.append,
-        )  # fmt: skip
+        events = run.events(workers=3)
         stopped, killed, returned = failpoints / "solve-2-0", False, False
         stopped.write_text(str(int(signal.SIGSTOP)))  # all wait for the first worker, at layer 2
         for _ in events:
             if not killed and not stopped.exists():
                 cluster.remove_node(lost, allow_graceful=False)  # SIGKILL of its raylet
                 killed = True
-            if killed and not returned and any("2 of 3" in notice for notice in run.notices):
+            if killed and not returned and "2 of 3 workers" in run.heard.text:
                 (failpoints / "solve-4-0").touch()
                 cluster.add_node(num_cpus=1)
                 returned = True
         assert shards(run.stage) == alone("float32", run.way)
-        assert killed and returned, run.notices
-        assert "3 of 3 workers at work again" in run.notices[-1]
+        assert killed and returned, run.heard.text
+        assert "3 of 3 workers at work again" in run.heard.text.rpartition("2 of 3 workers")[2]

@@ -5,7 +5,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from calibprune.calibration.curate_units import Curation, curate, plan_curation
+from calibprune.calibration.curate_units import (
+    PHASES,
+    Curation,
+    kind_of,
+    make_units,
+    plan_curation,
+)
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
 from calibprune.config.curate import CurateSettings
 from calibprune.stage import Stage
@@ -51,11 +57,21 @@ def settings(**changes) -> CurateSettings:
     return CurateSettings.model_validate({"sequences": 3, "sequence_tokens": 8} | changes)
 
 
+def curate(curation: Curation) -> None:
+    """Makes all units that are missing but those of documents."""
+    done = curation.stage.done_units()
+    missing = [unit for unit in curation.units() if unit not in done]
+    for phase in PHASES[2:]:
+        units = [unit for unit in missing if kind_of(unit) in phase]
+        if units:
+            list(make_units(curation, units))
+
+
 def curated(folder: Path, wanted: CurateSettings, **stages: Stage) -> Curation:
     """A finished curate stage; `stages`: the generate stage of each source, `own` for the one that has no name."""
     named = {"self-generated" if name == "own" else name: stage for name, stage in stages.items()}
     curation = plan_curation(str(folder), wanted, named)
     curation.stage.plan({}, curation.units())
-    list(curate(curation))
+    curate(curation)
     curation.stage.finish({"seconds": 1.0})
     return curation

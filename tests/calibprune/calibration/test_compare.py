@@ -11,6 +11,7 @@ from calibprune.config.curate import AnalysisSettings, CurateSettings, Reference
 from calibprune.config.model import ModelSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.min_k import sweep_min_k
+from calibprune.events import result_of
 from calibprune.model import build_skeleton
 from tests.tiny import byte_tokenizer
 
@@ -75,7 +76,7 @@ def test_the_model_scores_the_first_documents_of_every_text(tiny_llama):
         "references": {"a": 4},
     }
     alone = [torch.from_numpy(references["a"][3][:30].astype(np.int64))]
-    *_, expected = sweep_min_k(skeleton, alone, 0.5, 100)
+    expected = result_of(sweep_min_k(skeleton, alone, 0.5, 100))
     assert scores["references"]["a"][3:] == pytest.approx(expected, rel=1e-4)
 
     facts = analyse(

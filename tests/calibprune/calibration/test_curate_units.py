@@ -15,13 +15,13 @@ from datasets import load_dataset
 from calibprune.calibration import curate_units as units_of_work
 from calibprune.calibration import decide as choosing
 from calibprune.calibration import mixing, sources
-from calibprune.calibration.curate_units import curate, make_scores, plan_curation
+from calibprune.calibration.curate_units import make_units, plan_curation
 from calibprune.calibration.decide import Selection, SelectionFile
 from calibprune.calibration.pool import read_pool, read_positions
 from calibprune.calibration.sources import text_units, write_documents
 from calibprune.errors import CorruptionError, UserError
 from calibprune.stage import Stage
-from tests.calibprune.calibration.samples import curated, generated, repeated, settings
+from tests.calibprune.calibration.samples import curate, curated, generated, repeated, settings
 from tests.tiny import byte_tokenizer
 
 RNG = np.random.default_rng(0)
@@ -177,7 +177,7 @@ def complete(folder, wanted, stages):
         some = missing & set(text_units(source, wanted.sequence_tokens))
         if some:
             list(write_documents(curation.stage, source, 16, tokenizer, 0, some))
-    list(curate(curation))
+    curate(curation)
     curation.stage.finish({"seconds": 1.0})
     return curation
 
@@ -283,7 +283,7 @@ def test_a_perplexity_filter_of_documents_goes_by_what_the_model_says(tmp_path):
             return [-float(i) for i in range(len(token_ids))]
 
     asyncio.run(sources.score_shard(Known(), curation.stage, units[1]))
-    list(curate(curation))
+    curate(curation)
     curation.stage.finish()
     rows = dropped_rows(curation)
     assert [row["row"] for row in rows] == [16, 17, 18, 19]
@@ -299,7 +299,7 @@ def test_scoring_holds_one_shard_at_a_time(tmp_path):
         made = plan_curation(str(tmp_path / f"curate{shards}"), wanted, {"self-generated": stage})
         assert len(made.portions) == 1
         tracemalloc.start()
-        list(make_scores(made, ["scores-00000"]))
+        list(make_units(made, ["scores-00000"]))
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -341,7 +341,7 @@ def test_the_pool_reads_no_shard_that_it_does_not_need(tmp_path, monkeypatch):
     )
     again = plan_curation(made.stage.url, made.settings, {"self-generated": stage})
     Path(made.stage.url, "_done", "pool-00000.json").unlink()
-    list(curate(again))
+    curate(again)
     assert sorted(read) == [f"{row:05d}" for row in used] and len(used) == 2
 
 

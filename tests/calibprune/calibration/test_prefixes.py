@@ -19,6 +19,7 @@ from calibprune.calibration.prefixes import (
 )
 from calibprune.config.generate import GenerateSettings
 from calibprune.errors import UserError
+from calibprune.events import Tick
 from calibprune.stage import Stage
 from tests.tiny import byte_tokenizer
 
@@ -200,7 +201,7 @@ def test_missing_units_are_cut_alone_and_as_they_were(tokenizer, tmp_path, small
     resumed = Stage(str(tmp_path / "resumed"))
     for missing in ({units[3]}, set(), {units[0], units[6]}, {*units} - {units[0], units[3]}):
         made = list(cut_prefixes(resumed, settings, tokenizer, missing))
-        assert {record.unit for record in made} == missing and len(made) == len(missing)
+        assert {event.record.unit for event in made} == missing and len(made) == len(missing)
     assert [record.sha256 for record in resumed.done().values()] == [
         record.sha256 for record in whole.done().values()
     ]
@@ -211,10 +212,10 @@ def test_cutting_says_that_it_goes_on_also_where_all_is_cut_already(
 ):
     monkeypatch.setattr(prefixes, "_GOES_ON_EVERY", 2)
     settings = dataset(texts, 11, tokens=1)
-    told = list(
-        cut_prefixes(Stage(str(tmp_path)), settings, tokenizer, {prefix_units(settings)[2]})
+    *ticks, done = cut_prefixes(
+        Stage(str(tmp_path)), settings, tokenizer, {prefix_units(settings)[2]}
     )
-    assert [one and one.unit for one in told] == [None] * 5 + ["prefixes-00002"]
+    assert ticks == [Tick()] * 5 and done.record.unit == "prefixes-00002"
 
 
 def test_cutting_reads_no_further_than_it_must(tokenizer, tmp_path, small_files):

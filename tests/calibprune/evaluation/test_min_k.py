@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from calibprune.config.model import ModelSettings
 from calibprune.evaluation.min_k import min_k_score, sweep_min_k, token_scores
+from calibprune.events import result_of
 from calibprune.model import build_skeleton
 
 
@@ -30,13 +31,13 @@ def plain_score(scores: list[float], share: float) -> float:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2, 1.0, 0.001])
-def test_every_documents_score_is_the_papers(tiny_llama, share):
+def test_every_documents_score_is_the_papers(tiny_llama, share, heard):
     generator = torch.Generator().manual_seed(0)
     lengths = [40, 7, 40, 2, 33, 40, 7]
     documents = [torch.randint(0, 258, (length,), generator=generator) for length in lengths]
     skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
-    *steps, found = sweep_min_k(skeleton, documents, share, 90)
-    assert steps == [0, 1, 2, 3]
+    found = result_of(sweep_min_k(skeleton, documents, share, 90))
+    assert [(event.layer, event.layers) for event in heard.events] == [(i, 3) for i in range(4)]
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     expected = []
     for document in documents:
@@ -64,4 +65,4 @@ def test_a_certain_model_and_no_documents(tiny_llama):
     certain[:, 2] = 1000.0
     assert token_scores(certain, torch.tensor([2, 2, 2])).tolist() == [0, 0, 0]
     skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
-    assert list(sweep_min_k(skeleton, [], 0.5, 100)) == [[]]
+    assert result_of(sweep_min_k(skeleton, [], 0.5, 100)) == []

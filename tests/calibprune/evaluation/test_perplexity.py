@@ -10,22 +10,22 @@ from transformers import AutoModelForCausalLM
 from calibprune.config.model import ModelSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import cut_windows, sweep_perplexity
+from calibprune.events import result_of
 from calibprune.model import build_skeleton
 from tests.tiny import write_tiny_llama
 
 
 @pytest.mark.parametrize("batch_sequences", [1, 2, 8])
-def test_every_texts_perplexity_is_the_plain_models(tmp_path, batch_sequences):
+def test_every_texts_perplexity_is_the_plain_models(tmp_path, batch_sequences, heard):
     path = str(write_tiny_llama(tmp_path / "m", tied=True))
     generator = torch.Generator().manual_seed(0)
     windows = {
         "one": torch.randint(0, 258, (5, 40), generator=generator),
         "two": torch.randint(0, 258, (3, 40), generator=generator),
     }
-    *steps, result = sweep_perplexity(
-        build_skeleton(ModelSettings(path=path)), windows, batch_sequences
-    )
-    assert steps == [0, 1, 2, 3]
+    skeleton = build_skeleton(ModelSettings(path=path))
+    result = result_of(sweep_perplexity(skeleton, windows, batch_sequences, work="dense"))
+    assert [str(event) for event in heard.events] == [f"dense: layer {i} of 3" for i in range(4)]
     model = AutoModelForCausalLM.from_pretrained(path)
     for name, ids in windows.items():
         with torch.no_grad():

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
+from calibprune.events import UnitDone
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.memory import worker_memory
 from calibprune.pruning.positions import Counted, sequences_of
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 from tests.tiny import write_tiny_llama
 
 TOKENS = torch.randint(0, 258, (6, 40), generator=torch.Generator().manual_seed(1))
@@ -221,7 +222,8 @@ def test_positions_of_inputs_that_are_one_row_a_token():
 MEASURED = """
 import json, sys, torch, transformers
 from calibprune.calibration.pool import read_pool
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.loop import prune_layers
 from calibprune.process import host_memory
@@ -260,15 +262,17 @@ def test_memory_is_predicted(tmp_path, method):
 
 GROWTH = """
 import sys, tempfile, torch
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
+from calibprune.events import LayerEntered
 from calibprune.model import build_skeleton
 from calibprune.process import host_memory
 from calibprune.pruning.loop import prune_layers
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 skeleton, after = build_skeleton(ModelSettings(path=sys.argv[1])), {}
 settings = PruneSettings.model_validate({"method": {"type": "wanda"}})
 for event in prune_layers(skeleton, torch.zeros(4, 32, dtype=torch.int64), settings, Stage(sys.argv[2])):
-    if isinstance(event, int): after[event] = host_memory()
+    if isinstance(event, LayerEntered): after[event.layer] = host_memory()
 print(after[24] - after[6])
 """
 
@@ -303,11 +307,11 @@ def test_what_is_measured_is_committed_once_and_taken_up(
     events = prune_layers(skeleton, TOKENS, settings(**way), halfway)
     steps = []
     for event in events:
-        if isinstance(event, Record):
+        if isinstance(event, UnitDone):
             break
-        steps.append(event)
+        steps.append(event.position)
     events.close()
-    assert halfway.done_units() == {ALLOCATION} and steps == [-3, -2, -1]
+    assert halfway.done_units() == {ALLOCATION} and steps == [(0, 0), (0, 1), (0, 2)]
 
     def again(*_):
         raise AssertionError("measured a second time")
