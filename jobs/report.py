@@ -2,7 +2,7 @@
 
 import datetime
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from calibprune.calibration.decide import UNIT as SELECTION
 from calibprune.calibration.filters import perplexity
 from calibprune.calibration.pool import read_samples, sample_records
 from calibprune.pruning.export import ALLOCATION, REST, overall_sparsity
+from calibprune.reporting.facts import Report
 from calibprune.reporting.page import render_page
 from calibprune.stage import Record, Stage, flat
 from jobs.analysis import FOLDER as ANALYSIS
@@ -26,9 +27,10 @@ ORDER = ("generate", "curate", "prune", "evaluate", "report")
 def run(run: Run) -> None:
     started = time.monotonic()
     report = collect(run)
-    report["stages"]["report"] = {"seconds": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    report["stages"]["report"] = {"seconds": seconds, "drivers": 1, "losses": []}
     storage.write_json(run.url("report", "report.json"), report)
-    storage.write(run.url("report", "index.html"), render_page(report).encode())
+    storage.write(run.url("report", "index.html"), render_page(cast(Report, report)).encode())
 
 
 def collect(run: Run) -> dict[str, Any]:
@@ -42,8 +44,9 @@ def collect(run: Run) -> dict[str, Any]:
         "versions": versions(),
         "model": model_facts(run),
         "stages": {
-            name: {"seconds": stage.manifest()["facts"]["seconds"]}
+            name: {"seconds": facts["seconds"], "drivers": 1, "losses": facts.get("losses", [])}
             for name, stage in finished.items()
+            for facts in [stage.manifest()["facts"]]
         },
         "generate": generate_facts(run) if "generate" in finished else None,
         "curate": curate_facts(run) if "curate" in finished else None,
@@ -137,7 +140,6 @@ def prune_facts(run: Run) -> dict[str, Any]:
             one["parameters"] for layer in layers for one in layer["linears"].values()
         ),
         "workers": facts.get("workers"),
-        "losses": facts.get("losses", []),
         "bytes_read": facts.get("bytes_read"),
         "bytes_written": facts["bytes_written"],
         "layers": layers,

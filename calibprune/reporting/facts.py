@@ -1,0 +1,269 @@
+"""What report.json holds, section by section. A section is None where its stage has not finished."""
+
+from typing import Any, NotRequired, TypedDict
+
+
+class StageFacts(TypedDict):
+    """A finished stage, over all drivers that worked on it."""
+
+    seconds: float
+    """Working time of all drivers together."""
+    drivers: int
+    """Number of drivers that worked on it: more than one where the run was resumed."""
+    losses: list[str]
+    """One line for every engine, worker, node or unit of work that was lost."""
+
+
+class ModelFacts(TypedDict):
+    """The dense model."""
+
+    path: str
+    architecture: str
+    parameters: int
+    prunable_parameters: int
+    layers: int
+    dtype: str
+
+
+class SetAside(TypedDict):
+    """A shard that was given up."""
+
+    reason: str
+    rows: list[int]
+    """The first row, and the row after the last."""
+
+
+class GenerateFacts(TypedDict):
+    """What the model wrote."""
+
+    samples: int
+    tokens: int
+    tokens_per_second: float | None
+    """Speed while engines were ready; None where it is unknown."""
+    finish_reasons: dict[str, int]
+    """Number of samples by why their generation ended, in vLLM's words."""
+    set_aside: list[SetAside]
+
+
+class SampleText(TypedDict):
+    """One generated sample to read."""
+
+    row: int
+    perplexity: float
+    tokens: int
+    prefix: str
+    """The text that the model was given."""
+    text: str
+    """The text that the model wrote after it."""
+
+
+class Histogram(TypedDict):
+    """`counts` between `edges`, which are one more; both are empty where there was nothing to count."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class PerplexityHistogram(Histogram):
+    """Perplexity of samples; the edges have equal ratios."""
+
+    median: float | None
+
+
+class CutHistogram(PerplexityHistogram):
+    """Perplexity of all samples before any filter."""
+
+    cut: float | None
+    """Perplexity above which the filter dropped samples; infinite where it dropped only those without one."""
+
+
+class BeforeAfter(TypedDict):
+    """Two histograms of the samples over the same edges: before and after all filters."""
+
+    edges: list[float]
+    before: list[int]
+    after: list[int]
+
+
+class FilterStep(TypedDict):
+    """What is left after a filter."""
+
+    filter: str | None
+    """Type of the filter; None for the first step, before any."""
+    kept: int
+    dropped: int
+    perplexity: PerplexityHistogram
+
+
+class SourceFacts(TypedDict):
+    """What one source gave to the calibration pool."""
+
+    samples: int
+    tokens: int
+    kept: int
+    """Samples that passed all filters."""
+    used: int
+    """Samples that fill the pool, in whole or in part."""
+    used_tokens: int
+    sequences: int
+
+
+class Duplicates(TypedDict):
+    """Samples that equal an earlier one."""
+
+    exact: int
+    near: int | None
+    """Samples that nearly equal an earlier one; None where no filter looked for them."""
+
+
+class Vocabulary(TypedDict):
+    """What was read of one source or reference."""
+
+    documents: int
+    tokens: int
+    distinct_tokens: int
+    ngrams: int
+    distinct_ngrams: int
+
+
+class Likeness(TypedDict):
+    """How much a source resembles a reference."""
+
+    jaccard: float
+    """Jaccard similarity of the two sets of n-grams."""
+    coverage: float
+    """Share of the source's n-grams that the reference contains."""
+    unigram_js: float
+    """Jensen-Shannon divergence of the two token distributions, in bits."""
+
+
+class Scores(TypedDict):
+    """Min-K%++ scores of one source's or reference's documents."""
+
+    documents: int
+    mean: float
+    median: float
+    values: Histogram
+    """Histogram over edges that all sources and references share."""
+
+
+class MinKFacts(TypedDict):
+    share: float
+    """Share of a document's tokens that its score is the mean of: the least expected ones."""
+    sources: dict[str, Scores]
+    references: dict[str, Scores]
+
+
+class AnalysisFacts(TypedDict):
+    """The sources compared with reference corpora."""
+
+    ngram: int
+    vocabulary: dict[str, dict[str, Vocabulary]]
+    """By "sources" or "references", then by name."""
+    similarity: dict[str, dict[str, Likeness]]
+    """By source, then by reference; empty without references."""
+    similarity_tokens: int
+    """First tokens of each that were compared."""
+    min_k: MinKFacts | None
+
+
+class CurateFacts(TypedDict):
+    """How the samples became the calibration pool."""
+
+    samples: int
+    kept: int
+    """Samples that passed all filters."""
+    used: int
+    """Samples that fill the pool, in whole or in part."""
+    dropped: dict[str, int]
+    """Number of dropped samples by type of filter."""
+    sequences: int
+    sequence_tokens: int
+    tokens: int
+    sources: dict[str, SourceFacts]
+    steps: list[FilterStep]
+    """The samples before any filter, then after each."""
+    perplexity: CutHistogram
+    lengths: BeforeAfter
+    """Tokens of a sample."""
+    repetition: BeforeAfter
+    """Share of a sample's n-grams that occurred in it before."""
+    repeats: BeforeAfter
+    """Tokens of the longest passage that occurs twice in a sample."""
+    duplicates: Duplicates
+    analysis: NotRequired[AnalysisFacts]
+
+
+class LinearFacts(TypedDict):
+    """One pruned linear."""
+
+    parameters: int
+    sparsity: float
+    relative_error: float
+    """Norm of its output's change on calibration text, over that of the output; infinite where only the latter is 0."""
+    unrefined_error: NotRequired[float]
+    """The relative error before the refinement; absent without one."""
+
+
+class LayerFacts(TypedDict):
+    """One pruned decoder layer."""
+
+    layer: int
+    worker: int
+    """Rank of the worker that wrote the layer."""
+    workers: int
+    seconds: dict[str, float]
+    """That worker's seconds by kind of work."""
+    bytes_read: int
+    bytes_written: int
+    peak_memory_bytes: int
+    linears: dict[str, LinearFacts]
+    kept_dense: list[str]
+
+
+class PruneFacts(TypedDict):
+    """How the model was pruned."""
+
+    method: str
+    pattern: str
+    allocation: str
+    refine: str | None
+    parameters: int
+    """Parameters of the linears that were pruned."""
+    workers: int | None
+    bytes_read: int | None
+    bytes_written: int
+    layers: list[LayerFacts]
+
+
+class EvaluateFacts(TypedDict):
+    """Held-out perplexity on one text."""
+
+    dense: float
+    pruned: float
+    sequence_tokens: int
+    sequences: int
+
+
+class Report(TypedDict):
+    """All of report.json."""
+
+    calibprune: str
+    """Version of calibprune."""
+    created_at: str
+    """Time in ISO 8601."""
+    config: dict[str, Any]
+    versions: dict[str, str] | None
+    """Versions that the results depend on; None where an older run did not record them."""
+    model: ModelFacts | None
+    """None where an older run did not record them and the model is gone."""
+    stages: dict[str, StageFacts]
+    """Every finished stage by its name."""
+    generate: GenerateFacts | None
+    curate: CurateFacts | None
+    samples: list[SampleText]
+    prune: PruneFacts | None
+    sparsity: float | None
+    """Share of the pruned linears' weights that are zero."""
+    perplexity: dict[str, EvaluateFacts]
+    """By the name of the text."""
