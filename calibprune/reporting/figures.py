@@ -41,7 +41,7 @@ FEW_REFERENCES = 4
 def perplexity_bars(perplexity: Mapping[str, EvaluateFacts]) -> Figure:
     """Held-out perplexity, a pair of bars (dense, pruned) for every text; one that is not finite has no bar."""
     title = "Held-out perplexity of the dense and of the pruned model"
-    figure = canvas(title, HALF_WIDTH, 54 * len(perplexity))
+    figure = canvas(title, HALF_WIDTH, 10 + 54 * len(perplexity))
     axes = figure.subplots()
     for key, offset, hue in (("dense", -0.19, style.DENSE), ("pruned", 0.19, style.PRUNED)):
         values = [facts[key] for facts in perplexity.values()]
@@ -55,7 +55,7 @@ def perplexity_bars(perplexity: Mapping[str, EvaluateFacts]) -> Figure:
 
 def stage_seconds(stages: Mapping[str, StageFacts]) -> Figure:
     """Working time of every stage."""
-    figure = canvas("Time of every stage", HALF_WIDTH, ROW * len(stages))
+    figure = canvas("Time of every stage", HALF_WIDTH, 10 + ROW * len(stages))
     axes = figure.subplots()
     seconds = [facts["seconds"] for facts in stages.values()]
     bars = axes.barh(range(len(seconds)), seconds, 0.6, color=style.PRUNED)
@@ -66,7 +66,7 @@ def stage_seconds(stages: Mapping[str, StageFacts]) -> Figure:
 
 def filter_bars(steps: Sequence[FilterStep]) -> Figure:
     """What every filter kept and dropped of the samples that reached it. `steps` are those with a filter."""
-    figure = canvas("Samples that every filter kept and dropped", HALF_WIDTH, ROW * len(steps))
+    figure = canvas("Samples that every filter kept and dropped", HALF_WIDTH, 10 + ROW * len(steps))
     axes, rows = figure.subplots(), range(len(steps))
     kept = np.array([step["kept"] for step in steps])
     dropped = np.array([step["dropped"] for step in steps])

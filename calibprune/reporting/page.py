@@ -96,7 +96,7 @@ def _curate_figures(curate: CurateFacts) -> dict[str, Figure]:
         "repeats": figures.repeats(curate["repeats"]),
     }
     steps = curate["steps"]
-    if steps[0]["perplexity"]["counts"]:  # of text that nobody scored there are none
+    if steps[0]["perplexity"]["counts"]:  # none where no sample was scored
         drawn["steps"] = figures.filter_steps(steps)
     if len(steps) > 1:
         drawn["filters"] = figures.filter_bars(steps[1:])
@@ -110,14 +110,14 @@ def _curate_figures(curate: CurateFacts) -> dict[str, Figure]:
 
 
 def _tables(layers: Sequence[LayerFacts]) -> dict[Quantity, LayerTable]:
-    """What is known of the layers, where any of it is finite."""
+    """The tables of the layers; one without a finite value is left out."""
     quantities: tuple[Quantity, ...] = ("relative_error", "sparsity")
     tables = {quantity: layer_table(layers, quantity) for quantity in quantities}
     return {quantity: tables[quantity] for quantity in quantities if tables[quantity].finite.size}
 
 
 def _refined(layers: Sequence[LayerFacts]) -> dict[str, Any] | None:
-    """By which share the refinement lowered the linears' errors; None without one."""
+    """How much the refinement lowered the linears' errors; None without a refinement."""
     linears = [linear for layer in layers for linear in layer["linears"].values()]
     pairs = [(x["unrefined_error"], x["relative_error"]) for x in linears if "unrefined_error" in x]
     lowered = [1 - after / before for before, after in pairs if after < before < math.inf]
@@ -128,7 +128,7 @@ def _refined(layers: Sequence[LayerFacts]) -> dict[str, Any] | None:
 
 
 def _set_aside(shards: Sequence[SetAside]) -> str:
-    """What is missing of the samples, in one line."""
+    """One line that says which rows are missing, and why."""
     rows = sum(shard["rows"][1] - shard["rows"][0] for shard in shards)
     listed = "; ".join(
         f"{first:,} to {stop - 1:,} ({shard['reason']})"
@@ -136,9 +136,9 @@ def _set_aside(shards: Sequence[SetAside]) -> str:
         for first, stop in [shard["rows"]]
     )
     more = len(shards) - SET_ASIDE_SHOWN
-    those = "1 shard, {} rows, was" if len(shards) == 1 else f"{len(shards)} shards, {{}} rows, were"  # fmt: skip
     ending = f"; and {more} more" if more > 0 else ""
-    return f"{those.format(text.count(rows))} set aside: rows {listed}{ending}"
+    noun, verb = ("shard", "was") if len(shards) == 1 else ("shards", "were")
+    return f"{len(shards)} {noun}, {rows:,} rows, {verb} set aside: rows {listed}{ending}"
 
 
 def _printable(value: Any) -> Any:
@@ -163,6 +163,7 @@ def _moment(timestamp: str) -> str:
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:
+    """The tree in YAML 1.2, in its own order."""
     yaml, written = YAML(typ="safe", pure=True), io.StringIO()
     yaml.default_flow_style = False
     yaml.representer.sort_base_mapping_type_on_output = False
