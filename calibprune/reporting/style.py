@@ -150,7 +150,7 @@ def to_svg(figure: Figure, name: str) -> Markup:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts may have it
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg")
     # The head goes: it has sizes in points, metadata and a style sheet that would hold for the whole page.
     _, _, drawing = buffer.getvalue().partition("</defs>")
     # The names of groups go: they are the same in every figure.

@@ -254,12 +254,20 @@ def test_what_is_more_alike_is_darker(measure):
     assert [text for text in texts(figure) if re.match(r"[\d.]+%?$", text)] == [*map(written, given)]  # fmt: skip
 
 
+def test_few_references_with_short_names_stand_side_by_side():
+    axes = every_figure()["jaccard"].axes[0]
+    axes.figure.draw_without_rendering()
+    extents = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(extents))
+
+
 def test_many_references_with_long_names_fit():
     likeness: Any = {"jaccard": 0.1, "coverage": 0.2, "unigram_js": 0.3}
     names = [f"a-reference-with-a-long-name-{place}" for place in range(12)]
     figure = figures.similarity_map({"first": dict.fromkeys(names, likeness)}, "jaccard")
     assert_inside(figure)
     assert figure.bbox.width == style.FULL_WIDTH
+    assert {label.get_rotation() for label in figure.axes[0].get_xticklabels()} == {30}
     shortened = [text for text in texts(figure) if "…" in text]
     assert len(shortened) == len(set(shortened)) == 12
 

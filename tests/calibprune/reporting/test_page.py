@@ -83,6 +83,7 @@ def test_a_complete_page_is_well_formed_and_loads_nothing():
     page = render_page(example_report())
     assert page.lstrip().startswith("<!DOCTYPE html>")
     assert_loads_nothing(page)
+    assert "default-src 'none'; style-src 'unsafe-inline';" in page
     assert drawn(page) == [PERPLEXITY, *CURATE, MAPS[0], *TIMES]
 
 
