@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from calibprune.checkpoint import check_reachable
+from calibprune.text import size
 from jobs.run import Run
 from jobs.stages import modules
 
@@ -46,7 +47,6 @@ def requirements(run: Run) -> dict[str, str]:
     from calibprune.pruning.allocation import foreseen, shapes_of
     from calibprune.pruning.linears import chosen_linears
     from jobs import generate
-    from jobs.preflight import gib
 
     skeleton, config = run.skeleton, run.config
     linears = [
@@ -73,8 +73,8 @@ def requirements(run: Run) -> dict[str, str]:
         "dtype": run.dtype,
         "generated tokens at most": f"{0 if generate.skip(run) else generated:,}",
         "calibration tokens": f"{sequences * tokens:,}",
-        "checkpoint": gib(skeleton.checkpoint.bytes),
-        "pruned checkpoint": gib(skeleton.checkpoint.bytes),
+        "checkpoint": size(skeleton.checkpoint.bytes),
+        "pruned checkpoint": size(skeleton.checkpoint.bytes),
     }
 
 
@@ -89,14 +89,13 @@ def memory_of_worker(run: Run) -> "WorkerMemory":
 
 def memory_in_lines(run: Run) -> Iterator[str]:
     from jobs.engines import on_gpus
-    from jobs.preflight import gib
 
     memory = memory_of_worker(run)
     where = "worker GPU memory" if on_gpus(run.config.cluster) else "worker memory"
-    yield f"{where:<26} {gib(memory.bytes)}, made up of these, not all at the same time:"
+    yield f"{where:<26} {size(memory.bytes)}, made up of these, not all at the same time:"
     for name, value in memory.parts().items():
         if value:
-            yield f"  {name:<24} {gib(value)}"
+            yield f"  {name:<24} {size(value)}"
 
 
 def unmeasured(run: Run) -> list[str]:
@@ -112,7 +111,7 @@ def unmeasured(run: Run) -> list[str]:
 def advice(run: Run) -> list[str]:
     """What to change where the workers do not fit this machine; nothing where they are to run on GPUs or elsewhere."""
     from jobs.engines import on_gpus
-    from jobs.preflight import cluster_to_look_at, gib
+    from jobs.preflight import cluster_to_look_at
 
     cluster = run.config.cluster
     if on_gpus(cluster) or cluster_to_look_at(cluster, None) is not None:
@@ -122,6 +121,6 @@ def advice(run: Run) -> list[str]:
     if memory.bytes * cluster.worker_count <= available:
         return []
     return [
-        f"{cluster.worker_count} x {gib(memory.bytes)} for workers do not fit the {gib(available)} of this machine",
+        f"{cluster.worker_count} x {size(memory.bytes)} for workers do not fit the {size(available)} of this machine",
         ADVICE[memory.largest] if cluster.worker_count > 1 or memory.largest in TO_LOWER else ALONE,
     ]

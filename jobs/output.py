@@ -29,6 +29,7 @@ from calibprune.events import (
     event_of,
 )
 from calibprune.redact import one_line, plain
+from calibprune.text import duration, pace
 
 LOG_SECONDS = 15.0
 """Least time between two progress lines in a log."""
@@ -230,19 +231,3 @@ def _figures(facts: dict[str, Any]) -> dict[str, Any]:
         for key, value in facts.items()
         if isinstance(value, int | float | str) and key not in ("seconds", "run", "stage")
     }
-
-
-def pace(each: float) -> str:
-    """Seconds for each of many alike things in words: `143 s each`, `2.4 s each`, `250 a second`."""
-    if each < 0.1:
-        return f"{1 / max(each, 1e-9):.0f} a second"
-    return f"{each:.{0 if each >= 9.95 else 1}f} s each"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words short enough for a log line."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

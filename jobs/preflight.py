@@ -13,6 +13,7 @@ from calibprune.calibration.prefixes import longest_prefix
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import StoreUnavailable, UserError
 from calibprune.events import note
+from calibprune.text import size
 from cluster.places import Need, never_fits, nodes, shown, wanted
 from cluster.session import connect
 from cluster.survey import Survey, Surveyed, check_survey, only_passing, problems, take_survey
@@ -135,12 +136,12 @@ def judged(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
     if need.gpu_bytes and smallest is None:
         notes.append(f"{need.stage}: GPU memory is not known, nvidia-smi does not run on the nodes")
     elif need.gpu_bytes and smallest is not None and need.gpu_bytes > need.gpu_share * smallest:
-        per_gpu = f"{gib(need.gpu_bytes)} on every GPU, the smallest has {gib(smallest)}"
+        per_gpu = f"{size(need.gpu_bytes)} on every GPU, the smallest has {size(smallest)}"
         if need.gpu_bytes - need.movable_bytes > need.gpu_share * smallest:
             missing.append(f"{need.stage}: a{_n(need.actor)} needs {per_gpu}: {_more_room(need)}")
         else:
             host_bytes = (host_bytes or 0) + need.movable_bytes
-            notes.append(f"{need.stage}: {per_gpu}: {gib(need.movable_bytes)} move to host memory")
+            notes.append(f"{need.stage}: {per_gpu}: {size(need.movable_bytes)} move to host memory")
     if host_bytes is not None:
         placed = sum(
             min(need.bundle.fits_in(one.node.total), int(one.facts["memory_bytes"] // host_bytes))
@@ -150,10 +151,10 @@ def judged(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
         placed += sum(need.bundle.fits_in(node.total) for node, _ in survey.silent)
         if placed < need.least:
             each = ", ".join(
-                f"{gib(one.facts['memory_bytes'])} on {one.name}" for one in survey.nodes[:4]
+                f"{size(one.facts['memory_bytes'])} on {one.name}" for one in survey.nodes[:4]
             )
             missing.append(
-                f"{need.stage}: {need.least} {need.actor}s of {gib(host_bytes)} of host memory do not fit the nodes' "
+                f"{need.stage}: {need.least} {need.actor}s of {size(host_bytes)} of host memory do not fit the nodes' "
                 f"memory ({each}): {_more_room(need)}"
             )
     return missing, notes
@@ -186,7 +187,7 @@ def _disks(run: Run, survey: Survey) -> list[str]:
         free = one.facts["output_free_bytes"]
         if free is not None and free < stored:
             told.append(
-                f"output {run.config.output} takes up to {gib(stored)}, {one.name} has {gib(free)} of disk free"
+                f"output {run.config.output} takes up to {size(stored)}, {one.name} has {size(free)} of disk free"
             )
     return told[:1]
 
@@ -197,11 +198,11 @@ def _small_disks(needed: Sequence[Need], survey: Survey) -> Iterator[str]:
         shared, temp = one.facts["shared_memory_free_bytes"], one.facts["temp_free_bytes"]
         if several and shared is not None and shared < LEAST_SHARED_MEMORY:
             yield (
-                f"{one.name} has {gib(shared)} of /dev/shm, where the GPUs of one engine meet: "
+                f"{one.name} has {size(shared)} of /dev/shm, where the GPUs of one engine meet: "
                 f"give its container more shared memory"
             )
         if temp is not None and temp < LEAST_TEMP:
-            yield f"{one.name} has {gib(temp)} free for Ray's temporary files"
+            yield f"{one.name} has {size(temp)} free for Ray's temporary files"
 
 
 def bytes_read(run: Run, engines: int) -> int:
@@ -248,7 +249,7 @@ def _show(run: Run, survey: Survey, needed: Sequence[Need]) -> None:
     console.print(_needs_table(needed))
     engines = sum(need.count for need in needed if need.actor == "engine")
     print(
-        f"storage: up to {gib(bytes_read(run, engines))} of the model read in all, up to {gib(bytes_stored(run))} "
+        f"storage: up to {size(bytes_read(run, engines))} of the model read in all, up to {size(bytes_stored(run))} "
         f"written to {run.config.output}"
     )
 
@@ -260,8 +261,8 @@ def _nodes_table(survey: Survey) -> Table:
         versions = one.facts["versions"]
         table.add_row(
             Text(one.name), _free_of(one, "CPU"), _gpus(one),
-            f"{gib(one.facts['free_memory_bytes'])} of {gib(one.facts['memory_bytes'])}",
-            gib(one.facts["temp_free_bytes"]), one.facts["python"],
+            f"{size(one.facts['free_memory_bytes'])} of {size(one.facts['memory_bytes'])}",
+            size(one.facts["temp_free_bytes"]), one.facts["python"],
             *(versions[name] or "none" for name in SHOWN), one.facts["source"] or "none",
         )  # fmt: skip
     for node, reason in survey.silent:
@@ -277,7 +278,7 @@ def _free_of(one: Surveyed, name: str) -> str:
 def _gpus(one: Surveyed) -> str:
     if not one.node.total.get("GPU"):
         return "none"
-    kinds = sorted({f"{gpu['name']} {gib(gpu['bytes'])}" for gpu in one.facts["gpus"] or ()})
+    kinds = sorted({f"{gpu['name']} {size(gpu['bytes'])}" for gpu in one.facts["gpus"] or ()})
     return f"{_free_of(one, 'GPU')} x {', '.join(kinds) or 'of unknown memory'}"
 
 
@@ -289,17 +290,10 @@ def _needs_table(needed: Sequence[Need]) -> Table:
         table.add_row(
             need.stage,
             f"{many} ({shown(need.bundle.as_resources())})",
-            "" if need.host_bytes is None else gib(need.host_bytes),
-            gib(need.gpu_bytes) if need.gpu_bytes else "",
+            "" if need.host_bytes is None else size(need.host_bytes),
+            size(need.gpu_bytes) if need.gpu_bytes else "",
             need.work,
         )
     if not needed:
         table.add_row("all stages are done")
     return table
-
-
-def gib(size: float | None) -> str:
-    """Bytes in words; nothing where they are not known."""
-    if size is None:
-        return ""
-    return f"{size / 2**30:.1f} GiB" if size >= 1 << 28 else f"{size / 2**20:.0f} MiB"

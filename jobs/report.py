@@ -19,6 +19,8 @@ from calibprune.pruning.export import FOLDER as CHECKPOINT
 from calibprune.reporting.facts import PruneFacts, Report, SampleText, StageFacts
 from calibprune.reporting.page import render_page
 from calibprune.stage import Stage, flat, told_apart
+from calibprune.text import change, duration
+from calibprune.text import perplexity as perplexity_in_words
 from cluster.places import Need
 from jobs.run import Run
 from jobs.stages import STAGES, module
@@ -175,7 +177,7 @@ def show_result(run: Run) -> None:
     for name, facts in report["perplexity"].items():
         dense, pruned = facts["dense"], facts["pruned"]
         table.add_row(
-            name, str(facts["sequence_tokens"]), f"{dense:.2f}", f"{pruned:.2f}", f"{pruned / dense - 1:+.1%}"
+            name, str(facts["sequence_tokens"]), perplexity_in_words(dense), perplexity_in_words(pruned), change(dense, pruned)
         )  # fmt: skip
     if report["perplexity"] and is_json():
         fields = {"event": "perplexity"} | report["perplexity"]
@@ -190,5 +192,5 @@ def show_result(run: Run) -> None:
     seconds = {
         name: report["stages"][name]["seconds"] for name in STAGES if name in report["stages"]
     }
-    listed = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    note(f"time: {listed}; {sum(seconds.values()):.0f} s in all")
+    listed = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    note(f"time: {listed}; {duration(sum(seconds.values()))} in all")

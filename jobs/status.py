@@ -21,7 +21,7 @@ from calibprune.failures import read_failures
 from calibprune.redact import one_line
 from calibprune.retry import shown
 from calibprune.stage import Stage
-from jobs.output import duration, pace
+from calibprune.text import duration, pace
 from jobs.stages import STAGES
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+KEEP = "from calibprune.process import keep_compiled_code_private as keep; keep()"
+
 
 def variable_of(code: str, folder: Path, **environment: str) -> str:
     """TORCHINDUCTOR_CACHE_DIR after the code, in a process of its own that has the folder for temporary files."""
@@ -19,10 +21,16 @@ def variable_of(code: str, folder: Path, **environment: str) -> str:
     ).stdout.strip()  # fmt: skip
 
 
-def test_importing_makes_no_folder_for_compiled_code_in_the_one_that_all_share(tmp_path):
+def test_work_makes_no_folder_for_compiled_code_in_the_one_that_all_share(tmp_path):
     home, temporary = tmp_path / "home", tmp_path / "tmp"
     home.mkdir(), temporary.mkdir()
-    found = Path(variable_of("import calibprune, torch._dynamo", temporary, HOME=str(home)))
+    found = Path(
+        variable_of(
+            f"{KEEP}; import torch._dynamo, transformers.models.llama.modeling_llama",
+            temporary,
+            HOME=str(home),
+        )
+    )
     assert found.is_relative_to(home) and found.stat().st_mode & 0o077 == 0
     assert list(temporary.iterdir()) == []
 

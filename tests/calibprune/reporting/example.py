@@ -17,6 +17,7 @@ LINEARS = {
 def example_report(layers: int = 3) -> dict[str, Any]:
     edges = [2.0 * 1.25**step for step in range(21)]
     counts = [round(90 * math.exp(-(((step - 8) / 4) ** 2))) for step in range(20)]
+    cut = [count * (edge < 24) for count, edge in zip(counts, edges, strict=False)]
     return {
         "calibprune": "0.1.0",
         "created_at": "2026-11-22T16:00:00Z",
@@ -36,24 +37,57 @@ def example_report(layers: int = 3) -> dict[str, Any]:
         },
         "sparsity": 0.49987,
         "stages": {
-            "prune": {"seconds": 75.4},
-            "generate": {"seconds": 512.3},
-            "curate": {"seconds": 4.1},
+            "prune": {"seconds": 75.4, "drivers": 1, "losses": []},
+            "generate": {"seconds": 512.3, "drivers": 1, "losses": []},
+            "curate": {"seconds": 4.1, "drivers": 1, "losses": []},
         },
         "generate": {
             "samples": 640,
             "tokens": 123456,
             "tokens_per_second": 2345.6,
             "finish_reasons": {"stop": 600, "length": 40},
+            "set_aside": [],
         },
         "curate": {
             "samples": 640,
             "kept": 502,
-            "dropped": {"perplexity": 128, "length": 10},
-            "perplexity": {"edges": edges, "counts": counts, "cut": 24.6, "median": 12.31},
+            "used": 480,
+            "dropped": {"perplexity": 138},
             "sequences": 128,
             "sequence_tokens": 2048,
             "tokens": 262144,
+            "sources": {"self-generated": _source(640, 401_200, 502, 480, 262_144, 128)},
+            "steps": [
+                {
+                    "filter": None,
+                    "kept": 640,
+                    "dropped": 0,
+                    "perplexity": {"edges": edges, "counts": counts, "median": 12.31},
+                },
+                {
+                    "filter": "perplexity",
+                    "kept": 502,
+                    "dropped": 138,
+                    "perplexity": {"edges": edges, "counts": cut, "median": 10.07},
+                },
+            ],
+            "perplexity": {"edges": edges, "counts": counts, "cut": 24.6, "median": 12.31},
+            "lengths": {
+                "edges": [128 * step for step in range(17)],
+                "before": [31, 12, 14, 20, 22, 25, 30, 33, 41, 40, 44, 38, 29, 20, 19, 250],
+                "after": [0, 9, 12, 17, 20, 21, 27, 30, 36, 35, 40, 31, 25, 18, 16, 201],
+            },
+            "repetition": {
+                "edges": [step / 20 for step in range(21)],
+                "before": [90, 130, 120, 80, 60, 40, 25, 14, 9, 6, 4, 3, 2, 2, 3, 1, 2, 4, 8, 11],
+                "after": [85, 121, 110, 77, 55, 33, 20, 10, 7, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            },
+            "repeats": {
+                "edges": [50 * step for step in range(9)],
+                "before": [402, 110, 61, 20, 4, 2, 0, 41],
+                "after": [380, 102, 44, 9, 1, 0, 0, 0],
+            },
+            "duplicates": {"exact": 3, "near": None},
         },
         "samples": [
             {"row": 7, "perplexity": 8.314, "tokens": 41, "prefix": "Once", "text": " upon"},
@@ -63,6 +97,11 @@ def example_report(layers: int = 3) -> dict[str, Any]:
             "method": "wanda",
             "parameters": 106168320,
             "pattern": "unstructured",
+            "allocation": "uniform",
+            "refine": None,
+            "workers": 2,
+            "bytes_read": layers * 2**20,
+            "bytes_written": layers * 2**20,
             "layers": [_layer(layer) for layer in range(layers)],
         },
         "perplexity": {
@@ -106,23 +145,12 @@ def curated_report(layers: int = 3) -> dict[str, Any]:
             }
             for place, name in enumerate(filters)
         ],
-        "lengths": {
-            "edges": [128 * step for step in range(17)],
-            "before": [31, 12, 14, 20, 22, 25, 30, 33, 41, 40, 44, 38, 29, 20, 19, 250],
-            "after": [0, 9, 12, 17, 20, 21, 27, 30, 36, 35, 40, 31, 25, 18, 16, 201],
-        },
-        "repetition": {
-            "edges": [step / 20 for step in range(21)],
-            "before": [90, 130, 120, 80, 60, 40, 25, 14, 9, 6, 4, 3, 2, 2, 3, 1, 2, 4, 8, 11],
-            "after": [85, 121, 110, 77, 55, 33, 20, 10, 7, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-        },
-        "repeats": {
-            "edges": [50 * step for step in range(9)],
-            "before": [402, 110, 61, 20, 4, 2, 0, 41],
-            "after": [380, 102, 44, 9, 1, 0, 0, 0],
-        },
         "duplicates": {"exact": 12, "near": 31},
         "analysis": _analysis(),
+    }
+    report["stages"]["generate"] |= {
+        "drivers": 2,
+        "losses": ["engine 3 died on node 10.0.0.7: out of memory", "node 10.0.0.9 was lost"],
     }
     report["generate"]["set_aside"] = [
         {"reason": "engine died three times", "rows": [1000, 1500]},
@@ -188,6 +216,8 @@ def _analysis() -> dict[str, Any]:
 def _layer(layer: int) -> dict[str, Any]:
     return {
         "layer": layer,
+        "worker": layer % 2,
+        "workers": 2,
         "seconds": {"read": 0.05, "sweep": 1.25, "statistics": 0.5, "solve": 2.0, "write": 0.1},
         "bytes_read": 2**20,
         "bytes_written": 2**20,
@@ -200,4 +230,5 @@ def _layer(layer: int) -> dict[str, Any]:
             }
             for name, error in LINEARS.items()
         },
+        "kept_dense": [],
     }

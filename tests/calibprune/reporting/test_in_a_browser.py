@@ -37,6 +37,7 @@ def opened(path: Path, page: str, profile: Path) -> str:
     path.write_text(page, encoding="utf-8", errors="surrogatepass")
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
         f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
@@ -60,6 +61,7 @@ def hostile_report() -> dict:
     report["versions"] = {text: text for text in HOSTILE}
     for key in ("path", "dtype", "architecture"):
         report["model"][key] = everything
+    report["stages"]["generate"]["losses"] = HOSTILE
     for key in ("method", "pattern", "allocation", "refine"):
         report["prune"][key] = everything
     report["generate"]["finish_reasons"] = dict.fromkeys(HOSTILE, 1)

@@ -1,0 +1,78 @@
+"""Numbers in words."""
+
+import math
+
+import pytest
+
+from calibprune import text
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (text.count(1234567), "1,234,567"),
+        (text.count(2345.6), "2,346"),
+        (text.compact(0), "0"),
+        (text.compact(9999), "9,999"),
+        (text.compact(12500), "12.5k"),
+        (text.compact(999_999), "1.0M"),
+        (text.compact(1234567), "1.2M"),
+        (text.compact(134515008), "134.5M"),
+        (text.compact(8.03e9), "8.0B"),
+        (text.compact(1.5e12), "1.5T"),
+        (text.percent(0.5), "50.0%"),
+        (text.percent(None), text.NO_VALUE),
+        (text.perplexity(12.3456), "12.35"),
+        (text.perplexity(999.994), "999.99"),
+        (text.perplexity(999.996), "1,000"),
+        (text.perplexity(43210.9), "43,211"),
+        (text.perplexity(math.inf), "not finite"),
+        (text.perplexity(None), text.NO_VALUE),
+        (text.ratio(0.012345), "0.0123"),
+        (text.ratio(0.5), "0.500"),
+        (text.ratio(123.4), "123"),
+        (text.ratio(12345.6), "12,346"),
+        (text.ratio(math.nan), "not finite"),
+        (text.ratio(None), text.NO_VALUE),
+        (text.change(10, 12.28), "+22.8%"),
+        (text.change(10, 9), text.MINUS + "10.0%"),
+        (text.change(10, 20), text.TIMES + "2.00"),
+        (text.change(10, 34), text.TIMES + "3.40"),
+        (text.change(10, math.inf), text.NO_VALUE),
+        (text.change(None, 10), text.NO_VALUE),
+        (text.duration(0), "0 s"),
+        (text.duration(0.0004), "0 s"),
+        (text.duration(0.05), "0.05 s"),
+        (text.duration(0.94), "0.94 s"),
+        (text.duration(0.96), "1.0 s"),
+        (text.duration(2.44), "2.4 s"),
+        (text.duration(9.97), "10 s"),
+        (text.duration(95), "95 s"),
+        (text.duration(99.6), "1.7 min"),
+        (text.duration(123), "2.0 min"),
+        (text.duration(597), "10 min"),
+        (text.duration(720), "12 min"),
+        (text.duration(99.4 * 60), "99 min"),
+        (text.duration(99.6 * 60), "1.7 h"),
+        (text.duration(8280), "2.3 h"),
+        (text.duration(90061), "25.0 h"),
+        (text.pace(143.2), "143 s each"),
+        (text.pace(9.97), "10 s each"),
+        (text.pace(2.44), "2.4 s each"),
+        (text.pace(0.1), "0.1 s each"),
+        (text.pace(0.05), "20 a second"),
+        (text.pace(0.004), "250 a second"),
+        (text.pace(0), "1000000000 a second"),
+        (text.size(0), "0 Bytes"),
+        (text.size(512), "512 Bytes"),
+        (text.size(700 * 2**20), "700 MiB"),
+        (text.size(3 * 2**29), "1.5 GiB"),
+        (text.size(5.3 * 2**30), "5.3 GiB"),
+        (text.size(3 * 2**30), "3.0 GiB"),
+        (text.size(202.6 * 2**20), "203 MiB"),
+        (text.size(2**40 - 1), "1.0 TiB"),
+        (text.size(None), ""),
+    ],
+)
+def test_numbers_are_written_as_expected(written, expected):
+    assert written == expected
