@@ -12,10 +12,12 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from calibprune.redact import one_line, plain
-from calibprune.stage import Record
+
+if TYPE_CHECKING:
+    from calibprune.stage import Record
 
 SET_ASIDE = "set aside"
 MOST_CHARACTERS = 500
@@ -102,7 +104,7 @@ class StageSkipped(Event):
 class UnitDone(Event):
     """A unit of work is committed."""
 
-    record: Record
+    record: "Record"
     seconds: float | None = None
     """Time that the unit took, where its record does not say."""
 

@@ -176,9 +176,8 @@ def show_result(run: Run) -> None:
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for name, facts in report["perplexity"].items():
         dense, pruned = facts["dense"], facts["pruned"]
-        table.add_row(
-            name, str(facts["sequence_tokens"]), perplexity_in_words(dense), perplexity_in_words(pruned), change(dense, pruned)
-        )  # fmt: skip
+        measured = [perplexity_in_words(dense), perplexity_in_words(pruned)]
+        table.add_row(name, str(facts["sequence_tokens"]), *measured, change(dense, pruned))
     if report["perplexity"] and is_json():
         fields = {"event": "perplexity"} | report["perplexity"]
         logging.getLogger("calibprune").info("perplexity", extra={"fields": fields})
