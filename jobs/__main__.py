@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -192,7 +192,7 @@ def submit(
 @app.command("jobs")
 def list_jobs(address: Address = None) -> None:
     """The jobs of calibprune on a Ray cluster: id, state, exit code, age, output."""
-    from jobs.submit import list_jobs as lines_of_jobs
+    from jobs.submitted import list_jobs as lines_of_jobs
 
     for line in lines_of_jobs(address):
         print(plain(line))
@@ -203,7 +203,7 @@ def stop_job(
     job: Annotated[str, typer.Argument(metavar="ID_OR_RUN_URL")], address: Address = None
 ) -> None:
     """Stop a job of calibprune, by its id or by the URL of its run, and say how to resume it."""
-    from jobs.submit import stop
+    from jobs.submitted import stop
 
     print(plain(stop(job, address)))
 
@@ -230,10 +230,21 @@ def publish(
     ],
 ) -> None:
     """Copy a finished stage, verified, to a folder, a bucket or the Hugging Face hub; of prune, the checkpoint."""
+    from calibprune import storage
+    from calibprune.checkpoint import INDEX
     from calibprune.publish import publish as publish_stage
     from calibprune.retry import shown
 
-    done = publish_stage(run_url, stage, target, lambda line: progress.say(f"publish: {line}"))
+    how: dict[str, dict[str, Any]] = {
+        "generate": {"card": True},
+        "curate": {"card": True},
+        "prune": {"folder": "checkpoint", "closing": (INDEX,)},
+        "evaluate": {},
+        "report": {"recorded": False, "closing": ("report.json", "index.html")},
+    }
+    if stage not in how:
+        raise UserError(f"there is no stage {stage}: it is one of {', '.join(how)}")
+    done = publish_stage(storage.join(run_url, stage), target, **how[stage])
     print(
         f"{shown(target)}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
     )
@@ -273,6 +284,9 @@ def options(
     if traceback:
         os.environ["CALIBPRUNE_TRACEBACK"] = "1"
     log.choose(log_format.value)
+    logger = logging.getLogger("calibprune")
+    if not any(isinstance(handler, progress.Notes) for handler in logger.handlers):
+        logger.addHandler(progress.Notes())
 
 
 def _run(config: str, overrides: list[str] | None, stages: "list[str] | tuple[str, ...]") -> "Run":

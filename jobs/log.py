@@ -39,7 +39,7 @@ def choose(name: str) -> None:
         handler.setFormatter(JsonLines())
         logger.addHandler(handler)
     logger.propagate = name != "json"
-    logger.setLevel(logging.INFO if name == "json" else logging.NOTSET)
+    logger.setLevel(logging.INFO)
 
 
 def is_json() -> bool:

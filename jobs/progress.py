@@ -1,5 +1,6 @@
 """Progress with rate and time left: a live bar on a terminal, a plain line now and then in a log."""
 
+import logging
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from calibprune.events import event_of
 from calibprune.redact import plain
 from jobs import log
 
@@ -46,6 +48,15 @@ def say(text: str) -> None:
         log.line(text)
         return
     console.print(plain(text), markup=False)
+
+
+class Notes(logging.Handler):
+    """Prints events and warnings as lines for people, until there is a terminal handler for all kinds of them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        shown = event_of(record) is not None or record.levelno >= logging.WARNING
+        if shown and not log.is_json():
+            console.print(plain(record.getMessage()), markup=False)
 
 
 class Steps:
