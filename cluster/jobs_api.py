@@ -102,17 +102,17 @@ class Client(JobSubmissionClient):
 
 
 def patiently(work: Callable[[], T]) -> T:
-    """What `work` returns; it is called again while the job server fails, for up to PATIENCE_SECONDS."""
+    """What `work` returns; it is called again while the job server fails or is away, for up to PATIENCE_SECONDS."""
     deadline, failures = time.monotonic() + PATIENCE_SECONDS, 0
     while True:
         try:
             return work()
-        except Failing as error:
+        except ClusterUnavailable as error:
             if time.monotonic() > deadline:
                 raise
             failures += 1
             if failures == 2:  # one alone is over by now
-                note(f"{error}; trying again for {PATIENCE_SECONDS:.0f} s")
+                note(f"{error}; the same is tried again for {PATIENCE_SECONDS:.0f} s")
             time.sleep(min(10.0, 0.5 * failures))
 
 
