@@ -17,7 +17,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from calibprune.events import event_of
 from calibprune.redact import plain
 from jobs import log
 
@@ -54,7 +53,7 @@ class Notes(logging.Handler):
     """Prints events and warnings as lines for people, until there is a terminal handler for all kinds of them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        shown = event_of(record) is not None or record.levelno >= logging.WARNING
+        shown = hasattr(record, "event") or record.levelno >= logging.WARNING
         if shown and not log.is_json():
             console.print(plain(record.getMessage()), markup=False)
 

@@ -67,7 +67,7 @@ class Head:
 
 @contextmanager
 def head_with_token(cpus: int = 2) -> Iterator[Head]:
-    """Raises RuntimeError with Ray's own words where it does not come up. Gone afterwards, and nobody else's Ray is."""
+    """Raises RuntimeError with Ray's own words where it does not come up. Others on the machine go on afterwards."""
     head, process = _start(cpus, tries=3)
     try:
         yield head
@@ -76,7 +76,7 @@ def head_with_token(cpus: int = 2) -> Iterator[Head]:
 
 
 def _start(cpus: int, tries: int) -> tuple[Head, subprocess.Popen]:
-    """Again with other ports, for Ray has no way to hold those that it is told."""
+    """Retries with other ports, because Ray cannot reserve those that it is given."""
     folder = Path(tempfile.mkdtemp(prefix="head-"))
     port, dashboard, agent, client = free_ports(4)
     head = Head(folder, port, dashboard, agent, secrets.token_hex(32))

@@ -293,7 +293,7 @@ def test_importing_changes_no_log_level():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_a_token_or_with_a_wrong_one_it_is_said_what_to_set(head, tmp_path):
+def test_without_a_token_or_with_a_wrong_one_the_error_says_what_to_set(head, tmp_path):
     nobody = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}
     refused = command(head, HERE, "jobs", "--address", head.address, **nobody)
     assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
@@ -302,7 +302,7 @@ def test_without_a_token_or_with_a_wrong_one_it_is_said_what_to_set(head, tmp_pa
         Client(head.address, headers={"Authorization": f"Bearer {'x' * 64}"})
 
 
-def test_an_address_that_is_no_job_server_is_told_in_one_line(head, monkeypatch):
+def test_an_address_that_is_no_job_server_is_refused_in_one_line(head, monkeypatch):
     (nobody,) = free_ports(1)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # so that what is set below goes afterwards
     for address, told in (
@@ -318,7 +318,7 @@ def test_an_address_that_is_no_job_server_is_told_in_one_line(head, monkeypatch)
         assert "\n" not in str(refused.value)
 
 
-def test_a_bad_configuration_is_told_before_the_cluster_is_asked(capsys, tmp_path):
+def test_a_bad_configuration_is_refused_before_the_cluster_is_asked(capsys, tmp_path):
     path = write_config(tmp_path, tmp_path, tmp_path)
     for override, told in (
         ("prune.sparsty=0.5", "did you mean sparsity?"),
@@ -433,7 +433,9 @@ def test_a_stopped_job_resumes_at_once_under_the_next_name(head, slow_config):
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_is_told_and_its_lease_is_not_in_the_way(head, slow_config):
+def test_a_driver_that_is_killed_shows_in_the_exit_code_and_its_lease_is_not_in_the_way(
+    head, slow_config
+):
     output = slow_config.parent / "killed"
     line = ("submit", slow_config, f"output={output}", "--address", head.address)
     with ThreadPoolExecutor() as beside:

@@ -159,7 +159,7 @@ def in_own_process(code: str, folder, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "wandb", "trackio"])
-def test_a_library_that_is_not_installed_is_told_before_any_work(
+def test_a_library_that_is_not_installed_is_refused_before_any_work(
     tmp_path, monkeypatch, capsys, kind
 ):
     monkeypatch.setitem(sys.modules, kind, None)
