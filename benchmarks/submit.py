@@ -84,7 +84,7 @@ def main() -> None:
         config = write_config(folder)
         client = head.client()
         warm = client.submit_job(entrypoint=f"cd {Path.cwd()} && python -c 'import jobs.pipeline'")
-        follow(client, warm, lambda _: None, print)
+        follow(client, warm, print)
         pairs = []
         for repeat in range(options.repeats):
             job = submitted(head, config, folder / f"job-{repeat}")

@@ -24,3 +24,7 @@ class LeaseExpired(RuntimeError):
 
 class StoreUnavailable(OSError):
     """A store kept failing in ways that pass: nobody's input is to blame, the same command may do later."""
+
+
+class ClusterUnavailable(OSError):
+    """A cluster's job server does not answer, or says that it cannot for now: the same command may do later."""

@@ -1,28 +1,31 @@
 """A finished stage copied to where others look for it: a bucket, a folder, or a repository of the Hugging Face hub.
 
-Of generate, curate and evaluate the files that the manifest stands for, then the manifest, then `_SUCCESS`. Of prune
-the checkpoint's files only, at the top of the target, the index last: that is a model folder, and who loads one looks
-for nothing else. Of report the page and its JSON. Plans, done records and what lost a race stay behind.
+What travels are the committed files and what lies beside them, verified, and the closing files last: readers take data
+for complete when those are there. Plans, done records and the files of attempts that lost a race stay behind.
 """
 
+import contextlib
+import io
 import posixpath
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from calibprune import storage
-from calibprune.checkpoint import INDEX
 from calibprune.errors import CorruptionError, UserError
+from calibprune.events import note
 from calibprune.retry import retrying
-from calibprune.stage import Stage
+from calibprune.stage import Record, Stage
 
-STAGES = ("generate", "curate", "prune", "evaluate", "report")
 BATCH_FILES, BATCH_BYTES = 50, 1 << 30
+"""Most files, and bytes of more than one file, that are in memory at a time on the way to a folder or bucket."""
+COMMIT_FILES = 100
+"""Most files of a commit, as the hub recommends; a folder full of files is then within the commits of an hour."""
 HUB_FOLDER_ENTRIES = 10_000
-HUB_COMMITS_AN_HOUR = 128
+READ_BYTES = 1 << 20
+"""Read ahead of each file that is on its way from a bucket to the hub."""
 _DATA = (".parquet", ".safetensors")
 _CARD = b"---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n---\n"
 
@@ -45,52 +48,60 @@ class Outcome(NamedTuple):
 
 
 def publish(
-    run_url: str, stage: str, target: str, tell: Callable[[str], None] = lambda line: None
+    stage_url: str,
+    target: str,
+    *,
+    folder: str = "",
+    closing: Sequence[str] = ("manifest.json", "_SUCCESS"),
+    recorded: bool = True,
+    card: bool = False,
 ) -> Outcome:
-    """Copies a finished stage of a run; may be called again after a crash: what is there already is passed over.
+    """Copies a finished stage; may be called again after a crash, and passes over what is there already.
 
-    Memory is bounded by a batch: 50 files or 1 GiB, or one larger file. Raises UserError when the stage is not
-    finished, when the target holds another stage's data, or access is denied; CorruptionError for damaged data.
+    folder:   only the files below this folder of the stage are published, at the top of the target
+    closing:  files that must be there, paths relative to `folder`; they are written last, in this order
+    recorded: the stage has done records, which vouch for its files; False for a folder of plain files
+    card:     a repository of the hub that has no README.md gets one that names the parquet files in data/
+
+    Raises UserError when the stage is not finished, when the target holds other data, or access is denied;
+    CorruptionError for damaged data.
     """
-    body, last = listing(run_url, stage)
+    stage_url, target = stage_url.rstrip("/"), target.rstrip("/")
+    body, last = listing(stage_url, folder, closing, recorded)
     if target.startswith("hf://"):
-        return _to_hub(body, last, target.rstrip("/"), stage, tell)
-    return _to_folder(body, last, target.rstrip("/"), tell)
+        name = stage_url.rsplit("/", 1)[-1]
+        return _to_hub(body, last, target, name, card)
+    return _to_folder(body, last, target)
 
 
-def listing(run_url: str, stage_name: str) -> tuple[list[Item], list[Item]]:
-    """What is to be published of a stage: the files in any order, then those that must come last, in order."""
-    if stage_name not in STAGES:
-        raise UserError(f"there is no stage {stage_name}: it is one of {', '.join(STAGES)}")
-    url = storage.join(run_url, stage_name)
-    sizes = storage.tree(url)
-    _check_no_links(url, sizes)
-    if stage_name == "report":
-        if "report.json" not in sizes:
-            raise UserError(f"{url} is not finished: run the stage report first")
-        recorded, closing = {}, ["index.html"]
-    else:
-        records = Stage(url).records()
-        recorded = {record.file: record for record in records if record.file}
-        closing = ["manifest.json", "_SUCCESS"]
-    lost = _lost_races(recorded, sizes)
-    folder = ""
-    if stage_name == "prune":
-        folder, closing = "checkpoint/", [f"checkpoint/{INDEX}"]
-    body = []
-    for path in sorted(sizes.keys() | recorded.keys()):
-        hidden = any(part.startswith(("_", ".")) for part in path.split("/"))
-        if path.startswith(folder) and not hidden and path not in lost and path not in closing:
-            record = recorded.get(path)
-            size, digest = (record.bytes, record.sha256) if record else (sizes[path], None)
-            name = path.removeprefix(folder)
-            body.append(Item(storage.join(url, path), name, size, digest))
-    last = [
-        Item(storage.join(url, path), path.removeprefix(folder), sizes[path])
-        for path in closing
-        if path in sizes
-    ]
-    return body, last
+def listing(
+    stage_url: str, folder: str, closing: Sequence[str], recorded: bool
+) -> tuple[list[Item], list[Item]]:
+    """What is to be published of a stage: the files in any order, then the closing files in theirs."""
+    records = Stage(stage_url).records() if recorded else []
+    named = {record.file: record for record in records if record.file}
+    sizes = storage.tree(stage_url)
+    _check_no_links(stage_url, sizes)
+    _check_sizes(stage_url, named, sizes)
+    prefix = f"{folder}/" if folder else ""
+    lost = _lost_races(named, sizes)
+    last = [f"{prefix}{path}" for path in closing]
+    if missing := [path for path in last if path not in sizes]:
+        name = stage_url.rsplit("/", 1)[-1]
+        raise UserError(
+            f"{stage_url} is not finished: {missing[0]} is not there; run the stage {name} first"
+        )
+
+    def item(path: str) -> Item:
+        digest = named[path].sha256 if path in named else None
+        return Item(storage.join(stage_url, path), path.removeprefix(prefix), sizes[path], digest)
+
+    def hidden(path: str) -> bool:
+        return any(part.startswith(("_", ".")) for part in path.split("/"))
+
+    kept = (path for path in sorted(sizes) if path.startswith(prefix) and not hidden(path))
+    body = [item(path) for path in kept if path not in lost and path not in last]
+    return body, [item(path) for path in last]
 
 
 def _check_no_links(url: str, paths: Iterable[str]) -> None:
@@ -104,24 +115,38 @@ def _check_no_links(url: str, paths: Iterable[str]) -> None:
                 )
 
 
-def batches(
-    items: Sequence[Item], most_files: int = BATCH_FILES, most_bytes: int = BATCH_BYTES
-) -> list[list[Item]]:
-    """Cuts a list into runs of at most that many files and bytes; a larger file is a run of its own."""
-    cut: list[list[Item]] = []
-    held = 0
-    for item in items:
-        if not cut or len(cut[-1]) == most_files or held + item.bytes > most_bytes:
-            cut.append([])
-            held = 0
-        cut[-1].append(item)
-        held += item.bytes
-    return cut
+def _check_sizes(url: str, named: Mapping[str, Record], sizes: Mapping[str, int]) -> None:
+    for path, record in named.items():
+        if path not in sizes:
+            raise CorruptionError(f"{storage.join(url, path)} is missing, though it was committed")
+        if sizes[path] != record.bytes:
+            raise CorruptionError(
+                f"{storage.join(url, path)} is damaged: it has {sizes[path]} bytes, not the recorded {record.bytes}"
+            )
 
 
-def seconds_between_commits(commits: int) -> float:
-    """The pause that keeps a long row of commits within what the hub takes an hour; none for a short row."""
-    return 0.0 if commits <= HUB_COMMITS_AN_HOUR // 2 else 3600 / HUB_COMMITS_AN_HOUR * 1.1
+def _lost_races(recorded: Iterable[str], present: Iterable[str]) -> set[str]:
+    """Data files beside committed ones of the same kind that no record names."""
+    named = set(recorded)
+    kinds = {_kind(path) for path in named}
+    return {path for path in present if path not in named and _kind(path) in kinds}
+
+
+def _kind(path: str) -> tuple[str, str]:
+    """Folder and extension: a reader takes files that share both together."""
+    return posixpath.dirname(path), posixpath.splitext(path)[1]
+
+
+def check_nothing_else(items: Iterable[Item], present: Iterable[str], target: str) -> None:
+    """Raises UserError where data of something else lies beside what is published: a reader would take both."""
+    ours = {item.path for item in items}
+    kinds = {_kind(path) for path in ours}
+    for path in present:
+        if path not in ours and _kind(path) in kinds and path.endswith(_DATA):
+            raise UserError(
+                f"{target} holds {path}, which is not of this stage, and would be read with it: choose another "
+                f"target, or remove it there"
+            )
 
 
 def check_folders(paths: Iterable[str], most: int = HUB_FOLDER_ENTRIES) -> None:
@@ -139,58 +164,46 @@ def check_folders(paths: Iterable[str], most: int = HUB_FOLDER_ENTRIES) -> None:
             )
 
 
-def check_nothing_else(items: Iterable[Item], present: Iterable[str], target: str) -> None:
-    """Raises UserError where data of something else lies beside what is published: a reader would take both."""
-    ours = {item.path for item in items}
-    kinds = {(posixpath.dirname(path), posixpath.splitext(path)[1]) for path in ours}
-    for path in present:
-        kind = (posixpath.dirname(path), posixpath.splitext(path)[1])
-        if path not in ours and kind in kinds and kind[1] in _DATA:
-            raise UserError(
-                f"{target} holds {path}, which is not of this stage, and would be read with it: choose another "
-                f"target, or remove it there"
-            )
+def batches(items: Sequence[Item], most_files: int, most_bytes: float) -> list[list[Item]]:
+    """Cuts a list into runs of at most that many files and bytes; a larger file is a run of its own."""
+    cut: list[list[Item]] = []
+    held = 0
+    for item in items:
+        if not cut or len(cut[-1]) == most_files or held + item.bytes > most_bytes:
+            cut.append([])
+            held = 0
+        cut[-1].append(item)
+        held += item.bytes
+    return cut
 
 
-def _lost_races(recorded: Iterable[str], present: Iterable[str]) -> set[str]:
-    """Data files beside committed ones of the same kind that no record names."""
-    named = set(recorded)
-    kinds = {(posixpath.dirname(path), posixpath.splitext(path)[1]) for path in named}
-    return {
-        path
-        for path in present
-        if path not in named and (posixpath.dirname(path), posixpath.splitext(path)[1]) in kinds
-    }
+def _check_hash(item: Item, digest: str) -> None:
+    if item.sha256 is not None and digest != item.sha256:
+        raise CorruptionError(
+            f"{item.source} is damaged: its sha256 is not the recorded {item.sha256}"
+        )
 
 
 def _read(batch: Sequence[Item]) -> list[bytes]:
     """The verified contents of a batch."""
-    try:
-        contents = storage.read_many([item.source for item in batch])
-    except FileNotFoundError as error:
-        raise CorruptionError(f"{error}, though it was committed") from None
+    contents = storage.read_many([item.source for item in batch])
     for item, data in zip(batch, contents, strict=True):
-        if item.sha256 is not None and storage.sha256(data) != item.sha256:
-            raise CorruptionError(
-                f"{item.source} is damaged: its sha256 is not the recorded {item.sha256}"
-            )
+        _check_hash(item, storage.sha256(data))
     return contents
 
 
-def _to_folder(
-    body: list[Item], last: list[Item], target: str, tell: Callable[[str], None]
-) -> Outcome:
+def _to_folder(body: list[Item], last: list[Item], target: str) -> Outcome:
     present = storage.tree(target)
     check_nothing_else(body, present, target)
     storage.check_writable(target)
     missing = [item for item in body if not _is_there(item, target, present)]
     copied = 0
     with ThreadPoolExecutor(8) as pool:
-        for batch in batches(missing):
+        for batch in batches(missing, BATCH_FILES, BATCH_BYTES):
             urls = [storage.join(target, item.path) for item in batch]
             list(pool.map(storage.write, urls, _read(batch)))
             copied += len(batch)
-            tell(f"{copied} of {len(missing)} files")
+            note(f"publish: {copied} of {len(missing)} files")
     arrived = storage.tree(target)
     for item in body:
         if arrived.get(item.path) != item.bytes:
@@ -215,9 +228,7 @@ def _is_there(item: Item, target: str, present: Mapping[str, int]) -> bool:
     return storage.sha256(storage.read_bytes(storage.join(target, item.path))) == expected
 
 
-def _to_hub(
-    body: list[Item], last: list[Item], target: str, stage: str, tell: Callable[[str], None]
-) -> Outcome:
+def _to_hub(body: list[Item], last: list[Item], target: str, stage: str, card: bool) -> Outcome:
     """A few commits, the closing files in the last one, since a commit appears as a whole."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import (
@@ -238,7 +249,7 @@ def _to_hub(
             f"{target} is a {repository.type}: publish to a model or dataset repository"
         )
     api, folder = HfApi(), repository.path_in_repo
-    where = {
+    where: dict[str, Any] = {
         "repo_id": repository.id,
         "repo_type": repository.type,
         "revision": repository.revision,
@@ -269,29 +280,38 @@ def _to_hub(
         stored = entry.lfs.sha256 if entry and entry.lfs else None
         return stored is not None and stored == item.sha256
 
-    def commit(files: Mapping[str, bytes], title: str) -> None:
+    def commit(items: Sequence[Item], title: str, more: Sequence[CommitOperationAdd] = ()) -> None:
         def send() -> None:
-            added = [
-                CommitOperationAdd(posixpath.join(folder, path), data)
-                for path, data in files.items()
-            ]
-            api.create_commit(**where, operations=added, commit_message=title)
+            with contextlib.ExitStack() as files:
+                added = [
+                    CommitOperationAdd(posixpath.join(folder, item.path), _content(item, files))
+                    for item in items
+                ]
+                api.preupload_lfs_files(**where, additions=added)  # hashes large files on the way
+                for item, operation in zip(items, added, strict=True):
+                    _check_hash(item, operation.upload_info.sha256.hex())
+                api.create_commit(**where, operations=[*added, *more], commit_message=title)
 
         retrying(target, "write", send)
 
     missing = [item for item in body if not is_there(item)]
-    cut = batches(missing)
-    pause = seconds_between_commits(len(cut) + 1)
-    for number, batch in enumerate(cut):
-        files = dict(zip((item.path for item in batch), _read(batch), strict=True))
-        commit(files, f"calibprune: {stage}, part {number + 1} of {len(cut)}")
-        tell(f"commit {number + 1} of {len(cut) + 1}")
-        time.sleep(pause)
-    closing = dict(zip((item.path for item in last), _read(last), strict=True))
-    if stage in ("generate", "curate") and not folder and "README.md" not in present:
-        closing["README.md"] = _CARD  # else the hub's loaders would guess among parquet and JSON
-    commit(closing, f"calibprune: {stage}, complete")
+    cut = batches(missing, COMMIT_FILES, float("inf"))
+    for number, batch in enumerate(cut, 1):
+        commit(batch, f"calibprune: {stage}, part {number} of {len(cut)}")
+        note(f"publish: commit {number} of {len(cut) + 1}")
+    readme = card and not folder and "README.md" not in present
+    cards = [CommitOperationAdd("README.md", _CARD)] if readme else []
+    commit(last, f"calibprune: {stage}, complete", cards)
     return _outcome(missing, body, last)
+
+
+def _content(item: Item, files: contextlib.ExitStack) -> str | io.BufferedReader:
+    """What the hub's library reads a file from, piece by piece: a local path, or a file opened where it lies."""
+    filesystem, path = storage.resolve(item.source)
+    if storage.is_local(item.source):
+        return path
+    opened: Any = filesystem.open(path, "rb", block_size=READ_BYTES)
+    return files.enter_context(io.BufferedReader(opened))
 
 
 def _outcome(copied: Sequence[Item], body: Sequence[Item], last: Sequence[Item]) -> Outcome:

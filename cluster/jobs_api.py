@@ -1,100 +1,147 @@
-"""Ray's job server as seen from outside the cluster: how to reach it, to follow a log, to learn the true exit code."""
+"""Ray's job server as seen from outside the cluster: how to reach it, follow a job's log, learn the true exit code."""
 
-import asyncio
 import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from calibprune.errors import UserError
+from calibprune.errors import ClusterUnavailable, UserError
+from calibprune.events import note
 from calibprune.redact import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 120.0
 SENDING_SECONDS = 900.0
-LOOK_SECONDS = 1.0
-"""Of silence, after which it is asked whether the job has ended."""
-SILENT_SECONDS = 60.0
-"""After which the log is asked for anew: a connection that is lost without a word looks like a job that is silent."""
+"""Longest time that a package may take to go over a slow line."""
+POLL_SECONDS, SILENT_SECONDS = 2.0, 10.0
+"""Pause between two looks at a job, and at the log of one that has long been silent."""
+READING_SHARE = 0.1
+"""Largest share of the time that is spent on reading a log."""
 PATIENCE_SECONDS = 900.0
-"""For which a job is followed though its cluster does not answer."""
-LOG_TRIES = 5
+"""How long a command goes on while the job server fails or cannot be reached."""
+LOG_SECONDS = 120.0
+"""How long the rest of an ended job's log is asked for: it may be gone together with its node."""
 ENVIRONMENT = "RAY_API_SERVER_ADDRESS"
-for _module in ("dashboard_sdk", "job.sdk"):
-    logging.getLogger(f"ray.dashboard.modules.{_module}").setLevel(logging.WARNING)
 STOPPED, UNKNOWN = 143, 1
 """Exit codes where Ray knows none: that of a process that SIGTERM ended, and that of a failure."""
-
-
+_TOKEN = "by RAY_AUTH_TOKEN, by a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
 T = TypeVar("T")
 
 
-class Unreachable(UserError):
-    """The cluster does not answer."""
+class Unreachable(ClusterUnavailable):
+    """Nothing answers at the address of the job server."""
 
 
-class Failing(Unreachable):
-    """What answers there says that it cannot for now: a proxy whose cluster is on its way, a busy head."""
+class Failing(ClusterUnavailable):
+    """The job server, or a proxy in front of it, answers that it cannot for now."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Client(JobSubmissionClient):
-    """Ray's own client, with time limits, and with errors in one line."""
+    """Ray's own client with time limits, and with an error class for each kind of failure.
+
+    Its methods raise UserError for what the caller can mend (a token, a bad request), else ClusterUnavailable.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        for module in ("dashboard_sdk", "job.sdk"):  # they report every upload
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        super().__init__(*arguments, **named)
 
     def _do_request(self, method: str, endpoint: str, **more: Any) -> requests.Response:
-        # until a request is sent the first limit counts, and a package may go over a slow line
+        """The one private name of Ray that is used here: every request of the client goes through it."""
+        # requests applies the first limit until the request is sent, its body included
         limits = (SENDING_SECONDS if more.get("data") else CONNECT_SECONDS, ANSWER_SECONDS)
         try:
-            answer = super()._do_request(method, endpoint, timeout=limits, **more)
-        except AuthenticationError as error:
-            raise UserError(_about_token(self._address, error)) from None
+            return super()._do_request(
+                method, endpoint, timeout=limits, hooks={"response": self._check}, **more
+            )
         except requests.exceptions.RequestException as error:
-            raise Unreachable(_about_reaching(self._address, error)) from None
-        # Ray itself answers 500 to a job that it refuses
-        if answer.status_code in (502, 503, 504) or (answer.status_code, method) == (500, "GET"):
-            raise Failing(f"the job server at {self._address} answers {answer.status_code}")
-        return answer
+            raise Unreachable(
+                f"cannot reach the job server at {self.get_address()}: {_cause(error)}"
+            ) from None
+
+    def _check(self, answer: requests.Response, **_: object) -> None:
+        """Raises for the statuses of failure; Ray's client makes texts of them."""
+        status, address = answer.status_code, self.get_address()
+        if status == 401:
+            raise UserError(
+                f"{address} wants a token: set RAY_AUTH_MODE=token, and give the cluster's token {_TOKEN}"
+            )
+        if status == 403:
+            raise UserError(f"{address} refuses the token: give the cluster's own {_TOKEN}")
+        asked = answer.request.path_url
+        if status < 400 or (status == 404 and "/api/jobs/" not in asked):  # not there: no failure
+            return
+        told = f"the job server at {address} answers {status}{_last_line(answer)}"
+        if status in (404, 408, 425, 429) or status >= 500:
+            raise Failing(told, status)
+        raise UserError(f"{told}, to {answer.request.method} {asked}")
+
+    def job(self, submission_id: str) -> JobDetails:
+        """What Ray knows of a job. Raises UserError where it knows none of that name."""
+        try:
+            return self.get_job_info(submission_id)
+        except Failing as error:
+            # a proxy whose cluster is away says "not found" too; only Ray itself answers with a list
+            if error.status != 404 or any(
+                job.submission_id == submission_id for job in self.list_jobs()
+            ):
+                raise
+        raise UserError(
+            f"the cluster knows no job {submission_id}: if it was restarted, submitting again resumes the run"
+        )
 
 
-def patiently(work: Callable[[], T], notice: Callable[[str], None]) -> T:
-    """What `work` returns, done again while the job server is failing, for PATIENCE_SECONDS. Raises as it does."""
-    deadline, tries = time.monotonic() + PATIENCE_SECONDS, 0
+def patiently(work: Callable[[], T]) -> T:
+    """What `work` returns; it is called again while the job server fails or is away, for up to PATIENCE_SECONDS."""
+    deadline, failures = time.monotonic() + PATIENCE_SECONDS, 0
     while True:
         try:
             return work()
-        except Failing as error:
+        except ClusterUnavailable as error:
             if time.monotonic() > deadline:
                 raise
-            if tries == 0:
-                notice(f"{error}, trying again for {PATIENCE_SECONDS:.0f} s")
-        tries += 1
-        time.sleep(min(10.0, 0.5 * tries))
+            failures += 1
+            if failures == 2:  # one alone is over by now
+                note(f"{error}; the same is tried again for {PATIENCE_SECONDS:.0f} s")
+            time.sleep(min(10.0, 0.5 * failures))
 
 
 def reach(address: str | None) -> Client:
     """The job server at an address such as http://head:8265; None: the one that the environment names, as Ray has it.
 
-    Raises UserError, saying what to do, when there is none, it is not one, or it wants a token.
+    Raises UserError with what to do where there is none, it is not one, or it wants a token; Failing as it comes.
     """
     named = address or os.environ.get(ENVIRONMENT) or os.environ.get("RAY_ADDRESS")
     if not named:
         raise UserError(
-            f"which cluster? --address http://HEAD:8265, Ray's dashboard, or {ENVIRONMENT} in the environment"
+            f"no cluster is named: give --address http://HEAD:8265, Ray's dashboard, or set {ENVIRONMENT}"
         )
     if (address or os.environ.get(ENVIRONMENT)) and "://" not in named and named != "auto":
         named = f"http://{named}"
-    os.environ[ENVIRONMENT] = named  # Ray lets the environment go before what it is told
+    os.environ[ENVIRONMENT] = named  # Ray prefers the environment to what it is given
     try:
         return Client(named)
-    except UserError:
+    except Failing:
         raise
-    except AuthenticationError as error:
-        raise UserError(_about_token(named, error)) from None
+    except Unreachable as error:
+        raise UserError(
+            f"{error}; it is Ray's dashboard, as in http://HEAD:8265, not the port that nodes join at (6379), and "
+            f"from outside the cluster it may need a tunnel, such as `ssh -L 8265:localhost:8265 HEAD`"
+        ) from None
+    except AuthenticationError:
+        raise UserError(
+            f"RAY_AUTH_MODE is token, but no token was found: give that of {named} {_TOKEN}"
+        ) from None
     except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
         reason = one_line(error, 150)
         raise UserError(
@@ -102,111 +149,67 @@ def reach(address: str | None) -> Client:
         ) from None
 
 
-def follow(
-    client: Client,
-    submission_id: str,
-    show: Callable[[str], None],
-    notice: Callable[[str], None],
-) -> JobDetails:
-    """Shows a job's log from its beginning, as it grows, until the job has ended; returns what Ray knows of it then.
+def follow(client: Client, submission_id: str, show: Callable[[str], object]) -> JobDetails:
+    """Hands a job's log to `show`, piece by piece from its beginning, until the job has ended; returns the ended job.
 
-    A connection that breaks is made anew, and nothing is shown twice. `show` gets pieces of text, `notice` a line now
-    and then. Raises Unreachable when the cluster is not heard of for long, UserError when it does not know the job.
+    Ray's server sends a log only as a whole. So it is read every 2 s while it grows and every 10 s while it does not,
+    and less often where it is long: at most a tenth of the time goes into reading. A log of 1 MB that grows all the
+    time costs 0.5 MB a second; one that takes 3 s to read is read every 30 s. Whether the job has ended is asked every
+    2 s, which costs little.
+
+    A lost connection loses and repeats nothing. Raises ClusterUnavailable when the cluster stays away for
+    PATIENCE_SECONDS, and UserError when it does not know the job.
     """
-    return asyncio.run(_follow(client, submission_id, show, notice))
-
-
-async def _follow(
-    client: Client, submission_id: str, show: Callable[[str], None], notice: Callable[[str], None]
-) -> JobDetails:
-    shown, broken, heard_at = 0, 0, time.monotonic()
+    log, ended = _Log(client, submission_id), None
+    failures, heard_at = 0, time.monotonic()
     while True:
-        at, pieces = 0, _pieces(client, submission_id)
-        while True:
-            try:
-                text = await anext(pieces, None)
-            except (Unreachable, RuntimeError, aiohttp.ClientError, OSError):
-                text, broken = None, broken + 1
-            if text is None:
-                break
-            at += len(text)
-            if at > shown:
-                show(text[shown - at :])  # whose own errors are not the connection's
-                shown, broken = at, 0
         try:
-            job = describe(client, submission_id)
-            heard_at = time.monotonic()
-            if job.status.is_terminal():
-                show(await _whole_log(client, submission_id, shown))
-                return job
-        except Unreachable as error:
-            broken += 1
-            if time.monotonic() - heard_at > PATIENCE_SECONDS:
-                raise Unreachable(
+            if ended is None:
+                job = client.job(submission_id)
+                heard_at = time.monotonic()
+                ended = job if job.status.is_terminal() else None
+            if (ended or time.monotonic() >= log.due) and (text := log.news()):
+                show(text)
+            if ended:
+                return ended
+            failures = 0
+        except ClusterUnavailable as error:
+            failures += 1
+            away = time.monotonic() - heard_at
+            if ended and away > LOG_SECONDS:
+                note(f"the end of the log is missing: {error}")
+                return ended
+            if away > PATIENCE_SECONDS:
+                raise ClusterUnavailable(
                     f"{error}; the job goes on without being followed, if its cluster does"
                 ) from None
-        if broken == 1:
-            notice("the connection to the log is lost, making it anew")
-        await asyncio.sleep(min(10.0, 0.5 + broken))
+            if failures == 1:
+                note(f"{error}; the log goes on when it answers")
+        time.sleep(min(SILENT_SECONDS, POLL_SECONDS * max(1, failures)))
 
 
-async def _whole_log(client: Client, submission_id: str, start: int) -> str:
-    """An ended job's log from there on; nothing where it is gone with its node."""
-    for _ in range(LOG_TRIES):
-        try:
-            return client.get_job_logs(submission_id)[start:]
-        except Unreachable:
-            await asyncio.sleep(1.0)
-        except RuntimeError:
-            break
-    return ""
+class _Log:
+    """A job's log, of which Ray sends the whole each time."""
 
+    def __init__(self, client: Client, submission_id: str) -> None:
+        self._client, self._id = client, submission_id
+        self._shown, self._pause = 0, POLL_SECONDS
+        self.due = 0.0
+        """When to read it again, by the monotonic clock."""
 
-async def _pieces(client: Client, submission_id: str) -> AsyncIterator[str]:
-    """The log from its beginning until the job has ended, or there has been nothing for long.
-
-    Ray itself closes it some seconds after the end; whoever asks for the job meanwhile knows sooner.
-    """
-    stream: Any = client.tail_job_logs(submission_id)
-
-    async def following() -> str | None:
-        return await anext(stream, None)
-
-    piece, heard_at = asyncio.create_task(following()), time.monotonic()
-    try:
-        while time.monotonic() - heard_at < SILENT_SECONDS:
-            if (await asyncio.wait([piece], timeout=LOOK_SECONDS))[0]:
-                text = piece.result()
-                if text is None:
-                    return
-                yield text
-                piece, heard_at = asyncio.create_task(following()), time.monotonic()
-            elif describe(client, submission_id).status.is_terminal():
-                return
-    finally:
-        piece.cancel()
-        await asyncio.wait([piece])
-        await stream.aclose()
-
-
-def describe(client: Client, submission_id: str) -> JobDetails:
-    """What Ray knows of a job. Raises UserError when it knows none of that name, Unreachable when not Ray answers."""
-    try:
-        return client.get_job_info(submission_id)
-    except RuntimeError as error:
-        if "status code 404" not in str(error):
-            raise
-        if f"{submission_id} does not exist" not in str(error):
-            raise Failing(
-                f"no answer of Ray's about job {submission_id}: {one_line(error, 150)}"
-            ) from None
-        raise UserError(
-            f"the cluster knows no job {submission_id}: was it started anew? Submitting again resumes the run"
-        ) from None
+    def news(self) -> str:
+        """What was added since the last call."""
+        begun = time.monotonic()
+        text = self._client.get_job_logs(self._id)
+        ended = time.monotonic()
+        news, self._shown = text[self._shown :], max(self._shown, len(text))
+        self._pause = POLL_SECONDS if news else min(SILENT_SECONDS, 1.5 * self._pause)
+        self.due = ended + max(self._pause, (ended - begun) / READING_SHARE)
+        return news
 
 
 def exit_code(job: JobDetails) -> int:
-    """Of the driver, as a shell would tell it; Ray's own commands tell 1 of all failures and 0 of a stopped job."""
+    """The driver's exit code as a shell has it; Ray's own commands have 1 for all failures and 0 for a stopped job."""
     if job.status == JobStatus.SUCCEEDED:
         return 0
     if job.status == JobStatus.STOPPED:
@@ -215,39 +218,20 @@ def exit_code(job: JobDetails) -> int:
     return 128 - code if code < 0 else code
 
 
-def already_used(error: RuntimeError) -> bool:
-    """Whether a job was refused because there is one of that name."""
-    return re.search(r"submission_id \S+ already exists", str(error)) is not None
+def _last_line(answer: requests.Response) -> str:
+    """The last line of Ray's answer, in parentheses: the error where it sends a traceback."""
+    if "text/plain" not in answer.headers.get("Content-Type", ""):
+        return ""
+    lines = [line for line in answer.text.splitlines() if re.search(r"\w", line)]
+    return f" ({one_line(lines[-1], 200)})" if lines else ""
 
 
-def _about_token(address: str, error: AuthenticationError) -> str:
-    if "Authentication failed" in str(error):
-        return (
-            f"{address} refuses the token: put the cluster's own into RAY_AUTH_TOKEN, a file named by "
-            f"RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
-        )
-    return (
-        f"{address} wants a token: set RAY_AUTH_MODE=token, and give the cluster's token by RAY_AUTH_TOKEN, by a file "
-        f"named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
-    )
-
-
-def _about_reaching(address: str, error: requests.exceptions.RequestException) -> str:
-    if isinstance(error, requests.exceptions.ReadTimeout):
-        reason = f"no answer within {ANSWER_SECONDS:.0f} s"
-    elif isinstance(error, requests.exceptions.ConnectTimeout):
-        reason = f"no answer within {CONNECT_SECONDS:.0f} s"
-    else:
-        reason = _first_cause(error)
-    return (
-        f"cannot reach the job server at {address}: {reason}; it is Ray's dashboard, as in http://HEAD:8265, not the "
-        f"port that nodes join at (6379), and from outside the cluster it may need a tunnel, such as "
-        f"`ssh -L 8265:localhost:8265 HEAD`"
-    )
-
-
-def _first_cause(error: BaseException) -> str:
+def _cause(error: requests.exceptions.RequestException) -> str:
     """What the system said, from beneath what libraries made of it."""
+    if isinstance(error, requests.exceptions.ReadTimeout):
+        return f"no answer within {ANSWER_SECONDS:.0f} s"
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return f"no answer within {CONNECT_SECONDS:.0f} s"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -176,7 +176,7 @@ def submit(
 @app.command("jobs")
 def list_jobs(address: Address = None) -> None:
     """The jobs of calibprune on a Ray cluster: id, state, exit code, age, output."""
-    from jobs.submit import list_jobs as lines_of_jobs
+    from jobs.submitted import list_jobs as lines_of_jobs
 
     for line in lines_of_jobs(address):
         print(plain(line))
@@ -187,7 +187,7 @@ def stop_job(
     job: Annotated[str, typer.Argument(metavar="ID_OR_RUN_URL")], address: Address = None
 ) -> None:
     """Stop a job of calibprune, by its id or by the URL of its run, and say how to resume it."""
-    from jobs.submit import stop
+    from jobs.submitted import stop
 
     print(plain(stop(job, address)))
 
@@ -214,11 +214,14 @@ def publish(
     ],
 ) -> None:
     """Copy a finished stage, verified, to a folder, a bucket or the Hugging Face hub; of prune, the checkpoint."""
-    from calibprune.events import note
+    from calibprune import storage
     from calibprune.publish import publish as publish_stage
     from calibprune.retry import shown
+    from jobs.stages import module
 
-    done = publish_stage(run_url, stage, target, lambda line: note(f"publish: {line}"))
+    if stage not in COMMANDS:
+        raise UserError(f"there is no stage {stage}: it is one of {', '.join(COMMANDS)}")
+    done = publish_stage(storage.join(run_url, stage), target, **module(stage).PUBLISHED)
     print(
         f"{shown(target)}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
     )

@@ -27,7 +27,7 @@ from jobs.run import Run
 from jobs.stages import Plan
 
 NAME = "curate/analysis"
-PUBLISHED = ("", ("manifest.json", "_SUCCESS"))
+PUBLISHED: dict[str, Any] = {}
 UNIT = "analysis"
 
 

@@ -49,7 +49,7 @@ from jobs.run import Run
 from jobs.stages import Plan
 
 NAME = "curate"
-PUBLISHED = ("", ("manifest.json", "_SUCCESS"))
+PUBLISHED: dict[str, Any] = {"card": True}
 NOT_IN_THE_RESULT = {"references", "analysis"}
 BATCHES_PER_CPU = 4
 """Batches of units for every core: few enough that a call costs little, many enough that none ends late."""

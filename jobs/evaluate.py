@@ -1,6 +1,7 @@
 """evaluate: held-out perplexity of the dense and the pruned model, each in one streamed sweep by all workers."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from calibprune import storage
 from calibprune.events import Event, UnitDone, emit, note
@@ -14,7 +15,7 @@ from jobs.run import Run
 from jobs.stages import Plan
 
 NAME = "evaluate"
-PUBLISHED = ("", ("manifest.json", "_SUCCESS"))
+PUBLISHED: dict[str, Any] = {}
 UNITS = ("dense", "pruned")
 
 

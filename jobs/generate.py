@@ -38,7 +38,7 @@ from jobs.run import Run
 from jobs.stages import Plan
 
 NAME = "generate"
-PUBLISHED = ("", ("manifest.json", "_SUCCESS"))
+PUBLISHED: dict[str, Any] = {"card": True}
 NOT_IN_THE_RESULT = {
     "engines", "max_concurrent", "shards_in_flight", "attempts", "max_bad_shards",
     "shard_timeout_seconds", "gpu_memory_utilization", "cpu_kvcache_gib", "enforce_eager",

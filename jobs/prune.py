@@ -36,7 +36,7 @@ from jobs.run import Run, versions
 from jobs.stages import Plan
 
 NAME = "prune"
-PUBLISHED = ("checkpoint", (INDEX,))
+PUBLISHED: dict[str, Any] = {"folder": "checkpoint", "closing": (INDEX,)}
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
 """Settings that do not change the result: they may differ when a run is taken up again."""
 SHOWN_OF_LINEARS = ("relative_error", "unrefined_error", "parameters")

@@ -26,7 +26,7 @@ from jobs.run import Run
 from jobs.stages import STAGES, module
 
 NAME = "report"
-PUBLISHED = ("", ("index.html",))
+PUBLISHED: dict[str, Any] = {"recorded": False, "closing": ("report.json", "index.html")}
 OTHERS = tuple(name for name in STAGES if name != NAME)
 SAMPLE_CHARACTERS = 4000
 """Most characters that are shown of one sample."""

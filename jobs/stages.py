@@ -2,7 +2,7 @@
 
 A stage module has
     NAME          folder of the stage inside the run's
-    PUBLISHED     what `calibprune publish` copies: the folder whose files go to the top, and the files that come last
+    PUBLISHED     what is special about publishing it, as options of `calibprune.publish.publish`
     skip(run)     why this run does not need the stage, such as "prune.pool is given"; None where it does
     check(run)    raises UserError for bad input, before any work
     needs(run)    the actors that the stage asks the cluster for
@@ -51,7 +51,7 @@ class Plan:
 
 class StageModule(Protocol):
     NAME: str
-    PUBLISHED: tuple[str, tuple[str, ...]]
+    PUBLISHED: dict[str, Any]
 
     @staticmethod
     def skip(run: "Run") -> str | None: ...

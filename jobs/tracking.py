@@ -1,36 +1,30 @@
 """Experiment tracking by MLflow, Weights & Biases or Trackio, where `report.tracking` asks for it.
 
-One run there for one run here: its id lies in the run's folder, and a resumed run continues it. Logged are the
-settings, the seconds of each stage, and what the report found. A tracker that fails later on is said, no more.
+One run here is one run there: its id lies in the run's folder, and a resumed run continues it. Logged are the settings,
+the seconds of each stage, and what the report found. A tracker that fails after the start costs a line in the log.
 """
 
 import contextlib
+import importlib
 import importlib.util
-import logging
 import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from calibprune import storage
 from calibprune.config.evaluate import TrackingSettings
 from calibprune.errors import UserError
-from calibprune.events import note as say
+from calibprune.events import note
 from calibprune.redact import one_line
 from calibprune.stage import flat
 from jobs.run import Run
+from jobs.stages import COMMANDS
 
 FILE = "_tracking.json"
 PARAMETERS_AT_ONCE, PARAMETER_CHARACTERS = 100, 500
-
-
-class Tracker(Protocol):
-    id: str
-
-    def log(self, values: Mapping[str, float], facts: Mapping[str, str]) -> None: ...
-
-    def close(self, succeeded: bool) -> None: ...
+"""Limits of MLflow."""
 
 
 def check_tracking(settings: TrackingSettings | None) -> None:
@@ -44,17 +38,14 @@ def check_tracking(settings: TrackingSettings | None) -> None:
 
 @contextlib.contextmanager
 def tracking(run: Run) -> Iterator[Callable[[], None]]:
-    """What is yielded logs whatever has been finished since it was called last.
+    """Yields a function that logs whatever has been finished since its last call.
 
     Raises UserError when the tracker cannot even be started and never was for this run.
     """
     settings, url = run.config.report.tracking, run.url(FILE)
-    if settings is None:
-        yield lambda: None
-        return
     known = _known(url, settings)
-    tracker = _start(run, settings, known)
-    if tracker is None:
+    tracker = None if settings is None else _start(run, settings, known)
+    if settings is None or tracker is None:
         yield lambda: None
         return
     state = {"type": settings.type, "project": settings.project, "id": tracker.id}
@@ -73,21 +64,18 @@ def tracking(run: Run) -> Iterator[Callable[[], None]]:
     try:
         yield track
     except Exception:
-        _close(tracker, succeeded=False)
+        with _forgiven("close"):
+            tracker.close(False)
         raise
-    # a driver that is told to stop has no time to wait for a server: the resumed run goes on with this one there
-    _close(tracker, succeeded=True)
-
-
-def _close(tracker: Any, succeeded: bool) -> None:
+    # a driver that has to stop has no time to wait for a server: the resumed run goes on with this one there
     with _forgiven("close"):
-        tracker.close(succeeded)
+        tracker.close(True)
 
 
 def results(run: Run) -> tuple[dict[str, float], dict[str, str]]:
     """The figures of the stages that are finished, and where the report is."""
     values: dict[str, float] = {}
-    for name in ("generate", "curate", "prune", "evaluate"):
+    for name in COMMANDS:
         stage = run.stage(name)
         if stage.finished:
             values[f"seconds/{name}"] = stage.manifest()["facts"]["seconds"]
@@ -106,8 +94,10 @@ def results(run: Run) -> tuple[dict[str, float], dict[str, str]]:
     return values, facts
 
 
-def _known(url: str, settings: TrackingSettings) -> dict[str, Any] | None:
+def _known(url: str, settings: TrackingSettings | None) -> dict[str, Any] | None:
     """The run that is to be continued, if there is one of this kind."""
+    if settings is None:
+        return None
     try:
         found = storage.read_json(url)
         same = (found["type"], found["project"]) == (settings.type, settings.project)
@@ -116,37 +106,41 @@ def _known(url: str, settings: TrackingSettings) -> dict[str, Any] | None:
         return None
 
 
-def _start(run: Run, settings: TrackingSettings, known: dict[str, Any] | None) -> Tracker | None:
+def _start(
+    run: Run, settings: TrackingSettings, known: dict[str, Any] | None
+) -> "Mlflow | Wandb | None":
     name = settings.name or run.config.output.rstrip("/").rsplit("/", 1)[-1]
+    kind = Mlflow if settings.type == "mlflow" else Wandb
     config = flat(run.config.model_dump(mode="json"))
-    kinds: dict[str, Any] = {"mlflow": Mlflow, "wandb": Wandb, "trackio": Trackio}
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a command prints is its result
-            return kinds[settings.type](settings.project, name, config, known and known["id"])
+            return kind(settings, name, config, known["id"] if known else None)
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         if known is None:
             raise UserError(
                 f"{settings.type} cannot be started: {reason}; report.tracking=null goes without"
             ) from None
-        say(f"tracking: {settings.type} cannot be started, going on without: {reason}")
+        note(f"tracking: {settings.type} cannot be started, going on without: {reason}")
         return None
 
 
 @contextlib.contextmanager
 def _forgiven(verb: str) -> Iterator[None]:
-    """Says what a tracker raises, and goes on."""
+    """Logs what a tracker raises, and goes on."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except Exception as error:
-        say(f"tracking: cannot {verb} it: {one_line(f'{type(error).__name__}: {error}')}")
+        note(f"tracking: cannot {verb} it: {one_line(f'{type(error).__name__}: {error}')}")
 
 
 class Mlflow:
     """Finds its server by MLFLOW_TRACKING_URI."""
 
-    def __init__(self, project: str, name: str, config: dict[str, Any], known: str | None) -> None:
+    def __init__(
+        self, settings: TrackingSettings, name: str, config: dict[str, Any], known: str | None
+    ) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own would hold
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # the run up for many minutes
         from mlflow import MlflowClient
@@ -157,9 +151,11 @@ class Mlflow:
             self.id = known
             self._client.update_run(known, status="RUNNING")
             return
-        experiment = self._client.get_experiment_by_name(project)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(project)
-        self.id = self._client.create_run(number, run_name=name).info.run_id
+        found = self._client.get_experiment_by_name(settings.project)
+        experiment = (
+            found.experiment_id if found else self._client.create_experiment(settings.project)
+        )
+        self.id = self._client.create_run(experiment, run_name=name).info.run_id
         parameters = [
             Param(key, str(value)[:PARAMETER_CHARACTERS]) for key, value in config.items()
         ]
@@ -178,43 +174,30 @@ class Mlflow:
 
 
 class Wandb:
-    """Finds its server and key by WANDB_BASE_URL, WANDB_API_KEY and the like; WANDB_MODE=offline works too."""
+    """Weights & Biases, or Trackio, which has the same interface but knows a run by its name.
 
-    def __init__(self, project: str, name: str, config: dict[str, Any], known: str | None) -> None:
-        import wandb
+    The first finds server and key by WANDB_BASE_URL, WANDB_API_KEY and the like, and works with WANDB_MODE=offline;
+    the second stays on this machine (TRACKIO_DIR) or uses a space of the hub (TRACKIO_SPACE_ID).
+    """
 
-        self.id = known or uuid.uuid4().hex[:12]
-        quiet = wandb.Settings(
-            silent=True, console="off", disable_code=True, disable_git=True, x_disable_stats=True
-        )
-        self._run = wandb.init(
-            project=project, name=name, id=self.id, resume="allow", config=config, settings=quiet
-        )
-
-    def log(self, values: Mapping[str, float], facts: Mapping[str, str]) -> None:
-        self._run.log(dict(values))
-        self._run.summary.update(dict(facts))
-
-    def close(self, succeeded: bool) -> None:
-        self._run.finish(exit_code=0 if succeeded else 1)
-
-
-class Trackio:
-    """On this machine (TRACKIO_DIR), or a space of the hub by TRACKIO_SPACE_ID. A run is known by its name there."""
-
-    def __init__(self, project: str, name: str, config: dict[str, Any], known: str | None) -> None:
-        import trackio
-
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        self.id = known or f"{name}-{uuid.uuid4().hex[:6]}"
-        self._trackio = trackio
-        self._run = trackio.init(
-            project, name=self.id, resume="allow", config=config, embed=False,
-            auto_log_gpu=False, auto_log_cpu=False,
-        )  # fmt: skip
+    def __init__(
+        self, settings: TrackingSettings, name: str, config: dict[str, Any], known: str | None
+    ) -> None:
+        if settings.type == "wandb":
+            self.id = known or uuid.uuid4().hex[:12]
+            quiet = {"silent": True, "console": "off", "x_disable_stats": True}
+            quiet |= {"disable_code": True, "disable_git": True}
+            own: dict[str, Any] = {"name": name, "id": self.id, "settings": quiet}
+        else:
+            self.id = known or f"{name}-{uuid.uuid4().hex[:6]}"
+            own = {"name": self.id, "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        self._library = importlib.import_module(settings.type)
+        self._library.init(project=settings.project, config=config, resume="allow", **own)
+        self._has_exit_code = settings.type == "wandb"
 
     def log(self, values: Mapping[str, float], facts: Mapping[str, str]) -> None:
-        self._run.log(dict(values) | dict(facts))
+        self._library.log(dict(values) | dict(facts))
 
     def close(self, succeeded: bool) -> None:
-        self._trackio.finish()
+        exit_code = {"exit_code": 0 if succeeded else 1} if self._has_exit_code else {}
+        self._library.finish(**exit_code)

@@ -100,7 +100,7 @@ def test_a_record_cannot_lead_out_of_its_stage(stage, outside, changes):
         [stage.read(record) for record in stage.records()]
     told(error)
     with pytest.raises(CorruptionError):
-        publish(str(Path(stage.url).parent), "generate", str(outside.parent.parent / "target"))
+        publish(stage.url, str(outside.parent.parent / "target"))
     assert not (outside.parent.parent / "target").exists()
 
 
@@ -129,7 +129,7 @@ def test_damaged_files_of_a_stage_are_told(stage, name, content):
 def test_a_link_is_not_published(stage, outside, tmp_path):
     Path(stage.url, "data", "notes.txt").symlink_to(outside)
     with pytest.raises(UserError, match=r"notes\.txt is a link"):
-        publish(str(tmp_path / "run"), "generate", str(tmp_path / "target"))
+        publish(stage.url, str(tmp_path / "target"))
     assert not (tmp_path / "target").exists()
 
 

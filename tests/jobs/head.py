@@ -67,7 +67,7 @@ class Head:
 
 @contextmanager
 def head_with_token(cpus: int = 2) -> Iterator[Head]:
-    """Raises RuntimeError with Ray's own words where it does not come up. Gone afterwards, and nobody else's Ray is."""
+    """Raises RuntimeError with Ray's own words where it does not come up. Others on the machine go on afterwards."""
     head, process = _start(cpus, tries=3)
     try:
         yield head
@@ -76,7 +76,7 @@ def head_with_token(cpus: int = 2) -> Iterator[Head]:
 
 
 def _start(cpus: int, tries: int) -> tuple[Head, subprocess.Popen]:
-    """Again with other ports, for Ray has no way to hold those that it is told."""
+    """Retries with other ports, because Ray cannot reserve those that it is given."""
     folder = Path(tempfile.mkdtemp(prefix="head-"))
     port, dashboard, agent, client = free_ports(4)
     head = Head(folder, port, dashboard, agent, secrets.token_hex(32))
@@ -110,24 +110,32 @@ def _end(head: Head, process: subprocess.Popen) -> None:
 
 
 class Line:
-    """A port of this machine behind which another one is, until it is cut."""
+    """A port of this machine behind which another one is, while it is not cut."""
 
     def __init__(self, to: int) -> None:
         self._to, self._server = to, socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._is_cut = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """Ends what goes over it now; whoever calls again gets through."""
+        """Ends what goes over it, and every later call, until it is mended."""
+        self._is_cut = True
         for one in [end for pair in self._pairs for end in pair]:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
         self._pairs.clear()
 
+    def mend(self) -> None:
+        self._is_cut = False
+
     def _accept(self) -> None:
         while True:
             here, _ = self._server.accept()
+            if self._is_cut:
+                here.close()
+                continue
             there = socket.create_connection(("127.0.0.1", self._to))
             self._pairs.append((here, there))
             threading.Thread(target=_carry, args=(here, there), daemon=True).start()

@@ -141,7 +141,7 @@ def test_published_samples_are_known_by_their_model(run, tmp_path):
     for number, identity in enumerate((run.model_identity, "another", None)):
         folder, target = tmp_path / f"run-{number}", str(tmp_path / f"pool-{number}")
         generated(folder / "generate", [[1, 2]], facts={"model": identity} if identity else {})
-        publish(str(folder), "generate", target)
+        publish(str(folder / "generate"), target)
         published = with_curate(run, sources=[{"type": "generated", "path": target}])
         if identity == run.model_identity:
             stage = curate.generated_stages(published)["self-generated"]

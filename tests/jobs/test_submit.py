@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,10 @@ import pytest
 from calibprune.config.load import load_config
 from calibprune.errors import UserError
 from calibprune.stage import Stage
-from cluster.jobs_api import STOPPED, Client, describe, exit_code, follow, reach
+from cluster.jobs_api import STOPPED, Client, exit_code, follow, reach
 from jobs.packing import Tree, source_tree
-from jobs.submit import _metadata, check_paths, job_name
+from jobs.submit import check_paths, metadata
+from jobs.submitted import job_name
 from tests.jobs.command import calibprune_here
 from tests.jobs.head import Head, Line, head_with_token
 from tests.servers import Fault, faulty_proxy, free_ports
@@ -45,7 +45,7 @@ def checkout(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(HERE / name, folder / name)
     (folder / "calibprune" / "__init__.py").write_text('__version__ = "0.0.0+submitted"\n')
-    for name in (".env", "credentials.json", "id_rsa", ".netrc"):
+    for name in (".env", "credentials.json", "id_rsa", ".netrc", *(f"{n}.pem" for n in range(21))):
         (folder / name).write_text(PLANTED)
     return folder
 
@@ -101,9 +101,8 @@ def test_two_submits_at_once_start_one_job_which_a_third_follows_to_its_end(
     assert job_id == job_name(str(tmp_path / "out"))
     assert len(head.client().list_jobs()) == 1
 
-    followed = command(head, checkout, *line, "prune.sparsity=0.6")
+    followed = command(head, checkout, *line)
     assert followed.returncode == 0, followed
-    assert "is at it" in followed.stderr and "submitted with other settings" in followed.stderr
     assert "prune: magnitude takes 50.00%" in followed.stdout
     assert str(tmp_path / "out" / "report" / "index.html") in followed.stdout
     assert Stage(str(tmp_path / "out" / "prune")).finished
@@ -123,56 +122,85 @@ def test_two_submits_at_once_start_one_job_which_a_third_follows_to_its_end(
     assert ".env" in started[0].stderr + started[1].stderr
 
 
-def test_the_exit_code_is_the_drivers_and_that_of_a_stopped_job_is_no_success(head):
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr("cluster.jobs_api.POLL_SECONDS", 0.1)
+
+
+def waits_for(flag: Path) -> str:
+    return f"until [ -e {flag} ]; do sleep 0.1; done"
+
+
+def test_the_exit_code_is_the_drivers_and_that_of_a_stopped_job_is_no_success(head, quick):
     client = head.client()
     codes = {"exit 7": 7, "kill -9 $$": 137, "sleep 100": STOPPED}
     started = {client.submit_job(entrypoint=entry): code for entry, code in codes.items()}
     for job_id, code in started.items():
         if code == STOPPED:
             client.stop_job(job_id)
-        assert exit_code(follow(client, job_id, lambda _: None, lambda _: None)) == code
+        assert exit_code(follow(client, job_id, lambda _: None)) == code
     assert STOPPED != 0
 
 
-def test_a_log_is_shown_once_though_its_connection_is_lost_again_and_again(head):
-    line = Line(head.dashboard)
-    job_id = head.client().submit_job(
-        entrypoint="for i in $(seq 0 19); do echo $i; sleep 0.1; done"
-    )
-    shown: list[str] = []
-    notices: list[str] = []
+def test_a_log_is_shown_once_though_its_connection_is_lost_for_a_while(
+    head, quick, caplog, tmp_path
+):
+    """It is lost in the middle of the log, and the job ends while it is."""
+    caplog.set_level("INFO", "calibprune")
+    line, flag, shown = Line(head.dashboard), tmp_path / "flag", []
+    entry = f"seq 0 9; {waits_for(flag)}; seq 10 19; exit 3"
+    job_id = head.client().submit_job(entrypoint=entry)
 
     def cut() -> None:
-        for count in (3, 9):
-            wait_until(lambda count=count: f"\n{count}\n" in "".join(shown))
-            line.cut()
+        wait_until(lambda: "\n9\n" in "".join(shown))
+        line.cut()
+        wait_until(lambda: "the log goes on when it answers" in caplog.text)
+        flag.touch()
+        wait_until(lambda: head.client().get_job_status(job_id).is_terminal())
+        line.mend()
 
-    cutting = threading.Thread(target=cut)
-    cutting.start()
-    job = follow(head.client(line.port), job_id, shown.append, notices.append)
-    cutting.join()
-    assert exit_code(job) == 0
+    with ThreadPoolExecutor() as beside:
+        cutting = beside.submit(cut)
+        job = follow(head.client(line.port), job_id, shown.append)
+        cutting.result()
+    assert exit_code(job) == 3
     lines = "".join(shown).splitlines()  # Ray's own stand among them
     assert [int(line) for line in lines if line.isdigit()] == list(range(20))
-    assert notices
 
 
-@pytest.mark.slow
-def test_a_proxy_whose_cluster_is_away_for_a_moment_ends_nothing(head, tmp_path):
+def test_the_log_of_a_silent_job_is_read_less_often_than_its_state(head, quick, tmp_path):
+    flag, shown = tmp_path / "flag", []
+    with faulty_proxy(head.address) as proxy:
+        job_id = head.client().submit_job(entrypoint=f"echo begun; {waits_for(flag)}; echo over")
+
+        def count(part: str) -> int:
+            return proxy.count("GET", f"/api/jobs/{job_id}{part}")
+
+        with ThreadPoolExecutor() as beside:
+            client = head.client(int(proxy.endpoint.rsplit(":", 1)[1]))
+            following = beside.submit(follow, client, job_id, shown.append)
+            wait_until(lambda: "begun" in "".join(shown) and count("") >= 60)
+            flag.touch()
+            following.result()
+        assert count("/logs") < count("") / 3  # which counts both
+    assert "".join(shown).endswith("over\n")
+
+
+def test_a_proxy_whose_cluster_is_away_for_a_moment_ends_nothing(head, quick, tmp_path):
     """Nor does its "not found" mean that the job is gone."""
     with faulty_proxy(head.address) as proxy:
         client = head.client(int(proxy.endpoint.rsplit(":", 1)[1]))
         output = f"output={tmp_path}/plain"
-        entry = f"echo begun; sleep 100; : python -m jobs run x.yaml {output}"
+        entry = f"echo begun; sleep 1000; : python -m jobs run x.yaml {output}"
         job_id = client.submit_job(entrypoint=entry)
-        notices: list[str] = []
         with pytest.raises(BrokenPipeError):  # what reads the log is gone, not the cluster
-            follow(head.client(), job_id, _closed_pipe, notices.append)
-        assert not notices
-        proxy.faults += [Fault("GET", f"/api/jobs/{job_id}", 1, code) for code in (502, 500, 404)]
+            follow(head.client(), job_id, _closed_pipe)
+        job = f"/api/jobs/{job_id}"
+        proxy.faults += [Fault("GET", job, 1, code) for code in (502, 500, 404, None)]
+        proxy.faults += [Fault("GET", f"{job}/logs", 1, code) for code in (500, 404)]
         with ThreadPoolExecutor() as beside:
             shown: list[str] = []
-            following = beside.submit(follow, client, job_id, shown.append, lambda _: None)
+            following = beside.submit(follow, client, job_id, shown.append)
             wait_until(lambda: not any(fault.times for fault in proxy.faults))
             faults = [Fault("GET", "/api/version", 1, 503), Fault("GET", "/api/jobs/", 1, 502)]
             proxy.faults[:] = [*faults, Fault("POST", "/stop", 1, 504)]
@@ -180,10 +208,92 @@ def test_a_proxy_whose_cluster_is_away_for_a_moment_ends_nothing(head, tmp_path)
             assert done.returncode == 0 and "is stopped" in done.stdout, done
             assert exit_code(following.result()) == STOPPED and "begun" in "".join(shown)
         with pytest.raises(UserError, match="knows no job nosuch"):
-            describe(client, "nosuch")
+            client.job("nosuch")
 
 
-def test_without_a_token_or_with_a_wrong_one_it_is_said_what_to_set(head, tmp_path):
+def test_a_job_whose_log_is_gone_ends_with_its_exit_code(head, quick, caplog, monkeypatch):
+    caplog.set_level("INFO", "calibprune")
+    monkeypatch.setattr("cluster.jobs_api.LOG_SECONDS", 1.0)
+    with faulty_proxy(head.address) as proxy:
+        client = head.client(int(proxy.endpoint.rsplit(":", 1)[1]))
+        job_id = client.submit_job(entrypoint="exit 7")
+        proxy.faults.append(Fault("GET", "/logs", 10**6, 500))
+        assert exit_code(follow(client, job_id, lambda _: None)) == 7
+    assert "the end of the log is missing" in caplog.text
+
+
+def test_a_job_server_that_fails_for_long_is_not_the_users_fault(head, pool, tiny_llama, tmp_path):
+    config = write_config(tmp_path, tiny_llama, pool)
+    soon = (
+        "import cluster.jobs_api; cluster.jobs_api.PATIENCE_SECONDS = 1\n"
+        "from jobs.__main__ import main; main()"
+    )
+    with faulty_proxy(head.address) as proxy:
+        for method, code in (("GET", 503), ("POST", 500)):
+            proxy.faults[:] = [Fault(method, "/api/jobs/", 10**6, code)]
+            line = [sys.executable, "-c", soon, "submit", config, "--address", proxy.endpoint]
+            done = subprocess.run(
+                line, cwd=HERE, env=head.environment, capture_output=True, text=True, timeout=240, check=False
+            )  # fmt: skip
+            assert done.returncode == 1, done
+            assert f"answers {code}" in done.stderr.strip().splitlines()[-1]
+    assert not [job for job in head.client().list_jobs() if str(tmp_path) in str(job.metadata)]
+
+
+def test_a_running_job_is_followed_with_its_own_settings_alone(head, pool, tiny_llama, tmp_path):
+    path = write_config(tmp_path, tiny_llama, pool)
+    config = load_config(str(path), ["prune.sparsity=0.5"])
+    job_id = head.client().submit_job(
+        entrypoint="sleep 1000",
+        submission_id=job_name(config.output),
+        metadata=metadata(config, str(path), ["prune.sparsity=0.5"]),
+    )
+    line = ("submit", path, "--no-wait", "--address", head.address)
+    same = (*line, "cluster.address=1.2.3.4:6379", f"output={config.output}/", "prune.sparsity=0.5")
+    same = command(head, HERE, *same)
+    assert same.returncode == 0 and same.stdout.strip() == job_id, same
+    assert f"job {job_id} has worked on it for" in same.stderr
+
+    others = ("prune.sparsity=0.6", "prune.method=wanda")
+    for count, told in (
+        (1, "settings: prune.sparsity is 0.5 there, 0.6 here; stop it first"),
+        (2, 'prune.method.type is "magnitude" there, "wanda" here, prune.sparsity is'),
+    ):
+        refused = command(head, HERE, *line, *others[:count])
+        assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1, refused
+        assert told in refused.stderr and f"`calibprune stop {job_id} --address" in refused.stderr
+    more = ("evaluate.sequences=3", "generate.samples=7", "curate.sequences=4")
+    assert "and 2 more; stop it first" in command(head, HERE, *line, *others, *more).stderr
+    head.client().stop_job(job_id)
+
+
+def test_a_job_whose_answer_was_lost_is_found_and_what_stayed_is_named(
+    head, checkout, pool, tiny_llama, tmp_path
+):
+    path = write_config(tmp_path, tiny_llama, pool)
+    with faulty_proxy(head.address) as proxy:
+        proxy.faults.append(Fault("POST", "/api/jobs/", 1))
+        done = command(head, checkout, "submit", path, "--no-wait", "--address", proxy.endpoint)
+        assert done.returncode == 0, done
+        assert done.stdout.strip() == job_name(str(tmp_path / "out"))
+        assert proxy.count("POST", "/api/jobs/") == 1
+    assert "25 files stay here" in done.stderr and "and 5 more" in done.stderr
+    assert all(name in done.stderr for name in (".env", ".netrc", "0.pem", "7.pem"))
+    stopped = command(head, checkout, "stop", tmp_path / "out", "--address", head.address)
+    assert stopped.returncode == 0, stopped
+
+
+def test_importing_changes_no_log_level():
+    code = (
+        "import logging, ray.job_submission\n"
+        "def levels(): return {n: logging.getLogger(n).level for n in list(logging.root.manager.loggerDict)}\n"
+        "before = levels()\nimport cluster.jobs_api, jobs.submit\nafter = levels()\n"
+        "assert before == {name: after[name] for name in before}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_a_token_or_with_a_wrong_one_the_error_says_what_to_set(head, tmp_path):
     nobody = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}
     refused = command(head, HERE, "jobs", "--address", head.address, **nobody)
     assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
@@ -192,7 +302,7 @@ def test_without_a_token_or_with_a_wrong_one_it_is_said_what_to_set(head, tmp_pa
         Client(head.address, headers={"Authorization": f"Bearer {'x' * 64}"})
 
 
-def test_an_address_that_is_no_job_server_is_told_in_one_line(head, monkeypatch):
+def test_an_address_that_is_no_job_server_is_refused_in_one_line(head, monkeypatch):
     (nobody,) = free_ports(1)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # so that what is set below goes afterwards
     for address, told in (
@@ -208,7 +318,7 @@ def test_an_address_that_is_no_job_server_is_told_in_one_line(head, monkeypatch)
         assert "\n" not in str(refused.value)
 
 
-def test_a_bad_configuration_is_told_before_the_cluster_is_asked(capsys, tmp_path):
+def test_a_bad_configuration_is_refused_before_the_cluster_is_asked(capsys, tmp_path):
     path = write_config(tmp_path, tmp_path, tmp_path)
     for override, told in (
         ("prune.sparsty=0.5", "did you mean sparsity?"),
@@ -254,7 +364,7 @@ def test_what_everybody_can_read_of_a_job_holds_no_credential(tmp_path):
         f"https://me:{PLANTED}@bucket.host/run.yaml",
     ):
         overrides = [f"output=s3://u:{PLANTED}@h/x", "output=s3://b/x", "prune.sparsity=0.6"]
-        told = _metadata(config, path, overrides)
+        told = metadata(config, path, overrides)
         assert PLANTED not in str(told) and told["config"] == "run.yaml"
         assert told["command"].startswith("calibprune submit https://bucket.host/run.yaml 'output=")
         assert told["command"].endswith(" output=s3://b/x prune.sparsity=0.6")
@@ -323,7 +433,9 @@ def test_a_stopped_job_resumes_at_once_under_the_next_name(head, slow_config):
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_is_told_and_its_lease_is_not_in_the_way(head, slow_config):
+def test_a_driver_that_is_killed_shows_in_the_exit_code_and_its_lease_is_not_in_the_way(
+    head, slow_config
+):
     output = slow_config.parent / "killed"
     line = ("submit", slow_config, f"output={output}", "--address", head.address)
     with ThreadPoolExecutor() as beside:

@@ -80,16 +80,17 @@ def test_mlflow_holds_settings_figures_and_where_the_report_is_in_one_run(mlflow
     assert found.data.tags["report"] == run.url("report", "index.html")
 
 
-def test_a_tracker_that_fails_later_is_said_and_the_run_goes_on(mlflow, tmp_path, capsys):
+def test_a_tracker_that_fails_later_is_logged_and_the_run_goes_on(mlflow, tmp_path, caplog):
+    caplog.set_level("INFO", "calibprune")
     run = a_run(tmp_path / "run", "mlflow")
     with tracking(run) as track:
         (tmp_path / "mlruns").rename(tmp_path / "away")
         finish(run, "generate", 2.5)
         track()
-    assert "tracking: cannot log to it" in capsys.readouterr().err
+    assert "tracking: cannot log to it" in caplog.text
     with tracking(run) as track:  # nor does it keep a run from being taken up again
         track()
-    assert "mlflow cannot be started, going on without" in capsys.readouterr().err
+    assert "mlflow cannot be started, going on without" in caplog.text
     (tmp_path / "away").rename(tmp_path / "mlruns")
     with tracking(run) as track:
         track()
@@ -137,7 +138,7 @@ def test_wandb_writes_one_run_offline(tmp_path):
     known = json.loads(
         in_own_process(code, tmp_path, WANDB_MODE="offline", **folder).splitlines()[-1]
     )
-    written = list((tmp_path / "wandb").glob(f"offline-run-*-{known}/run-{known}.wandb"))
+    written = list((tmp_path / "wandb").glob(f"offline-run-*-{known}*/run-{known}.wandb"))
     content = b"".join(path.read_bytes() for path in written)
     for text in (
         b"perplexity/docs/pruned",
@@ -158,7 +159,7 @@ def in_own_process(code: str, folder, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "wandb", "trackio"])
-def test_a_library_that_is_not_installed_is_told_before_any_work(
+def test_a_library_that_is_not_installed_is_refused_before_any_work(
     tmp_path, monkeypatch, capsys, kind
 ):
     monkeypatch.setitem(sys.modules, kind, None)

@@ -37,9 +37,9 @@ def example_report(layers: int = 3) -> dict[str, Any]:
         },
         "sparsity": 0.49987,
         "stages": {
-            "prune": {"seconds": 75.4, "drivers": 1, "losses": []},
             "generate": {"seconds": 512.3, "drivers": 1, "losses": []},
             "curate": {"seconds": 4.1, "drivers": 1, "losses": []},
+            "prune": {"seconds": 75.4, "drivers": 1, "losses": []},
         },
         "generate": {
             "samples": 640,

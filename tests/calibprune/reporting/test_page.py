@@ -441,13 +441,6 @@ def test_a_linear_that_a_layer_does_not_have_is_a_dash():
     assert [row[column] for row in errors[1:]] == ["0.170", NO_VALUE, "0.204"]
 
 
-def test_stages_are_shown_in_the_order_they_run():
-    page = render_page(example_report())
-    drawing = next(s for s in parse(page).iter(f"{SVG}svg") if s.get("aria-label") == TIMES[0])
-    names = [t.text for t in drawing.iter(f"{SVG}text") if "end" in t.get("style", "")]
-    assert names == ["generate", "curate", "prune"]
-
-
 def test_equal_reports_give_equal_bytes_and_stay_unchanged():
     report = example_report()
     before = copy.deepcopy(report)
