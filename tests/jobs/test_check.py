@@ -16,9 +16,10 @@ from ray.exceptions import RayActorError
 from calibprune.config import Config
 from calibprune.errors import UserError
 from cluster import probe
+from cluster.actors import actor_options, death
 from cluster.layer_worker import LayerWorker
 from cluster.places import Bundle, NoRoom
-from cluster.session import actor_options, death, needs_gpus
+from cluster.session import needs_gpus
 from cluster.survey import take_survey
 from jobs.pipeline import run_stages
 from jobs.preflight import look_before_work
@@ -108,7 +109,7 @@ def test_no_cluster_is_looked_at_unless_asked(check, monkeypatch):
     ("overrides", "message"),
     [
         (
-            ["generate.tensor_parallel=3"],
+            ["generate.tensor_parallel=3", "cluster.workers=3"],
             r"generate: no node has room for 1 CPU, 3 GPU, the cluster has 4 CPU, 4 GPU in all, its largest node "
             r"2 CPU, 2 GPU",
         ),
@@ -118,9 +119,9 @@ def test_no_cluster_is_looked_at_unless_asked(check, monkeypatch):
         ),
         (
             # what paused forwards hold is more than any machine has
-            ["curate.sequences=1000000000", "generate.samples=2000000000", "cluster.gpus_per_worker=0"],
-            r"prune: 2 workers of \d+\.\d GiB of host memory do not fit the nodes' memory.*; "
-            r"output .* takes up to \d+\.\d GiB, .* of disk free",
+            ["curate.sequences=1000000000", "generate.samples=2000000000", "generate.shard_rows=10000", "cluster.gpus_per_worker=0"],
+            r"prune: 2 workers of [\d.]+ [GT]iB of host memory do not fit the nodes' memory.*; "
+            r"output .* takes up to [\d.]+ [GT]iB, .* of disk free",
         ),
     ],
 )  # fmt: skip
@@ -146,14 +147,12 @@ def test_a_run_that_never_fits_is_refused_before_its_first_stage(cluster, tmp_pa
         run_stages(Config.model_validate(config), ["generate"])
 
 
-def test_a_run_is_told_of_memory_that_will_not_do_and_goes_on(
-    cluster, tmp_path, tiny_llama, capsys
-):
+def test_a_run_is_told_of_memory_that_will_not_do_and_goes_on(cluster, tmp_path, tiny_llama, heard):
     config = yaml.safe_load(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
     config["cluster"]["gpus_per_worker"] = 0
     config["curate"]["sequences"] = 1_000_000_000
-    look_before_work(Run(Config.model_validate(config)), ["prune"])
-    assert "note: prune: 2 workers of" in capsys.readouterr().err
+    look_before_work(Run(Config.model_validate(config), ["prune"]))
+    assert "note: prune: 2 workers of" in heard.text
 
 
 def test_what_is_merely_busy_is_a_note(check):

@@ -68,7 +68,7 @@ def test_check_tells_sizes_alike_and_the_memory_where_it_is_needed(
     told = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line.strip())
     assert code == 0, errors
     assert told["sparsity of prunable"].strip() == "0.9702"
-    assert told["pruned checkpoint"].split()[1] == "MiB"
+    assert told["pruned checkpoint"].split() == told["checkpoint"].split()
     assert "not all at the same time" in told[label]
 
 
@@ -185,10 +185,17 @@ def test_an_output_that_cannot_be_written_is_told(capsys, config, tmp_path):
 
 def test_too_few_resources_say_what_was_asked_and_what_is_there(capsys, config):
     code, _, errors = calibprune_here(
-        capsys, "run", config, "cluster.gpus_per_worker=1", "generate.tensor_parallel=3"
-    )
+        capsys, "run", config, "cluster.gpus_per_worker=1", "cluster.workers=3", "generate.tensor_parallel=3"
+    )  # fmt: skip
     assert code == 2
     assert "3 GPU" in errors and "the cluster has" in errors
+
+
+def test_an_engine_of_more_gpus_than_the_run_has_is_refused(capsys, config):
+    code, _, errors = calibprune_here(
+        capsys, "check", config, "cluster.gpus_per_worker=1", "cluster.workers=2", "generate.tensor_parallel=4"
+    )  # fmt: skip
+    assert code == 2 and "generate.tensor_parallel 4 is more GPUs" in errors
 
 
 def test_a_cluster_that_is_not_there_is_told(capsys, config):

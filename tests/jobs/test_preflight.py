@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster import probe
-from cluster.places import Bundle, Node
+from cluster.places import Bundle, Need, Node
 from cluster.survey import Survey, Surveyed, version_skew
-from jobs.needs import Need
 from jobs.preflight import judged
 
 ROOT, PACKAGES = Path(__file__).parents[2], ("calibprune", "cluster", "jobs")

@@ -14,12 +14,12 @@ import pytest
 
 from calibprune import storage
 from calibprune.config import Config
-from calibprune.failures import MOST, SET_ASIDE, Failure, Journal, read_failures
+from calibprune.events import SET_ASIDE, Lost, emit, listening
+from calibprune.failures import MOST, FailureFiles, read_failures
 from calibprune.lease import FILE, Lease
 from calibprune.stage import Stage
-from jobs.progress import pace
-from jobs.run_status import run_status, seconds_each
-from jobs.status import describe
+from calibprune.text import pace
+from jobs.status import describe, run_status, seconds_each
 from tests.jobs.command import ENVIRONMENT, calibprune_here
 
 
@@ -27,9 +27,23 @@ def a_run(folder: Path, **settings) -> str:
     config = Config.model_validate(
         {"model": {"path": "model"}, "output": str(folder), "prune": settings}
     )
-    content = {"config": config.model_dump(mode="json"), "opened_at": time.time() - 1000}
+    unneeded = (
+        dict.fromkeys(["generate", "curate"], "prune.pool is given") if "pool" in settings else {}
+    )
+    content = {
+        "config": config.model_dump(mode="json"),
+        "unneeded": unneeded,
+        "opened_at": time.time() - 1000,
+    }
     storage.write_json(str(folder / "run.json"), content)
     return str(folder)
+
+
+def lose(stage_url: str, *losses: Lost) -> None:
+    """Writes losses of a stage down, as its driver does."""
+    with listening(FailureFiles(stage_url)):
+        for loss in losses:
+            emit(loss)
 
 
 def commit(stage: Stage, count: int, *, units: int | None = None) -> Stage:
@@ -123,11 +137,13 @@ def test_failures_and_units_set_aside_are_told_the_last_one_with_its_age(tmp_pat
     stage = Stage(f"{run}/generate")
     commit(stage, 2, units=5)
     stage.commit("00003", None, {"set_aside": "poisoned", "rows_missing": [0, 4]})
-    journal, now = Journal(stage.url), time.time()
-    journal.note(Failure("engine", "it died", ("00001", "00002"), 1, "node-7", now - 300))
-    for unit in ("00001", "00003", "00004"):  # the first was made after all
-        journal.note(Failure(SET_ASIDE, "poisoned", (unit,), 3, at=now - 200))
-    Journal(f"{run}/prune").note(Failure("driver", "OSError: \x1b[2Jno space left", at=now - 50))
+    now, units = time.time(), ("00001", "00003", "00004")  # the first was made after all
+    lose(
+        stage.url,
+        Lost("engine", "it died", ("00001", "00002"), 1, "node-7", "engine 3", now - 300),
+        *(Lost(SET_ASIDE, "poisoned", (unit,), 3, at=now - 200) for unit in units),
+    )
+    lose(f"{run}/prune", Lost("driver", "OSError: \x1b[2Jno space left", at=now - 50))
     status = run_status(run)
     generate = status["stages"]["generate"]
     assert generate["failures"] == 4 and generate["set_aside"] == ["00003", "00004"]
@@ -138,7 +154,7 @@ def test_failures_and_units_set_aside_are_told_the_last_one_with_its_age(tmp_pat
     assert status["stages"]["prune"]["state"] == "not started"
     count, (engine, *_) = read_failures(stage.url, 10)[0], read_failures(stage.url, 10)[1][::-1]
     assert (
-        count == 4 and engine.in_words == "engine with 00001, 00002 on node-7, attempt 1: it died"
+        count == 4 and engine.in_words == "engine 3 with 00001, 00002 on node-7, attempt 1: it died"
     )
 
 
@@ -147,7 +163,7 @@ def test_the_journal_keeps_the_newest(tmp_path):
     folder.mkdir(parents=True)
     for number in range(MOST + 5):
         (folder / f"{number:013d}-aaaaaa.json").write_text("{}")
-    Journal(str(tmp_path / "stage")).note(Failure("unit", "the newest"))
+    lose(str(tmp_path / "stage"), Lost("unit", "the newest"))
     count, (last,) = read_failures(str(tmp_path / "stage"))
     assert (count, last.message) == (MOST, "the newest")
     assert not (folder / "0000000000000-aaaaaa.json").exists()
@@ -172,7 +188,7 @@ def test_a_damaged_or_half_written_folder_never_shows_a_traceback(tmp_path, caps
     commit(Stage(f"{run}/generate"), 4)
     commit(Stage(f"{run}/curate"), 1, units=3)
     commit(Stage(f"{run}/curate/analysis"), 1, units=1)
-    Journal(f"{run}/curate").note(Failure(SET_ASIDE, "no", ("00000",)))
+    lose(f"{run}/curate", Lost(SET_ASIDE, "no", ("00000",)))
     (tmp_path / "run" / FILE).write_text('{"pid": 1, "host": "h", "owner": "o", "at": "then"}')
     damages = [
         b"",
@@ -229,7 +245,7 @@ def test_watching_in_a_log_ends_with_the_run_and_with_ctrl_c(tmp_path):
 def test_watching_on_a_terminal_shows_a_table_in_place(tmp_path):
     run = a_run(tmp_path / "run")
     commit(Stage(f"{run}/generate"), 1, units=3)
-    Journal(f"{run}/generate").note(Failure("worker", "was [red]lost"))
+    lose(f"{run}/generate", Lost("worker", "was [red]lost"))
     ours, theirs = pty.openpty()
     process = watched(run, stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -248,3 +264,13 @@ def test_watching_on_a_terminal_shows_a_table_in_place(tmp_path):
     assert (
         "last commit" in text and "1 of 3" in text and "3 of 3" in text and "was [red]lost" in text
     )
+
+
+def test_watching_waits_for_a_run_that_is_still_to_come(tmp_path):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    waiting = watched(str(tmp_path / "run"), **pipes)
+    assert waiting.stderr is not None
+    assert f"there is no run at {tmp_path}/run yet, waiting for it" in waiting.stderr.readline()
+    finish(a_run(tmp_path / "run"))
+    out, errors = waiting.communicate(timeout=60)
+    assert (waiting.returncode, errors) == (0, "") and "done, 3 of 3 units" in out

@@ -1,10 +1,11 @@
-"""Units over real Ray actors as those see them who watch: names, metrics and the dashboard, the log, the journal."""
+"""Units over real Ray actors as a watcher sees them: names, metrics and the dashboard, the log, the failure files."""
 
 import json
 import os
 import re
 import time
 import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import promql_parser
@@ -12,17 +13,24 @@ import pytest
 import ray
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from calibprune import storage
-from calibprune.failures import SET_ASIDE, Failure, read_failures
+from calibprune.events import (
+    SET_ASIDE,
+    Event,
+    Lost,
+    StageBegun,
+    UnitDone,
+    emit,
+    listening,
+)
+from calibprune.failures import FailureFiles, read_failures
 from calibprune.process import node
 from calibprune.stage import Record, Stage
 from cluster.crew import Crew
 from cluster.label import label_of
-from cluster.metrics import LayerMetrics, SampleMetrics
-from cluster.queue import dispatch
-from cluster.session import Bundle
-from jobs import log
-from jobs.watching import Watch
+from cluster.metrics import StageMetrics, WorkMetrics
+from cluster.places import Bundle
+from cluster.queue import work_through
+from jobs import output
 from tests.cluster.nodes import cluster_of, metrics_url
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "calibprune.json"
@@ -49,20 +57,19 @@ class Worker:
         self._stage, self._failed = Stage(stage_url), False
 
     def start(self) -> str:
-        self._samples = SampleMetrics(label_of(self._stage.url))
-        LayerMetrics(label_of(self._stage.url)).record(Record("layer-00000", None, 0, None, LAYER))
+        self._metrics = WorkMetrics(label_of(self._stage.url))
+        with listening(self._metrics):
+            emit(UnitDone(Record("layer-00000", None, 0, None, LAYER)))
         return node()
 
-    def stop(self) -> None:
-        pass
-
-    def work(self, unit: str) -> Record:
-        if unit == "1" and not self._failed:
-            self._failed = True
-            raise ValueError("no luck with https://me:secret@store/x?X-Amz-Signature=abcdef")
-        record = self._stage.commit(unit, None, {"rows": 2, "tokens": 6, "seconds": 0.25})
-        self._samples.record(record)
-        return record
+    def work(self, units: Sequence[str]) -> Iterator[Event]:
+        for unit in units:
+            if unit == "1" and not self._failed:
+                self._failed = True
+                raise ValueError("no luck with https://me:secret@store/x?X-Amz-Signature=abcdef")
+            facts = {"rows": 2, "tokens": 6, "seconds": 0.25, "finish_reasons": {"stop": 2}}
+            with listening(self._metrics):
+                yield emit(UnitDone(self._stage.commit(unit, None, facts)))
 
     def name(self) -> str:
         return ray.get_runtime_context().get_actor_name() or ""
@@ -92,17 +99,19 @@ def test_all_that_the_dashboard_shows_is_served_and_the_log_and_the_journal_say_
     stage = Stage(str(tmp_path / "my-run" / "generate"))
     units = ["0", "1", "2", "3"]
     stage.plan({}, units)
-    log.choose("json")
+    label = label_of(stage.url)
+    output.set_up("json")
     try:
-        watch = Watch(stage, len(units), 0)
-        with Crew(
-            Worker, 1, Bundle(1, 0), [stage.url], start_seconds=240, concurrency=1,
-            label=watch.label, failed=watch.failed,
-        ) as crew:  # fmt: skip
+        with (
+            listening(FailureFiles(stage.url), StageMetrics(label)),
+            Crew(
+                Worker, 1, Bundle(1, 0), [stage.url], start_seconds=240, concurrency=1, label=label
+            ) as crew,
+        ):  # fmt: skip
             named = None
-            for record in dispatch(crew, "work", units, in_flight=1, attempts=3, set_aside=print):
-                if record is not None:
-                    watch.committed(record)
+            emit(StageBegun(label.run, label.stage, len(units), 0))
+            for event in work_through(crew, "work", [[unit] for unit in units]):
+                if isinstance(event, UnitDone):
                     named = named or ray.get(crew.ready[0].handle.name.remote())
             assert named == "calibprune:my-run:generate:engine-0"
             wanted = {name for one in expressions() for name in re.findall(r"\bray_\w+", one)}
@@ -118,7 +127,7 @@ def test_all_that_the_dashboard_shows_is_served_and_the_log_and_the_journal_say_
         (failures,) = found["ray_calibprune_failures_total"]
         assert 'kind="unit"' in failures and float(failures.rsplit(" ", 1)[-1]) == 1
     finally:
-        log.choose("text")
+        output.set_up("text")
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line[:1] == "{"]
     committed = {line["unit"]: line for line in lines if line["event"] == "unit"}
     assert committed.keys() == set(units)
@@ -158,20 +167,27 @@ def test_the_dashboard_is_grafanas_and_its_queries_are_promql():
         assert set(re.findall(r"\$\{?(\w+)", expression)) <= names
 
 
-def test_a_store_that_refuses_is_said_and_nothing_is_raised(cluster, tmp_path, capsys):
+def test_a_store_that_refuses_is_said_and_nothing_is_raised(tmp_path, heard):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "prune").write_text("a file where the folder should be")
-    watch = Watch(Stage(str(tmp_path / "run" / "prune")), 2, 0)
-    for _ in range(3):
-        watch.failed(Failure("worker", "gone", ("layer-00001",)))
-    said = capsys.readouterr().err
-    assert said.count("prune: cannot write to") == 1
+    with listening(FailureFiles(str(tmp_path / "run" / "prune"))):
+        for _ in range(3):
+            emit(Lost("worker", "gone", ("layer-00001",)))
+    assert heard.text.count("cannot write to") == 1
 
 
-def test_a_unit_that_is_set_aside_is_no_further_attempt(cluster, tmp_path):
-    stage = Stage(str(tmp_path / "run" / "generate"))
-    watch = Watch(stage, 2, 0)
-    watch.failed(Failure("unit", "bad", ("0",), 3))
-    watch.failed(Failure(SET_ASIDE, "bad", ("0",), 3))
-    assert read_failures(stage.url)[0] == 2
-    assert len(storage.names(storage.join(stage.url, "_failures"))) == 2
+def test_a_unit_that_is_set_aside_is_no_further_attempt(tmp_path, capfd):
+    url = str(tmp_path / "run" / "generate")
+    output.set_up("json")
+    try:
+        with listening(FailureFiles(url)):
+            emit(StageBegun("run", "generate", 2, 0))
+            emit(Lost("unit", "bad", ("0",), 3))
+            emit(Lost(SET_ASIDE, "bad", ("0",), 3))
+            emit(UnitDone(Record("0", None, 0, None)))
+    finally:
+        output.set_up("text")
+    assert read_failures(url)[0] == 2
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == ["failure", "failure", "unit"]
+    assert lines[-1]["attempt"] == 2
