@@ -119,7 +119,8 @@ def test_no_cluster_is_looked_at_unless_asked(check, monkeypatch):
         ),
         (
             # what paused forwards hold is more than any machine has
-            ["curate.sequences=1000000000", "generate.samples=2000000000", "generate.shard_rows=10000", "cluster.gpus_per_worker=0"],
+            ["curate.sequences=1000000000", "generate.samples=2000000000", "generate.shard_rows=10000",
+             "cluster.gpus_per_worker=0"],
             r"prune: 2 workers of [\d.]+ [GT]iB of host memory do not fit the nodes' memory.*; "
             r"output .* takes up to [\d.]+ [GT]iB, .* of disk free",
         ),

@@ -1,4 +1,4 @@
-"""curate over real Ray tasks: the same bytes as in one process, whatever died on the way."""
+"""curate over real Ray actors: the same bytes as in one process, whatever died on the way."""
 
 import json
 import os
@@ -18,8 +18,9 @@ from calibprune.errors import DriftError, UserError
 from calibprune.publish import publish
 from calibprune.stage import Stage
 from cluster.session import connect
-from jobs import curate
+from jobs import analysis, curate
 from jobs.run import Run
+from jobs.stage_runner import run_stage
 from tests.calibprune.calibration.samples import curated, generated
 from tests.tiny import write_tiny_llama
 
@@ -72,33 +73,35 @@ def test_tasks_make_what_one_process_makes_though_one_dies(run, cluster, failpoi
     assert len(wanted.portions) > 2
     for unit in ("scores-00001", "selection", "pool-00000"):
         (failpoints / f"between-data-and-done-{unit}").touch()
-    curate.run(run)
+    run_stage(curate, run)
     assert not list(failpoints.iterdir())  # all three were killed
     stage = run.stage("curate")
     assert stage.finished and hashes(stage) == hashes(wanted.stage)
     (Path(stage.url) / "_SUCCESS").unlink()
     for unit in ("scores-00000", "dropped-00000", "pool-00000"):
         (Path(stage.url) / "_done" / f"{unit}.json").unlink()
-    curate.run(run)
+    run_stage(curate, run)
     assert hashes(stage) == hashes(wanted.stage)
     with pytest.raises(DriftError, match=r"curate.seed was 0, now 1"):
-        curate.run(with_curate(run, seed=1))
-    curate.run(with_curate(run, analysis={"documents": 3}))  # says nothing about the pool
+        run_stage(curate, with_curate(run, seed=1))
+    run_stage(curate, with_curate(run, analysis={"documents": 3}))  # says nothing about the pool
 
 
-def test_a_shard_of_documents_is_known_by_its_tokens_an_empty_one_by_none(run, tmp_path):
-    lines = {"type": "text", "name": "lines", "path": str(tmp_path / "lines.txt"), "documents": 40,
-             "document_tokens": 1 << 17, "bos": False}  # fmt: skip
-    filters = [{"type": "perplexity"}]
-    natural = with_curate(run, sources=[lines], filters=filters, sequence_tokens=4)
-    stage = natural.stage("curate")
-    curation = plan_curation(stage.url, natural.config.curate, {})
-    units = curation.text_units(curation.natural_sources()[0])
-    tokens = [80, 88, 88, 96, 0]
-    for unit, count in zip(units, tokens, strict=True):
-        stage.commit(unit, None, {"rows": 8, "tokens": count})
-    scored = [unit for unit in curation.units() if unit.startswith("scored-")]
-    assert curate._tokens(curation, scored[1:]) == dict(zip(scored[1:], tokens[1:], strict=True))
+def test_the_comparison_is_made_again_for_other_references_and_only_then(run, cluster, tmp_path):
+    run_stage(curate, run)
+    lines = [{"name": "lines", "path": str(tmp_path / "lines.txt")}]
+    stage, made = run.stage("curate/analysis"), []
+    for settings in ({}, {"references": lines}, {"references": lines, "analysis": {"ngram": 2}}):
+        for _ in range(2):
+            compared = with_curate(run, **settings)
+            run_stage(analysis, compared)
+            made.append(stage.record("analysis").finished_at if stage.finished else None)
+    assert made[:2] == [None, None]
+    assert made[2] == made[3] < made[4] == made[5]
+    facts = analysis.facts(compared)
+    assert facts is not None and facts["ngram"] == 2
+    assert facts["vocabulary"]["references"]["lines"]["documents"] == 30
+    assert analysis.facts(with_curate(run, references=lines)) is None
 
 
 @pytest.mark.slow
@@ -113,7 +116,7 @@ def test_documents_beside_samples_are_scored_where_a_filter_asks(run, cluster, t
         sources=[{"type": "generated"}, lines],
         filters=[{"type": "perplexity", "drop_worst": 0.1}],
     )
-    curate.run(mixed)
+    run_stage(curate, mixed)
     stage = mixed.stage("curate")
     facts = stage.record("selection").facts
     assert facts["sources"]["lines"] == {
@@ -133,7 +136,7 @@ def test_documents_beside_samples_are_scored_where_a_filter_asks(run, cluster, t
 def test_what_a_task_finds_wrong_reaches_the_user(run, cluster):
     short = with_curate(run, sequences=2000)
     with pytest.raises(Exception, match="self-generated is to fill 2000 sequences") as raised:
-        curate.run(short)
+        run_stage(curate, short)
     assert isinstance(getattr(raised.value, "cause", raised.value), UserError)
 
 

@@ -5,8 +5,8 @@ import pytest
 from calibprune.config import Config
 from calibprune.config.model import ClusterSettings
 from cluster.session import connect
-from jobs.__main__ import ALL
 from jobs.pipeline import run_stages
+from jobs.stages import COMMANDS
 from tests.cluster.leftovers import assert_nothing_left
 from tests.tiny import write_tiny_llama
 
@@ -30,7 +30,7 @@ def test_every_stage_leaves_the_cluster_as_it_was(tmp_path):
     )  # fmt: skip
     with connect(ClusterSettings()) as started_here:
         assert started_here
-        for stage in ALL:
+        for stage in COMMANDS:
             run_stages(config, [stage])
             assert_nothing_left()
     assert (tmp_path / "out" / "report" / "index.html").exists()

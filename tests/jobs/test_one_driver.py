@@ -10,11 +10,12 @@ from calibprune import storage
 from calibprune.config import Config
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import LeaseLost, UserError
+from calibprune.events import UnitDone, emit
 from calibprune.lease import FILE
 from cluster.session import connect
-from jobs import pipeline, progress
-from jobs.progress import Steps
+from jobs import pipeline
 from jobs.run import Run
+from jobs.stages import Plan
 
 HOLDER = """
 import sys, time
@@ -64,28 +65,41 @@ def test_a_run_with_a_living_driver_is_refused_before_anything_starts(config, ho
     assert holder.poll() is None
 
 
-def test_a_driver_whose_run_another_took_over_ends_in_mid_stage(cluster, config, monkeypatch):
-    committed, begun = [], []
+class Slow:
+    """A stage of many units that take a moment each."""
 
-    def generate(run: Run) -> None:
-        stage = run.stage("generate")
-        stage.plan({}, [f"shard-{number:05d}" for number in range(10_000)])
-        with Steps("generate", "shards", 10_000) as steps:
-            for number in range(10_000):
-                stage.commit(f"shard-{number:05d}", None, {})
-                committed.append(number)
-                time.sleep(0.02)
-                steps.add()
-                if number == 3:
-                    take_over(config.output)
+    NAME, PUBLISHED = "generate", {}
 
-    monkeypatch.setattr(pipeline, "STAGES", {"generate": generate, "curate": begun.append})
+    def __init__(self) -> None:
+        self.committed = 0
+
+    def skip(self, run: Run) -> None:
+        """It is needed."""
+
+    def plan(self, run: Run) -> Plan:
+        return Plan({}, [f"shard-{number:05d}" for number in range(10_000)])
+
+    def work(self, run: Run, stage, missing):
+        for unit in missing:
+            record = stage.commit(unit, None, {})
+            self.committed += 1
+            time.sleep(0.02)
+            if self.committed == 3:
+                take_over(run.config.output)
+            yield emit(UnitDone(record))
+
+
+def test_a_driver_whose_run_another_took_over_ends_in_mid_stage(
+    cluster, config, monkeypatch, heard
+):
+    first, second = Slow(), Slow()
+    monkeypatch.setattr(pipeline, "modules", lambda commands: [first, second])
     with pytest.raises(LeaseLost, match=r"another driver took over .*: .*elsewhere"):
         pipeline.run_stages(config, ["generate", "curate"])
-    assert 4 <= len(committed) < 10_000 and not begun
-    assert len(Run(config).stage("generate").done_units()) == len(committed)
+    assert 3 <= first.committed < 10_000 and not second.committed
+    assert len(Run(config).stage("generate").done_units()) == first.committed
     assert b"foreign" in storage.read_bytes(storage.join(config.output, FILE))  # is not taken back
-    assert progress.still_ours is progress.nobody_else
+    assert [loss.kind for loss in heard.losses] == ["driver"]
 
 
 def take_over(output: str) -> None:
