@@ -12,7 +12,6 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from calibprune.errors import UserError
 from calibprune.redact import plain
 from cluster.label import Label
 from cluster.places import Bundle, Waiting
@@ -120,12 +119,7 @@ def node_died(error: RayError) -> bool:
     return bool(getattr(error, "preempted", False)) or "its node has died" in str(error)
 
 
-def death(error: RayError) -> Exception:
-    """Why an actor died, in one line; a UserError where its constructor raised one."""
+def death(error: RayError) -> RuntimeError:
+    """Why an actor died, in one line: the last of what Ray says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else type(error).__name__
-    for line in reversed(lines):
-        kind, colon, text = line.partition(": ")
-        if colon and kind.rsplit(".", 1)[-1] in ("UserError", "CorruptionError", "DriftError"):
-            return UserError(plain(text))
-    return RuntimeError(plain(last))
+    return RuntimeError(plain(lines[-1] if lines else type(error).__name__))

@@ -40,11 +40,6 @@ class LayerWorker:
         transformers.utils.logging.set_verbosity(logging.ERROR)
         self._cpus, self._timeout = cpus, datetime.timedelta(seconds=meet_seconds)
         self._device = torch.device("cuda:0" if ray.get_gpu_ids() else "cpu")
-        if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                f"a worker was given a GPU on which PyTorch {torch.__version__} cannot work: mend that node's driver "
-                f"or PyTorch, or set cluster.gpus_per_worker=0"
-            )
         self._gang: Gang = ALONE
         self._meeting: Meeting | None = None
         self._at = "starting"
@@ -59,7 +54,12 @@ class LayerWorker:
         return address, self._meeting.port
 
     def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> None:
-        """Takes its place in the gang."""
+        """Takes its place in the gang. Raises UserError where the GPU that it was given cannot be used."""
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                f"a worker was given a GPU on which PyTorch {torch.__version__} cannot work: mend that node's driver "
+                f"or PyTorch, or set cluster.gpus_per_worker=0"
+            )
         alone = meeting is None or meeting[0] == LOOPBACK
         address = LOOPBACK if alone else ray.util.get_node_ip_address()
         torch.set_num_threads(self._cpus)

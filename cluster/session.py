@@ -65,13 +65,11 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
         signal.signal(
             signal.SIGTERM, on_terminate
         )  # Ray put its own there, which ends without cleaning up
-    went_well = False
     try:
         yield global_worker.node is not None and global_worker.node.is_head()
-        went_well = True
     finally:
         ray.shutdown()
-        if "_temp_dir" in ours and went_well:  # else the workers' logs in it may say why
+        if "_temp_dir" in ours:
             shutil.rmtree(Path(ours["_temp_dir"]).parent, ignore_errors=True)
 
 

@@ -99,9 +99,7 @@ class Engine:
             model=model,
             revision=revision,
             tokenizer_revision=revision,
-            dtype=_checkpoint_dtype(model, revision, trust_remote_code)
-            if dtype == "auto"
-            else dtype,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
             trust_remote_code=trust_remote_code,
             load_format=_load_format(model),
             tensor_parallel_size=settings.tensor_parallel,
@@ -306,16 +304,3 @@ def model_and_revision(url: str) -> tuple[str, str | None]:
 def _load_format(model: str) -> str:
     """Of safetensors only: by itself vLLM takes pickled weights too. Its streamer from buckets knows nothing else."""
     return "runai_streamer" if model.startswith(STREAMED) else "safetensors"
-
-
-def _checkpoint_dtype(model: str, revision: str | None, trust_remote_code: bool) -> str:
-    """The dtype that config.json names; vLLM's own "auto" would run a float32 checkpoint in 16 bits."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        model, revision=revision, trust_remote_code=trust_remote_code
-    )
-    dtype = config.get_text_config().dtype or config.dtype
-    if dtype is None:
-        raise UserError(f"the config.json of {model} names no dtype: set model.dtype")
-    return str(dtype).removeprefix("torch.")

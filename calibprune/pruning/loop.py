@@ -1,8 +1,9 @@
 """Pruning a model layer by layer in one paused sweep: layers stream in, are solved and stream out.
 
-The flow of the whole product's heart is `prune_layers`, which every worker of a gang runs at the same time. What a
-worker holds at any time: two layers of weights, its paused micro-batches and one group's statistics; nothing grows
-with the number of layers. What comes out does not depend on the number of workers, bit for bit.
+The flow of the whole product's heart is `prune_layers`, which every worker of a gang runs at the same time. A worker
+holds the layer at work, the one that is read ahead and the one that is being written, its paused micro-batches and one
+group's statistics: nothing grows with the number of layers. The result does not depend on the number of workers, bit
+for bit.
 """
 
 from collections.abc import Iterator

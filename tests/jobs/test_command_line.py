@@ -198,6 +198,21 @@ def test_an_engine_of_more_gpus_than_the_run_has_is_refused(capsys, config):
     assert code == 2 and "generate.tensor_parallel 4 is more GPUs" in errors
 
 
+@pytest.mark.parametrize("command", ["run", "check", "submit"])
+def test_a_misspelt_setting_costs_no_import_of_torch(config, command):
+    code = (
+        "import sys; from jobs.__main__ import main; sys.argv[0] = 'calibprune'\n"
+        "try: main()\n"
+        "except SystemExit as ended: print(ended.code, 'torch' in sys.modules, 'ray' in sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, command, str(config), "prune.sparsty=0.6"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "did you mean sparsity?" in ran.stderr
+    assert ran.stdout.split()[:2] == ["2", "False"]
+
+
 def test_a_cluster_that_is_not_there_is_told(capsys, config):
     code, _, errors = calibprune_here(capsys, "run", config, "cluster.address=127.0.0.1:1")
     assert code == 2 and "cannot reach Ray at 127.0.0.1:1" in errors

@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(checkpoint, loop):
     async def start():
-        return Engine(str(checkpoint), "auto", SCHEDULED, max_model_tokens=220, cpu_threads=1)
+        return Engine(str(checkpoint), "float32", SCHEDULED, max_model_tokens=220, cpu_threads=1)
 
     engine = loop.run(start())
     yield engine
@@ -222,7 +222,7 @@ def test_a_prefix_that_leaves_no_room_is_refused(engine, loop):
 
 def test_a_context_too_short_is_found_before_the_start(checkpoint):
     with pytest.raises(UserError, match=r"600 tokens, the context of .* has 512"):
-        Engine(str(checkpoint), "auto", SETTINGS, max_model_tokens=600, cpu_threads=1)
+        Engine(str(checkpoint), "float32", SETTINGS, max_model_tokens=600, cpu_threads=1)
 
 
 def written(engine, loop, folder, settings, *parts: range) -> pa.Table:
@@ -277,7 +277,7 @@ def test_a_model_split_over_two_processes_writes_the_same(checkpoint, completion
     split = SETTINGS.model_copy(update={"tensor_parallel": 2})
 
     async def write():
-        engine = Engine(str(checkpoint), "auto", split, max_model_tokens=220, cpu_threads=1)
+        engine = Engine(str(checkpoint), "float32", split, max_model_tokens=220, cpu_threads=1)
         try:
             return await engine.complete(PREFIXES, SEEDS)
         finally:
