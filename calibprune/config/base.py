@@ -19,8 +19,10 @@ def _without_credentials(url: str) -> str:
 def _regular_expression(expression: str) -> str:
     try:
         re.compile(expression)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"not a regular expression: {error}") from None
+    except RecursionError:
+        raise ValueError("not a regular expression: it is nested too deeply") from None
     return expression
 
 
