@@ -273,8 +273,10 @@ def test_a_configuration_may_come_through_a_pipe(minimal):
     finally:
         os.close(ends[0])
     reading = "from calibprune.config.load import load_config; load_config('/dev/stdin')"
-    for give in ({"input": Path(minimal).read_text()}, {"stdin": Path(minimal).open()}):
-        subprocess.run([sys.executable, "-c", reading], text=True, check=True, **give)
+    command = [sys.executable, "-c", reading]
+    subprocess.run(command, text=True, check=True, input=Path(minimal).read_text())
+    with Path(minimal).open() as file:
+        subprocess.run(command, text=True, check=True, stdin=file)
 
 
 def test_a_mistake_is_told_without_the_import_of_torch(minimal):
