@@ -59,8 +59,9 @@ class Location:
 class Checkpoint:
     """The tensors of a checkpoint folder, read by name.
 
-    Opening reads the headers only. Raises UserError when the folder is missing, gated, holds no safetensors
-    or lacks a file that its index names, StoreUnavailable when the store fails in passing for long.
+    Opening reads the headers and compares them with the sizes of the files. Raises UserError when the folder is
+    missing, gated, holds no safetensors or lacks a file that its index names, CorruptionError for a damaged file,
+    StoreUnavailable when the store fails in passing for long.
     """
 
     def __init__(self, path: str, hashes: Mapping[str, str] | None = None) -> None:
@@ -69,17 +70,22 @@ class Checkpoint:
         self._unverified = dict(hashes or {})
         self.bytes_read = 0
         try:
-            files = self._files()
-            headers = {file: self._header(file) for file in files}
+            sizes = self._files()
+            headers = {file: self._header(file) for file in sizes}
         except EOFError as error:
             raise CorruptionError(str(error)) from None
         except _NOT_READ as error:
             raise _unreadable(path, error) from None
         self.locations: dict[str, Location] = {}
         for file, (header, offset) in headers.items():
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    self.locations[name] = _location(f"{self.url}/{file}", name, entry, offset)
+            url = storage.join(self.url, file)
+            here = {
+                name: _location(url, name, entry, offset)
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+            _check_whole(url, here, offset, sizes[file])
+            self.locations |= here
         self._headers = {file: header for file, (header, _) in headers.items()}
 
     @property
@@ -132,10 +138,15 @@ class Checkpoint:
     def _verify(self, file: str) -> None:
         expected = self._unverified.pop(file)
         if storage.sha256(storage.read_bytes(storage.join(self.url, file))) != expected:
-            raise CorruptionError(f"{self.url}/{file} is damaged: its sha256 is not {expected}")
+            raise CorruptionError(
+                f"{self.url}/{file} is damaged: its sha256 is not {expected}, which its stage recorded: remove it and "
+                f"its record in the stage's folder _done, then `calibprune prune` with the configuration of that run "
+                f"makes it again"
+            )
 
-    def _files(self) -> list[str]:
-        present = storage.names(self.url, links=True)
+    def _files(self) -> dict[str, int | None]:
+        """The files that hold tensors, and their sizes where the store says them."""
+        present = storage.sizes(self.url, links=True)
         if INDEX in present:
             files = _indexed(storage.join(self.url, INDEX))
             pickled = [file for file in files if not file.endswith(".safetensors")]
@@ -144,9 +155,9 @@ class Checkpoint:
             missing = [file for file in files if file not in present]
             if missing:
                 raise UserError(f"{self.url}: the index names {missing[0]}, which is not there")
-            return files
+            return {file: present[file] for file in files}
         if SINGLE in present:
-            return [SINGLE]
+            return {SINGLE: present[SINGLE]}
         if any(name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")) for name in present):
             raise UserError(f"{self.url} holds pickled weights only; {_NO_PICKLE}")
         raise UserError(
@@ -185,6 +196,24 @@ def _location(url: str, name: str, entry: Any, offset: int) -> Location:
             f"{url} is damaged: {name} of shape {shape} cannot be bytes {start} to {stop}"
         )
     return Location(posixpath.basename(url), dtype, shape, offset + start, offset + stop)
+
+
+def _check_whole(
+    url: str, locations: Mapping[str, Location], offset: int, size: int | None
+) -> None:
+    """Raises CorruptionError unless the tensors lie end to end, from the header to the end of the file."""
+    end = offset
+    for name, location in sorted(locations.items(), key=lambda one: (one[1].start, one[1].stop)):
+        if location.start != end:
+            raise CorruptionError(
+                f"{url} is damaged: {name} begins at byte {location.start}, what lies before it ends at byte {end}"
+            )
+        end = location.stop
+    if size is not None and size != end:
+        raise CorruptionError(
+            f"{url} is damaged: it has {size:,} bytes, its header describes {end:,}: copy it again from where it is "
+            f"whole"
+        )
 
 
 def _indexed(url: str) -> list[str]:

@@ -45,6 +45,8 @@ def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UserError(f"cannot open {shown(url)}: {one_line(error)}") from None
     if scheme in ("s3", "s3a"):
         filesystem.retries = 2  # type: ignore[attr-defined]
+    if scheme in ("gs", "gcs"):  # it logs every error that it raises, with a traceback
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return filesystem, path
 
 
@@ -88,6 +90,11 @@ def names(url: str, patience_seconds: float | None = None, links: bool = False) 
     return list(_listed(url, patience_seconds, links))
 
 
+def sizes(url: str, links: bool = False) -> dict[str, int | None]:
+    """Bytes of each file that `names` lists, by name; None where a store does not say."""
+    return {name: entry.get("size") for name, entry in _listed(url, links=links).items()}
+
+
 def _listed(
     url: str, patience_seconds: float | None = None, links: bool = False, temporary: bool = False
 ) -> dict[str, dict[str, Any]]:
@@ -112,7 +119,10 @@ def _listed(
 
 def _stays(link: str) -> bool:
     path = Path(link)
-    target, folder = path.resolve(), path.parent.resolve()
+    try:
+        target, folder = path.resolve(), path.parent.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
     return target.is_file() and target.parent in (folder, folder.parent.parent / "blobs")
 
 

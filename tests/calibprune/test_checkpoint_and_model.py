@@ -145,6 +145,46 @@ def test_a_damaged_file_is_told(copy, damage):
         Checkpoint(str(copy))
 
 
+@pytest.mark.parametrize("kind", ["local", "memory"])
+@pytest.mark.parametrize("change", [-1, -1000, 8])
+def test_a_file_of_another_size_than_its_header_describes_is_refused(copy, kind, change):
+    whole = (copy / "model.safetensors").read_bytes()
+    data = whole[:change] if change < 0 else whole + bytes(change)
+    url = str(copy) if kind == "local" else "memory://cut"
+    storage.write(f"{url}/model.safetensors", data)
+    message = rf"model\.safetensors is damaged: it has {len(data):,} bytes, .* {len(whole):,}:"
+    with pytest.raises(CorruptionError, match=message):
+        Checkpoint(url)
+
+
+def test_a_shard_that_is_cut_short_in_its_header_is_named(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[:200])
+    with pytest.raises(CorruptionError, match=r"model\.safetensors"):
+        Checkpoint(str(copy))
+
+
+def test_tensors_that_overlap_or_leave_gaps_are_refused(tmp_path):
+    for second in ([4, 12], [12, 20]):
+        header = {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": second},
+        }
+        content = json.dumps(header).encode()
+        data = len(content).to_bytes(8, "little") + content + bytes(second[1])
+        (tmp_path / "model.safetensors").write_bytes(data)
+        with pytest.raises(CorruptionError, match=r"b begins at byte .*, what lies before it ends"):
+            Checkpoint(str(tmp_path))
+
+
+def test_weights_that_are_a_loop_of_links_are_no_weights(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to("other.safetensors")
+    (copy / "other.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(UserError, match=r"is no model folder: no .*model\.safetensors in it"):
+        Checkpoint(str(copy))
+
+
 def test_the_forward_dtype_is_the_checkpoints_unless_told(copy):
     assert build(copy).dtype == torch.float32
     assert build(copy, dtype="bfloat16").dtype == torch.bfloat16

@@ -68,6 +68,20 @@ def test_files_come_back_and_create_keeps_the_first(folder, request):
     assert not storage.exists(url) and storage.exists(storage.join(folder, "aaa"))
 
 
+def test_a_refusal_that_is_expected_prints_no_traceback_of_a_library(servers, caplog):
+    url = f"{servers['gs']}/run-{uuid.uuid4().hex}/a"
+    assert storage.create(url, b"one") and not storage.create(url, b"two")
+    assert not [record for record in caplog.records if record.name.startswith("gcsfs")]
+
+
+def test_every_store_says_how_large_files_are(folder):
+    assert storage.sizes(folder) == {}
+    for name, data in (("b", b"12345"), ("a", b"")):
+        storage.write(storage.join(folder, name), data)
+    storage.write(storage.join(folder, "below", "c"), b"x")
+    assert list(storage.sizes(folder).items()) == [("a", 0), ("b", 5)]
+
+
 def test_every_store_says_when_files_were_written(folder):
     begun = time.time()
     for name in ("bbb.json", "aaa.json"):

@@ -56,6 +56,27 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_file_that_ends_too_early_is_named(capsys, config, monkeypatch):
+    """Typer takes an EOFError for the end of a user's input and says "Aborted." of it."""
+
+    def read(*arguments):
+        raise EOFError("model.safetensors: bytes 8 to 16 were asked for, 2 came")
+
+    monkeypatch.setattr("calibprune.config.load.load_config", read)
+    code, _, errors = calibprune_here(capsys, "check", config)
+    assert code == 1 and "failed: OSError: a file ends too early: model.safetensors: " in errors
+    assert "Aborted" not in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_truncated_weights_are_refused_before_work_starts(capsys, config, tmp_path, tiny_llama):
+    model = shutil.copytree(tiny_llama, tmp_path / "cut")
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:-100])
+    code, _, errors = calibprune_here(capsys, "check", config, f"model.path={model}")
+    assert code == 2 and "model.safetensors is damaged: it has" in errors, errors
+    assert len(errors.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "label"),
     [([], "worker memory"), (["cluster.gpus_per_worker=1"], "worker GPU memory")],
