@@ -5,6 +5,7 @@ what is pruned are the `torch.nn.Linear`s inside them.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -25,6 +26,8 @@ _TORCH_DTYPES = {
 
 
 MOST_LAYERS = 10_000
+MOST_BUFFER_BYTES = 1 << 30
+"""Size of rotary tables and masks that are accepted beside a checkpoint's own size."""
 
 
 @dataclass(frozen=True)
@@ -154,19 +157,44 @@ def build_skeleton(
     # a model's own code lies in there, and is needed until it is built
     with local_side_files(checkpoint.url) as folder:
         config = read_config(settings, folder)
-        dtype = forward_dtype(settings, config, checkpoint)
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = _from_config(config, dtype, settings.trust_remote_code)
-        except Exception as error:  # of a config that others wrote: anything
-            raise UserError(f"cannot build the model at {settings.path}: {_hint(error)}") from None
-    model.eval()
-    model.tie_weights()
-    device = _one_device(device)
-    _place_buffers(model, checkpoint, device)
-    skeleton = Skeleton(model, checkpoint, _layers_path(model, config), dtype, device)
-    _check_tensors(skeleton, settings.path)
+        layers = config.get_text_config().num_hidden_layers
+        if layers > len(checkpoint.locations):
+            raise UserError(
+                f"{settings.path}: its config.json speaks of {layers} layers, its checkpoint has only "
+                f"{len(checkpoint.locations)} tensors"
+            )
+        dtype, device = forward_dtype(settings, config, checkpoint), _one_device(device)
+
+        def build(context: AbstractContextManager[Any]) -> Skeleton:
+            try:
+                with context:
+                    model = _from_config(config, dtype, settings.trust_remote_code)
+            except Exception as error:  # of a config that others wrote: anything
+                raise UserError(
+                    f"cannot build the model at {settings.path}: {_hint(error)}"
+                ) from None
+            model.eval()
+            model.tie_weights()
+            return Skeleton(model, checkpoint, _layers_path(model, config), dtype, device)
+
+        # first with nothing in memory at all: only what fits the checkpoint gets buffers, and norms for a moment
+        outline = build(torch.device("meta"))
+        _check_tensors(outline, settings.path)
+        _check_buffers(outline, settings.path)
+        skeleton = build(init_empty_weights(include_buffers=False))
+    _place_buffers(skeleton.model, checkpoint, device)
     return skeleton
+
+
+def _check_buffers(skeleton: Skeleton, path: str) -> None:
+    """Raises UserError where a config asks for tables that are large beside the weights themselves."""
+    size = sum(buffer.nbytes for buffer in skeleton.model.buffers())
+    most = skeleton.checkpoint.bytes + MOST_BUFFER_BYTES
+    if size > most:
+        raise UserError(
+            f"{path}: its config.json asks for buffers of {size:,} bytes, more than the {most:,} that a checkpoint of "
+            f"this size may have"
+        )
 
 
 def _one_device(device: torch.device | str) -> torch.device:
@@ -221,6 +249,28 @@ def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
         raise
     except Exception as error:  # of a file that others wrote: anything
         raise UserError(f"cannot read the tokenizer of {url}: {_hint(error)}") from None
+
+
+def check_tokenizer(tokenizer: Any, skeleton: Skeleton, path: str) -> None:
+    """Raises UserError where texts may become token ids that the model has no embedding for.
+
+    A special token beyond them is accepted, as a text model made of a multimodal one has for its images, unless texts
+    begin or end with it.
+    """
+    rows = skeleton.model.get_input_embeddings().num_embeddings
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    added = tokenizer.added_tokens_decoder
+    beyond = {
+        token: name
+        for name, token in tokenizer.get_vocab().items()
+        if token >= rows and (token not in added or not added[token].special or token in ends)
+    }
+    if beyond:
+        largest = max(beyond)
+        raise UserError(
+            f"{path}: its tokenizer gives token ids up to {largest} ({one_line(repr(beyond[largest]))}), the model has "
+            f"embeddings for {rows}: take the tokenizer that was saved with the model"
+        )
 
 
 def _hint(error: Exception) -> str:

@@ -40,7 +40,7 @@ CONTACT_SECONDS = 10.0
 
 def check_before_work(run: Run, stages: Sequence[str]) -> None:
     """Checks everything that the given stages will use. Raises UserError for the first problem."""
-    from calibprune.model import context_tokens
+    from calibprune.model import check_tokenizer, context_tokens
     from jobs.tracking import check_tracking
 
     check_tracking(run.config.report.tracking)
@@ -53,6 +53,9 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     check_reachable(run.config.model.path, CONTACT_SECONDS)
     context = context_tokens(run.skeleton.model.config)
     _check_lengths(run, stages, context)
+    makes_pool = run.config.prune.pool is None and {"generate", "curate"} & set(stages)
+    if makes_pool or ("evaluate" in stages and run.config.evaluate.perplexity):
+        check_tokenizer(run.tokenizer, run.skeleton, run.config.model.path)
     if (
         "generate" in stages
         and run.no_samples_because is None

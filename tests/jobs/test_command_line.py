@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from calibprune import storage
 from calibprune.config.load import load_config
@@ -66,6 +67,21 @@ def test_a_file_that_ends_too_early_is_named(capsys, config, monkeypatch):
     code, _, errors = calibprune_here(capsys, "check", config)
     assert code == 1 and "failed: OSError: a file ends too early: model.safetensors: " in errors
     assert "Aborted" not in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_a_tokenizer_of_another_model_is_refused(capsys, config, tmp_path, tiny_llama):
+    model = shutil.copytree(tiny_llama, tmp_path / "smaller")
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"vocab_size": 200}))
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:200].contiguous()
+    save_file(tensors, model / "model.safetensors")
+    code, _, errors = calibprune_here(capsys, "check", config, f"model.path={model}")
+    assert code == 2 and "its tokenizer gives token ids up to 257" in errors, errors
+    own = ["prune.pool=/no/pool", "evaluate.perplexity=[]"]  # no text is read with it
+    _, _, errors = calibprune_here(capsys, "check", config, f"model.path={model}", *own)
+    assert "tokenizer" not in errors and "/no/pool" in errors
 
 
 def test_truncated_weights_are_refused_before_work_starts(capsys, config, tmp_path, tiny_llama):
