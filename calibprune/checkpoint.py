@@ -280,7 +280,8 @@ def local_side_files(url: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="calibprune-") as folder:
         for name in names:
-            Path(folder, name).write_bytes(storage.read_bytes(storage.join(url, name)))
+            with storage.full_disk_named(folder):
+                Path(folder, name).write_bytes(storage.read_bytes(storage.join(url, name)))
         yield folder
 
 

@@ -97,6 +97,7 @@ class LayerReader:
         if self._gang.rank == 0:
             held = {stored: t for stored, t in self.outer_held.items() if stored in wanted}
             tensors |= held or skeleton.checkpoint.read(sorted(wanted))
+            skeleton.check_finite(tensors)
         tensors = {stored: tensor.to(skeleton.device) for stored, tensor in tensors.items()}
         self._gang.broadcast([(tensor, 0) for tensor in tensors.values()])
         skeleton.place(module, prefix, tensors)
@@ -126,6 +127,7 @@ class LayerReader:
         committed = self._committed(index)
         if committed is None:
             self._skeleton.checkpoint.read_into(views)
+            self._skeleton.check_finite(views)
         else:
             for name, view in views.items():
                 view.copy_(committed[name])

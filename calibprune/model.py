@@ -71,6 +71,12 @@ class Skeleton:
             if name not in self.checkpoint.locations and id(parameter) in first
         }
 
+    @cached_property
+    def parameters(self) -> set[str]:
+        """Checkpoint names of what the model holds as parameters."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {self.stored_name(name) for name, _ in named}
+
     def stored_name(self, name: str) -> str:
         return self._alias.get(name, name)
 
@@ -105,6 +111,21 @@ class Skeleton:
                 name = f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}"
                 tensor = tensors[self.stored_name(name)].to(self.device, self.dtype)
                 owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises UserError naming a weight, among tensors by checkpoint name, that holds a NaN or an infinity.
+
+        Buffers may: a mask is made of infinities.
+        """
+        for name in sorted(tensors.keys() & self.parameters):
+            tensor = tensors[name]
+            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
+                continue
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                raise UserError(
+                    f"{self.checkpoint.url}: the weights of {name} are not finite: they hold a NaN or an infinity; "
+                    f"take a checkpoint that is whole"
+                )
 
     def place_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         self.place(self.layers[index], self.layer_prefix(index), tensors)
@@ -183,6 +204,7 @@ def build_skeleton(
         _check_buffers(outline, settings.path)
         skeleton = build(init_empty_weights(include_buffers=False))
     _place_buffers(skeleton.model, checkpoint, device)
+    _ = skeleton.parameters  # which weights are tied shows only before any is put in place
     return skeleton
 
 

@@ -8,6 +8,7 @@ Credentials come from where each store's own library looks for them, never from 
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import logging
@@ -216,8 +217,8 @@ def write(url: str, data: bytes, patience_seconds: float | None = None) -> None:
     """Publishes a whole file, replacing an older one; a crash leaves the old file or the new one."""
     filesystem, path = resolve(url)
     if isinstance(filesystem, LocalFileSystem):
-        staged = _stage(path, data)
-        staged.replace(path)
+        with full_disk_named(path):
+            _stage(path, data).replace(path)
     else:
         retrying(url, "write", partial(filesystem.pipe_file, path, data), patience_seconds)
 
@@ -232,13 +233,14 @@ def create(url: str, data: bytes, patience_seconds: float | None = None) -> bool
     """
     filesystem, path = resolve(url)
     if isinstance(filesystem, LocalFileSystem):
-        staged = _stage(path, data)
-        try:
-            os.link(staged, path)
-        except FileExistsError:
-            return False
-        finally:
-            staged.unlink()
+        with full_disk_named(path):
+            staged = _stage(path, data)
+            try:
+                os.link(staged, path)
+            except FileExistsError:
+                return False
+            finally:
+                staged.unlink()
         return True
 
     def put() -> bool:
@@ -258,6 +260,20 @@ def create(url: str, data: bytes, patience_seconds: float | None = None) -> bool
         return read_bytes(url, patience_seconds) == data
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def full_disk_named(path: str) -> Iterator[None]:
+    """Raises UserError where the block finds a disk or a quota full: no other process could do better."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"cannot write {path}: no space left on its disk; make room, or choose another folder, and run the same "
+            f"command again"
+        ) from None
 
 
 def write_json(url: str, value: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32
 
+from calibprune import storage
 from calibprune.calibration.duplicates import bands, sample_hashes, signatures
 from calibprune.calibration.filters import band_column, perplexity, share_column
 from calibprune.calibration.pool import parquet_bytes
@@ -129,13 +130,15 @@ class ScratchColumns:
         if name not in self._files:
             self._files[name] = self._open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
             self._kinds[name] = values.dtype, width
-        self._files[name].write(np.ascontiguousarray(values).data)
+        with storage.full_disk_named(tempfile.gettempdir()):
+            self._files[name].write(np.ascontiguousarray(values).data)
 
     def load(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
         """[samples], or [samples, bytes] for a column of bytes; of some samples only where they are given."""
         dtype, width = self._kinds[name]
         file = self._files[name]
-        file.flush()
+        with storage.full_disk_named(tempfile.gettempdir()):
+            file.flush()
         count = file.seek(0, io.SEEK_END) // (dtype.itemsize * (width or 1))
         shape = (count,) if width is None else (count, width)
         if samples is not None:

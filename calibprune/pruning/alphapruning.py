@@ -31,8 +31,9 @@ def tail_exponents(
         yield index - count
         for path in chosen[index] if gang.owns(index) else ():
             name = skeleton.stored_name(f"{skeleton.layer_prefix(index)}{path}.weight")
-            weight = skeleton.checkpoint.read([name])[name].to(skeleton.device)
-            mine[index, path] = tail_exponent(eigenvalues(weight))
+            read = skeleton.checkpoint.read([name])
+            skeleton.check_finite(read)
+            mine[index, path] = tail_exponent(eigenvalues(read[name].to(skeleton.device)))
     exponents = numbers_of_all(chosen, mine, gang)
     if per == "linear":
         return exponents

@@ -68,10 +68,10 @@ def prune_group(
     to remove, one per linear. The arguments stay as they are, arithmetic is float32. Collective. Raises ValueError on
     weights that are not finite, before or after, and what the method raises.
     """
-    _check_finite(weights, "weights")
+    _check_finite(weights, targets, "weights")
     method, shares = METHODS[type(settings)], shares or RowShares.of(weights)
     pruned = method.prune(weights, statistics, targets, settings, shares)
-    _check_finite(pruned, "pruned weights")
+    _check_finite(pruned, targets, "pruned weights")
     return pruned
 
 
@@ -88,13 +88,12 @@ def refine_group(
     damping = getattr(settings, "damping", 0.0) if METHODS[type(settings)].updates else None
     shares = shares or RowShares.of(weights)
     refined = swaps.refine(weights, pruned, statistics, targets, refine, shares, damping)
-    _check_finite(refined, "refined weights")
+    _check_finite(refined, targets, "refined weights")
     return refined
 
 
-def _check_finite(weights: list[Float[Tensor, "_ in"]], name: str) -> None:
-    for index, weight in enumerate(weights):
+def _check_finite(weights: list[Float[Tensor, "_ in"]], targets: list[Target], name: str) -> None:
+    for index, (weight, target) in enumerate(zip(weights, targets, strict=True)):
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
-            raise ValueError(
-                f"the {name} of linear {index} of the group are not finite in {weight.dtype}"
-            )
+            linear = target.path or f"linear {index} of the group"
+            raise ValueError(f"the {name} of {linear} are not finite in {weight.dtype}")

@@ -65,7 +65,11 @@ def outlier_ratios(
                 if paths:
                     inputs = positions.of(Fetched(stop.inputs, skeleton.device))
                     need = frozenset({"sum_squares"})
-                    found = gathered_statistics(inputs, need, gang, len(batches), Clock())
+                    try:
+                        found = gathered_statistics(inputs, need, gang, len(batches), Clock())
+                    except ValueError as error:
+                        group = ", ".join(paths)
+                        raise ValueError(f"layer {stop.layer}, group {group}: {error}") from error
                     assert found.sum_squares is not None
                     squares.update(dict.fromkeys(paths, found.sum_squares))
                 if stop.layer == last and squares.keys() == set(chosen[last]):

@@ -85,7 +85,8 @@ def magnitude_bound(
     for index, peak in zip(numbers or range(len(peaks)), peaks, strict=True):
         if not math.isfinite(peak):
             raise ValueError(
-                f"the inputs of micro-batch {index} are not finite: a sum of squares is {peak}"
+                f"the inputs of micro-batch {index} are not finite: a sum of squares is {peak}. Forwards overflow most "
+                f"easily in float16: try model.dtype=bfloat16 or float32"
             )
     return max(peaks)
 

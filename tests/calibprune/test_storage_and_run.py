@@ -1,5 +1,6 @@
 """Atomic files and the commit protocol, on local disk, in memory and on real servers of S3, weak S3 and gs://."""
 
+import errno
 import json
 import os
 import subprocess
@@ -314,6 +315,19 @@ def test_what_a_killed_driver_tried_a_folder_with_is_cleared_away(folder):
     storage.remove_probes(folder)
     assert [storage.exists(url) for url in kept] == [True] * 3 and not storage.exists(probe)
     storage.remove_probes(f"{folder}/nowhere")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, number):
+    def fail(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    path = tmp_path / "data" / "part.bin"
+    for publish in (storage.write, storage.create):
+        with pytest.raises(UserError, match=rf"cannot write {path}: no space left on its disk"):
+            publish(str(path), b"data")
+    assert list(path.parent.iterdir()) == []
 
 
 def test_an_unwritable_folder_is_told(tmp_path):
