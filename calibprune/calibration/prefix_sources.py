@@ -14,6 +14,7 @@ from calibprune.calibration.texts import Message, documents, prompts
 from calibprune.config.generate import DatasetPrefixes, PromptPrefixes
 from calibprune.errors import UserError
 from calibprune.redact import one_line
+from calibprune.untrusted import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,22 @@ def candidates(
         for batch in _batches(documents(settings.path, **where)):
             for ids in first_tokens(tokenizer, batch, most_tokens(settings)):
                 yield np.array(ids, np.int32)
+
+
+def check_prompts(settings: PromptPrefixes, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Renders the first prompts where it can be stopped. Raises UserError for a chat template without an end.
+
+    Also raises as `candidates` does for a source that cannot be read.
+    """
+    where = {"name": settings.dataset_name, "split": settings.split, "column": settings.column}
+    batch = next(_batches(prompts(settings.path, **where)), [])
+    chats = [chat for prompt in batch if (chat := _conversation(prompt, settings.system))]
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:  # there is none, as `candidates` says
+        return
+    name = f"the chat template of {tokenizer.name_or_path}"
+    check_template(template, chats, tokenizer.special_tokens_map, name)
 
 
 def most_tokens(settings: DatasetPrefixes | PromptPrefixes) -> int:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calibprune.calibration.pool import parquet_bytes
-from calibprune.calibration.prefix_sources import candidates, most_tokens
+from calibprune.calibration.prefix_sources import candidates, check_prompts, most_tokens
 from calibprune.config.generate import (
     BosPrefixes,
     DatasetPrefixes,
@@ -108,8 +108,8 @@ def cut_prefixes(
 def check_prefixes(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Finds out whether there will be prefixes, from the start of their source.
 
-    Raises UserError: no such source or column, no chat template, no token to start with, or nothing usable among the
-    first few thousand documents.
+    Raises UserError: no such source or column, no chat template or one without an end, no token to start with, or
+    nothing usable among the first few thousand documents.
     """
     prefixes = settings.prefixes
     if _starts_with_bos(prefixes):
@@ -119,6 +119,8 @@ def check_prefixes(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBa
             _OrdinaryTokens(tokenizer).draw(1, settings.seed, 0)
         case DatasetPrefixes() | PromptPrefixes():
             most = most_tokens(prefixes)
+            if isinstance(prefixes, PromptPrefixes):
+                check_prompts(prefixes, tokenizer)
             start = islice(candidates(prefixes, tokenizer), _CHECKED)
             if not any(_usable(prefixes, tokens, most) for tokens in start):
                 raise _nothing_usable(prefixes, most, _CHECKED)
