@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from calibprune.calibration.pool import read_pool, read_positions
+from calibprune.calibration.pool import read_pool
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
@@ -77,8 +77,8 @@ class LayerWorker:
         """
         torch.set_num_threads(self._cpus)
         skeleton = build_skeleton(model, self._device)
-        stage, pool, positions = Stage(stage_url), read_pool(pool_url), read_positions(pool_url)
-        sequences, tokens = pool.shape
+        stage, read = Stage(stage_url), read_pool(pool_url)
+        pool, (sequences, tokens) = read.token_ids, read.token_ids.shape
         vocabulary = skeleton.model.get_input_embeddings().num_embeddings
         if pool.min() < 0 or pool.max() >= vocabulary:
             raise UserError(
@@ -89,7 +89,7 @@ class LayerWorker:
         if reason and self._gang.rank == 0:
             yield reason
         settings = settings.model_copy(update={"offload": reason is not None})
-        for event in prune_layers(skeleton, pool, settings, stage, self._gang, positions):
+        for event in prune_layers(skeleton, pool, settings, stage, self._gang, read.generated):
             if isinstance(event, int):
                 self._at = f"layer {event}"
             else:

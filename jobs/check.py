@@ -12,9 +12,9 @@ from calibprune.calibration.curate_units import needs_scoring
 from calibprune.calibration.engine import STREAMED, model_and_revision, vllm_version
 from calibprune.calibration.filters import share_of
 from calibprune.calibration.mixing import mixture, shortage
-from calibprune.calibration.pool import pool_shape
+from calibprune.calibration.pool import describe_pool
 from calibprune.calibration.prefixes import check_prefixes, longest_prefix
-from calibprune.calibration.sources import document_tokens, scored_tokens
+from calibprune.calibration.sources import document_tokens, samples_of, scored_tokens
 from calibprune.calibration.texts import documents
 from calibprune.checkpoint import check_reachable
 from calibprune.config import Config
@@ -28,7 +28,7 @@ from calibprune.config.curate import (
 )
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import DriftError, UserError
-from calibprune.stage import Stage, flat
+from calibprune.stage import flat
 from jobs.run import Run
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def check_before_work(run: Run, stages: Sequence[str]) -> None:
     if "prune" in stages and "curate" not in stages and run.config.prune.pool is None:
         run.stage("curate").manifest()
     if "prune" in stages and run.config.prune.pool is not None:
-        _, tokens = pool_shape(run.config.prune.pool)
+        tokens = describe_pool(run.config.prune.pool).tokens
         if context and tokens > context:
             raise UserError(
                 f"prune.pool holds sequences of {tokens} tokens, the model's context is {context}"
@@ -213,7 +213,7 @@ def _check_texts(run: Run) -> None:
         next(documents(text.path, name=text.dataset_name, split=text.split, column=text.column))
     for source in settings.sources:
         if isinstance(source, GeneratedSource) and source.path is not None:
-            Stage(source.path).manifest()
+            samples_of(source.path)
     if natural and needs_scoring(settings):
         check_vllm("a perplexity filter of curate", run.skeleton.checkpoint.url)
 

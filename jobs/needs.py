@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from calibprune.calibration.curate_units import needs_scoring
-from calibprune.calibration.pool import pool_shape
+from calibprune.calibration.pool import describe_pool
 from calibprune.calibration.prefixes import longest_prefix
 from calibprune.config.curate import NaturalSource
 from calibprune.model import Skeleton
@@ -63,7 +63,8 @@ def needs(run: Run, stages: Collection[str] | None = None) -> list[Need]:
 def pool_to_prune_with(run: Run) -> tuple[int, int]:
     """(sequences, tokens of each) of the calibration pool."""
     if run.config.prune.pool is not None:
-        return pool_shape(run.config.prune.pool)
+        pool = describe_pool(run.config.prune.pool)
+        return pool.sequences, pool.tokens
     return run.config.curate.pool_sequences, run.config.curate.sequence_tokens
 
 

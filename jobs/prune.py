@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from calibprune import storage
-from calibprune.calibration.pool import pool_identity, pool_shape
+from calibprune.calibration.pool import describe_pool
 from calibprune.pruning.allocation import foreseen, in_words, is_measured, missed, shapes_of
 from calibprune.pruning.export import ALLOCATION, finish_checkpoint
 from calibprune.pruning.linears import chosen_linears
@@ -28,7 +28,7 @@ def run(run: Run) -> None:
     identity = {
         "model": run.model_identity,
         "model.dtype": run.dtype,
-        "pool": pool_identity(run.pool_url),
+        "pool": describe_pool(run.pool_url).identity,
         "prune": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
         "device": "cuda" if bundle.gpus else "cpu",
         "threads": None if bundle.gpus else bundle.cpus,
@@ -107,7 +107,7 @@ def _say_if_missed(run: Run, allocation: dict[str, Any]) -> None:
 def usable_workers(run: Run) -> int:
     """The workers asked for, but no more than there are micro-batches to sweep."""
     wanted = run.config.cluster.worker_count
-    sequences, _ = pool_shape(run.pool_url)
+    sequences = describe_pool(run.pool_url).sequences
     batches = -(-sequences // run.config.prune.batch_sequences)
     if batches < wanted:
         say(

@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes, read_parquet, read_samples
+from calibprune import storage
+from calibprune.calibration.pool import (
+    SAMPLE_SCHEMA,
+    parquet_bytes,
+    read_parquet,
+    read_samples,
+    sample_records,
+)
 from calibprune.calibration.texts import documents
 from calibprune.config.curate import NaturalSource
+from calibprune.errors import UserError
 from calibprune.stage import Record, Stage
 
 if TYPE_CHECKING:
@@ -40,6 +48,19 @@ class Shard:
 
     def committed(self) -> Record:
         return self.record or Stage(self.stage_url).record(self.unit)
+
+
+def samples_of(path: str) -> Stage:
+    """The generate stage of another run. Raises UserError unless finished samples lie there."""
+    stage, expected = Stage(path), "the `generate` folder of a finished run"
+    if not stage.finished:
+        inside = storage.join(path, "generate")
+        if Stage(inside).finished:
+            expected = inside
+        raise UserError(f"curate.sources: there are no finished samples at {path}: give {expected}")
+    if not sample_records(stage):
+        raise UserError(f"curate.sources: {path} is a stage without samples: give {expected}")
+    return stage
 
 
 def read_shard(shard: Shard) -> pa.Table | None:

@@ -15,6 +15,8 @@ from calibprune.config.base import (
 )
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+MOST_FILTERS = 63
+"""Filters that a mark of one byte tells apart, with the four clauses of each (calibration/filters.py)."""
 
 
 class Sharing(Section):
@@ -138,7 +140,9 @@ class CurateSettings(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (
         GeneratedSource(type="generated"),
     )
-    filters: tuple[Filter, ...] = (PerplexityFilter(type="perplexity"),)
+    filters: Annotated[tuple[Filter, ...], Field(max_length=MOST_FILTERS)] = (
+        PerplexityFilter(type="perplexity"),
+    )
     references: tuple[Reference, ...] = ()
     analysis: AnalysisSettings = AnalysisSettings()
     sequences: PositiveInt = 128

@@ -107,6 +107,10 @@ def test_a_pattern_needs_no_quotes(minimal):
         ("preset= ", r"^preset= gives no value"),
         ("prune.keep=[down_proj", r"^the value of prune\.keep=\.\.\. is not valid YAML: expected"),
         ("prune={sparsity: 0.5, sparsity: 0.6}", "sparsity is given in line 1 and again in line 1"),
+        (
+            "curate.filters=[" + "{type: length}, " * 64 + "]",
+            r"curate\.filters: this list has 64 entries, at most 63 are possible$",
+        ),
         ("curate.sources=[]", r"curate\.sources: this list has 0 entries, at least 1 is needed$"),
         (
             "output=runs/${model.path}",

@@ -168,6 +168,10 @@ def test_a_worker_that_does_not_fit_this_machine_is_told_what_takes_most(
         ),
         (["prune.pool=/no/pool"], "/no/pool"),
         (
+            ["curate.sources=[{type: generated, path: /no/where}]"],
+            "there are no finished samples at /no/where: give the `generate` folder of a finished run",
+        ),
+        (
             ["prune.method=sparsgpt"],
             "prune.method: there is no 'sparsgpt': did you mean sparsegpt?",
         ),

@@ -291,7 +291,7 @@ model, pool, folder, settings = sys.argv[1:]
 torch.set_num_threads(1)
 skeleton = build_skeleton(ModelSettings(path=model))
 before = host_memory()
-list(prune_layers(skeleton, read_pool(pool), PruneSettings.model_validate_json(settings), Stage(folder)))
+list(prune_layers(skeleton, read_pool(pool).token_ids, PruneSettings.model_validate_json(settings), Stage(folder)))
 print(json.dumps([before, host_memory("VmHWM")]))
 """
 
