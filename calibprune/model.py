@@ -1,7 +1,7 @@
 """A causal language model without its weights: built on the meta device, filled and emptied module by module.
 
-No table of architectures: the decoder layers are the one list of modules as long as the config says, and
-what is pruned are the `torch.nn.Linear`s inside them.
+There is no table of architectures: the decoder layers are the one list of modules with the length that the config
+gives, and the `torch.nn.Linear`s inside them are pruned.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ MOST_BUFFER_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on the meta device and where its tensors lie in the checkpoint."""
+    """A model on the meta device, and the checkpoint that holds its tensors."""
 
     model: Any
     """A transformers PreTrainedModel with a language modelling head."""
@@ -49,7 +49,7 @@ class Skeleton:
 
     @cached_property
     def outer_modules(self) -> dict[str, nn.Module]:
-        """Modules outside the decoder layers that hold parameters themselves: embedding, norm, head."""
+        """The modules outside the decoder layers that hold parameters themselves: embedding, norm, head."""
         return {
             name: module
             for name, module in self.model.named_modules()
@@ -59,7 +59,7 @@ class Skeleton:
 
     @cached_property
     def _alias(self) -> dict[str, str]:
-        """Tied parameters that the checkpoint does not store -> the name it stores them under."""
+        """The name under which the checkpoint stores a tied parameter, by the names that it does not store."""
         first: dict[int, str] = {}
         named = list(self.model.named_parameters(remove_duplicate=False))
         for name, parameter in named:
@@ -73,7 +73,7 @@ class Skeleton:
 
     @cached_property
     def parameters(self) -> set[str]:
-        """Checkpoint names of what the model holds as parameters."""
+        """The checkpoint names of the model's parameters."""
         named = self.model.named_parameters(remove_duplicate=False)
         return {self.stored_name(name) for name, _ in named}
 
@@ -84,22 +84,22 @@ class Skeleton:
         return f"{self.layers_path}.{index}."
 
     def layer_tensors(self, index: int) -> list[str]:
-        """Checkpoint names of everything stored under one decoder layer."""
+        """Lists the checkpoint names of everything stored under one decoder layer."""
         prefix = self.layer_prefix(index)
         return sorted(name for name in self.checkpoint.locations if name.startswith(prefix))
 
     def rest_tensors(self) -> list[str]:
-        """Checkpoint names of everything outside the decoder layers."""
+        """Lists the checkpoint names of everything outside the decoder layers."""
         prefixes = tuple(self.layer_prefix(index) for index in range(len(self.layers)))
         return sorted(n for n in self.checkpoint.locations if not n.startswith(prefixes))
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The prunable linears of a decoder layer by their path inside it."""
+        """Finds the prunable linears of a decoder layer by their path inside it."""
         found = self.layers[index].named_modules()
         return {name: module for name, module in found if isinstance(module, nn.Linear)}
 
     def fused(self, index: int) -> list[str]:
-        """Paths of a decoder layer's parameters that hold several matrices, as fused experts do."""
+        """Lists the paths of a decoder layer's parameters that hold several matrices, as fused experts do."""
         return [name for name, p in self.layers[index].named_parameters() if p.dim() > 2]
 
     def place(self, module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
@@ -141,14 +141,14 @@ class Skeleton:
 
 
 def read_config(settings: ModelSettings, folder: str) -> Any:
-    """The transformers config of a causal language model, from a local folder with its side files.
+    """Reads the transformers config of a causal language model from a local folder with its side files.
 
     Raises UserError for a missing or unreadable config, an encoder, or an unknown architecture.
     """
     trust = settings.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-    except Exception as error:  # of a file that others wrote: anything
+    except Exception as error:  # untrusted input raises anything
         raise UserError(f"cannot use the model at {settings.path}: {_hint(error)}") from None
     architectures = list(config.architectures or ())
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
@@ -156,12 +156,14 @@ def read_config(settings: ModelSettings, folder: str) -> Any:
     known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
     if not causal or encoder_decoder or not known:
         raise UserError(
-            f"{settings.path} is not a causal language model that can be pruned here: its "
+            f"{settings.path} is not a causal language model that calibprune can prune: its "
             f"architecture is {', '.join(architectures) or config.model_type}"
         )
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
-        raise UserError(f"{settings.path}: its config.json speaks of {layers} layers")
+        raise UserError(
+            f"{settings.path}: its config.json has num_hidden_layers {layers}, not a number from 1 to {MOST_LAYERS}"
+        )
     return config
 
 
@@ -175,13 +177,13 @@ def build_skeleton(
     Raises UserError when the architecture cannot be pruned or the checkpoint lacks tensors it needs.
     """
     checkpoint = Checkpoint(settings.path, hashes)
-    # a model's own code lies in there, and is needed until it is built
+    # the folder holds a model's own code, which is needed until the model is built
     with local_side_files(checkpoint.url) as folder:
         config = read_config(settings, folder)
         layers = config.get_text_config().num_hidden_layers
         if layers > len(checkpoint.locations):
             raise UserError(
-                f"{settings.path}: its config.json speaks of {layers} layers, its checkpoint has only "
+                f"{settings.path}: its config.json has num_hidden_layers {layers}, its checkpoint has only "
                 f"{len(checkpoint.locations)} tensors"
             )
         dtype, device = forward_dtype(settings, config, checkpoint), _one_device(device)
@@ -190,7 +192,7 @@ def build_skeleton(
             try:
                 with context:
                     model = _from_config(config, dtype, settings.trust_remote_code)
-            except Exception as error:  # of a config that others wrote: anything
+            except Exception as error:  # untrusted input raises anything
                 raise UserError(
                     f"cannot build the model at {settings.path}: {_hint(error)}"
                 ) from None
@@ -198,7 +200,7 @@ def build_skeleton(
             model.tie_weights()
             return Skeleton(model, checkpoint, _layers_path(model, config), dtype, device)
 
-        # first with nothing in memory at all: only what fits the checkpoint gets buffers, and norms for a moment
+        # The outline takes no memory. Only a model that fits its checkpoint gets buffers and, for a moment, norms.
         outline = build(torch.device("meta"))
         _check_tensors(outline, settings.path)
         _check_buffers(outline, settings.path)
@@ -220,13 +222,13 @@ def _check_buffers(skeleton: Skeleton, path: str) -> None:
 
 
 def _one_device(device: torch.device | str) -> torch.device:
-    """With a number where there may be several: PyTorch takes "cuda" and "cuda:0" for different ones."""
+    """Adds the number of a GPU, since PyTorch takes "cuda" and "cuda:0" for different devices."""
     device = torch.device(device)
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def _place_buffers(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Puts rotary tables and the like on the device, those that the checkpoint stores with its values."""
+    """Puts rotary tables and the like on the device, with the checkpoint's values for those that it stores."""
     persistent = model.state_dict(keep_vars=True)
     buffers = [name for name, _ in model.named_buffers() if name in persistent]
     learned = checkpoint.read([name for name in buffers if name in checkpoint.locations])
@@ -248,7 +250,7 @@ def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> An
 
 
 def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype asked for; `auto`: the one that most of the checkpoint's bytes have."""
+    """Returns the dtype of the settings or, for `auto`, the one that most of the checkpoint's bytes have."""
     if settings.dtype != "auto":
         return _TORCH_DTYPES[settings.dtype]
     bytes_of: dict[torch.dtype, int] = {}
@@ -256,12 +258,14 @@ def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) 
         bytes_of[location.dtype] = bytes_of.get(location.dtype, 0) + location.bytes
     dtype = max(bytes_of, key=lambda dtype: bytes_of[dtype])
     if dtype not in _TORCH_DTYPES.values():
-        raise UserError(f"{settings.path} is stored in {dtype}: give float32, float16 or bfloat16")
+        raise UserError(
+            f"{settings.path} is stored in {dtype}: set model.dtype to float32, float16 or bfloat16"
+        )
     return dtype
 
 
 def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a checkpoint. Raises UserError where there is none."""
+    """Loads the tokenizer beside a checkpoint. Raises UserError where there is none."""
     try:
         with local_side_files(url) as folder:
             return AutoTokenizer.from_pretrained(
@@ -269,7 +273,7 @@ def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
             )
     except StoreUnavailable:
         raise
-    except Exception as error:  # of a file that others wrote: anything
+    except Exception as error:  # untrusted input raises anything
         raise UserError(f"cannot read the tokenizer of {url}: {_hint(error)}") from None
 
 
@@ -309,7 +313,7 @@ def _hint(error: Exception) -> str:
 
 
 def context_tokens(config: Any) -> int | None:
-    """The longest sequence that the model was made for; None where the config does not say."""
+    """Returns the longest sequence that the model was made for; None where the config does not give it."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -322,7 +326,8 @@ def _layers_path(model: nn.Module, config: Any) -> str:
     ]
     if len(found) != 1:
         raise UserError(
-            f"cannot tell the {count} decoder layers of {type(model).__name__}: {found}"
+            f"{type(model).__name__} has {len(found)} lists of {count} modules, not one: its decoder layers cannot be "
+            f"told apart from {', '.join(found) or 'the rest'}"
         )
     return found[0]
 

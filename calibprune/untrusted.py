@@ -1,6 +1,6 @@
-"""Patterns of a configuration and chat templates of a model, run in a process of its own: either may never end.
+"""Runs a configuration's patterns and a model's chat template in a process of their own, since either may never end.
 
-Neither `re` nor Jinja can be told to stop, and a template can ask for any amount of memory.
+Neither `re` nor Jinja can be stopped otherwise, and a template can ask for any amount of memory.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def _serve() -> None:
         answer = {"value": function(*arguments)}
     except MemoryError:
         answer = {"error": "out of memory", "memory": True}
-    except Exception as error:  # of others' code: anything
+    except Exception as error:  # untrusted input raises anything
         answer = {"error": f"{type(error).__name__}: {error}"}
     json.dump(answer, answers)
     answers.flush()
@@ -66,7 +66,7 @@ def _serve() -> None:
 
 @lru_cache(maxsize=256)
 def matching(key: str, expression: str, names: tuple[str, ...]) -> frozenset[str]:
-    """The names that a regular expression is found in. Raises UserError with the setting's key where it takes long."""
+    """Finds the names that match a regular expression. Raises UserError with the setting's key if that takes long."""
     try:
         return frozenset(limited(_found_in, expression, names, seconds=SECONDS))
     except (TimeoutError, MemoryError, RuntimeError) as error:
@@ -88,7 +88,7 @@ def check_template(
 ) -> None:
     """Raises UserError where a chat template does not render these conversations in bounded time and memory.
 
-    What it says of them otherwise, an error included, is left to the tokenizer.
+    Any other error is left to the tokenizer, which knows the prompt.
     """
     try:
         limited(_rendered, template, conversations, special_tokens, seconds=SECONDS)

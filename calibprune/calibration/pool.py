@@ -67,7 +67,7 @@ def pool_unit(number: int) -> str:
 
 @dataclass(frozen=True)
 class PoolFacts:
-    """What a run has to know of a pool before any work."""
+    """Facts of a pool that a run needs before any work."""
 
     sequences: int
     tokens: int
@@ -129,7 +129,7 @@ def read_pool(url: str) -> Pool:
 def _parts(
     url: str,
 ) -> Iterator[tuple[Int64[np.ndarray, "_ tokens"], Bool[np.ndarray, "_ tokens"] | None]]:
-    """Token ids, and the positions that count if the pool has them, file by file; checked against each other."""
+    """Yields token ids, and the positions that count if the pool has them, file by file, checked against each other."""
     lengths, columns = set[int](), set[bool]()
     for file, data in _files(url):
         table = _read_foreign(data, file)
@@ -161,7 +161,7 @@ def _parts(
 
 
 def _files(url: str) -> Iterator[tuple[str, bytes]]:
-    """The URL and the bytes of every file, verified where `curate` recorded its hash."""
+    """Yields the URL and the bytes of every file, verified where `curate` recorded its hash."""
     stage = Stage(url)
     if not stage.finished:
         for name in storage.names(url):
@@ -186,7 +186,7 @@ _MADE_AGAIN = (
 
 
 def _pool_records(stage: Stage) -> list[Record]:
-    """The records of a finished curate stage. Raises UserError for any other stage."""
+    """Lists the records of a finished curate stage. Raises UserError for any other stage."""
     records = [record for record in stage.records() if record.unit.startswith("pool-")]
     if not records:
         raise UserError(f"{stage.url} is a stage without a calibration pool: name a curate folder")
@@ -194,7 +194,7 @@ def _pool_records(stage: Stage) -> list[Record]:
 
 
 def _read_foreign(data: bytes, file: str) -> pa.Table:
-    """The columns of a pool's file that somebody else may have made. Raises UserError for what is no parquet file."""
+    """Reads the columns of a file that somebody else may have made. Raises UserError for a file that is no parquet."""
     try:
         return read_parquet(data, [n for n in _names(data) if n in ("token_ids", GENERATED.name)])
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The few numbers of every sample that filters and packing go by; its tokens are read here a shard at a time."""
+"""Computes the few numbers of a sample that filters and packing use, reading tokens one shard at a time."""
 
 import io
 import tempfile
@@ -20,13 +20,13 @@ from calibprune.config.curate import DuplicateFilter, Filter, RepetitionFilter
 from calibprune.stage import Record, Stage
 
 VERSION = 2
-"""Of the columns that a unit of scores has."""
+"""Version of the columns of a unit of scores."""
 MEASURED = RepetitionFilter(type="repetition")
-"""How repetition is measured for the report where no filter says it."""
+"""Measure of repetition for the report where no filter has one."""
 
 
 def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.ndarray]:
-    """The scores of one shard by column: row, tokens, perplexity, hash, repetition, and what the filters ask for.
+    """Computes the scores of one shard by column: row, tokens, perplexity, hash, repetition, and the filters' own.
 
     Bands of a duplicate filter are [samples, bytes]. Perplexity is NaN where there are no log-probabilities.
     """

@@ -90,7 +90,7 @@ def _at_least_one(path: str, cells: Iterable[T]) -> Iterator[T]:
 def _rows(
     path: str, name: str | None, split: str, column: str, whole_files: bool = False
 ) -> Iterator[Row]:
-    """Every row, blank ones too. What kind of source `path` is gets settled before the first row."""
+    """Yields every row, blank ones too. The kind of source is decided before the first row."""
     if path == PYTHON_DOCS:
         from pydoc_data.topics import topics
 
@@ -103,7 +103,7 @@ def _rows(
 
 
 def _is_hub_id(path: str) -> bool:
-    """Whether the path can only be a dataset's id on the hub: nothing here has its name, its folder or its ending."""
+    """Reports whether a path can only be a dataset's id: nothing local has its name or folder, no text its ending."""
     if not _HUB_ID.fullmatch(path):
         return False
     first = Path(path.split("/", 1)[0])

@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in one line: its key as the file has it, the problem, and what would be right."""
+"""Explains in one line what is wrong with a setting: its key as in the file, the problem, and what would be right."""
 
 import difflib
 import types
@@ -59,9 +59,9 @@ def suggestion(given: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def _written_key(location: Sequence[int | str], content: Any, missing: bool) -> str:
-    """The dotted key as it stands in the file: without the tags and kinds that unions put in between and at the end.
+    """Returns the dotted key as in the file, without the tags and kinds that unions put in between and at the end.
 
-    If a key is `missing`, the last part does not stand in the file and is still the one to name.
+    The last part of a key that is `missing` is not in the file, and still the one to name.
     """
     parts = []
     for position, part in enumerate(location):

@@ -138,7 +138,7 @@ def _read(path: str) -> dict[str, Any]:
         raise UserError(f"cannot read the configuration {path}: {one_line(error)}") from None
     except UserError:
         raise
-    except Exception as error:  # of a parser that reads a stranger's file: anything
+    except Exception as error:  # untrusted input raises anything
         raise UserError(f"{path} is not valid YAML: {_problem(error)}") from None
     content = _plain({} if content is None else content, path)
     if not isinstance(content, dict):
@@ -170,7 +170,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
         )
     try:
         content = _yaml().load(value)
-    except Exception as error:  # of a parser: anything
+    except Exception as error:  # untrusted input raises anything
         raise UserError(
             f"the value of {key}=... is not valid YAML: {_problem(error, line=False)}"
         ) from None
@@ -178,7 +178,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _problem(error: Exception, line: bool = True) -> str:
-    """What a parser found wrong, without the lines that it quotes."""
+    """Describes what a parser found wrong, without the lines that it quotes."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if not isinstance(error, MarkedYAMLError):
@@ -188,7 +188,7 @@ def _problem(error: Exception, line: bool = True) -> str:
 
 
 def _plain(content: Any, where: str) -> Any:
-    """A copy of what was parsed, without parts in common, made of dicts with texts as keys, lists and single values.
+    """Copies what was parsed into dicts with texts as keys, lists and single values, no two of them shared.
 
     Raises UserError for too many values, as aliases of aliases make them, and for `${...}`, which other tools replace.
     """
@@ -220,7 +220,7 @@ def _plain(content: Any, where: str) -> Any:
 
 
 def _texts(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a tree of settings with its dotted key."""
+    """Yields every text in a tree of settings with its dotted key."""
     if isinstance(content, str):
         yield key, content
     elif isinstance(content, Mapping | list):
@@ -269,16 +269,16 @@ def _set(tree: dict[str, Any], preset: Mapping[str, Any], key: str, value: Any) 
 
 
 def _place(here: dict[str, Any] | list[Any], part: str, key: str) -> Any:
-    """Where a part of a key leads: a name in a section, a number in a list."""
+    """Reads a part of a key as a name in a section or a number in a list."""
     if isinstance(here, dict):
         return part
     if not (part.isascii() and part.isdigit() and len(part) < 9 and int(part) < len(here)):
         raise UserError(
-            f"{key}: the list has {len(here)} entries, numbered from 0, and none is {part}"
+            f"{key}: there is no entry {part}: the list has {len(here)}, numbered from 0"
         )
     return int(part)
 
 
 def _spelt_out(value: Any) -> Any:
-    """A name alone stands for that type with its defaults."""
+    """Reads a name alone as that type with its defaults."""
     return {"type": value} if isinstance(value, str) else value

@@ -21,7 +21,7 @@ STARTS_AT_ONCE = 64
 def tail_exponents(
     skeleton: Skeleton, chosen: Sequence[Sequence[str]], per: str, gang: Gang
 ) -> Generator[int, None, list[dict[str, float]]]:
-    """The exponent for every layer and its linears to prune, as the generator's value. Collective.
+    """Returns the exponent for every layer and its linears to prune. Collective.
 
     `per` "layer" gives all linears of a layer their mean. Every layer is read and measured by its owner. Yields
     negative numbers that grow with the layers left behind, its own or not.
@@ -41,7 +41,7 @@ def tail_exponents(
 
 
 def eigenvalues(weight: Float[Tensor, "out in"]) -> Float64[Tensor, " rank"]:
-    """Of W^T W, ascending; as many as the smaller side."""
+    """Computes the eigenvalues of W^T W, ascending, as many as the smaller side."""
     return torch.linalg.svdvals(weight.to(torch.float32)).double().square().flip(0)
 
 

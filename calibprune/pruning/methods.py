@@ -24,10 +24,10 @@ class Method:
     updates: bool = False
     """Whether the weights that stay are changed."""
     weight_bytes: int = 9
-    """Held for every weight of a worker's share while it is solved: in float32 scores or updated weights, a copy, and
+    """Bytes for every weight of a worker's share while it is solved: in float32 scores or updated weights, a copy, and
     the mask."""
     gram_bytes: int = 20
-    """Held for every entry of the Gram matrix, where it is needed: int64 sums, then float32 sums and factors."""
+    """Bytes for every entry of the Gram matrix, if it is needed: int64 sums, then float32 sums and factors."""
     compares_matrices: bool = False
     """Whether every worker has all scores of the linears at once, unless it is per row or in a pattern."""
 
@@ -50,7 +50,7 @@ METHODS: dict[type[BaseModel], Method] = {
 
 
 def need_of(settings: config.PruneSettings) -> Need:
-    """The sums that the method and its refinement read."""
+    """Returns the sums that the method and its refinement read."""
     refinement = frozenset({"gram"}) if settings.refine else frozenset()
     return METHODS[type(settings.method)].need | refinement
 
@@ -84,7 +84,7 @@ def refine_group(
     refine: config.Swaps,
     shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
-    """Improves on what the method with these `settings` made of `weights`; the rest is as for `prune_group`."""
+    """Improves `pruned`, which the method with these `settings` made of `weights`; otherwise as `prune_group`."""
     damping = getattr(settings, "damping", 0.0) if METHODS[type(settings)].updates else None
     shares = shares or RowShares.of(weights)
     refined = swaps.refine(weights, pruned, statistics, targets, refine, shares, damping)

@@ -208,10 +208,13 @@ def test_merge_keys_may_be_overridden_where_they_are_taken(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["evaluate.perplexity.-1.path=c"], "has 2 entries, numbered from 0, and none is -1"),
-        (["evaluate.perplexity.2.path=c"], "has 2 entries, numbered from 0, and none is 2"),
-        (["evaluate.perplexity.2={name: c, path: c}"], "numbered from 0, and none is 2"),
-        (["evaluate.perplexity.first.path=c"], "numbered from 0, and none is first"),
+        (
+            ["evaluate.perplexity.-1.path=c"],
+            "there is no entry -1: the list has 2, numbered from 0$",
+        ),
+        (["evaluate.perplexity.2.path=c"], "there is no entry 2: the list has 2"),
+        (["evaluate.perplexity.2={name: c, path: c}"], "there is no entry 2: the list has 2"),
+        (["evaluate.perplexity.first.path=c"], "there is no entry first: the list has 2"),
         (["evaluate.perplexity.0.0=c"], r"unknown key evaluate\.perplexity\.0\.0"),
         (
             ["curate.filters.0.drop_worst=0.3"],
