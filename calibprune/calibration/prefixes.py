@@ -142,7 +142,7 @@ class PrefixReader:
             self._ordinary = _OrdinaryTokens(tokenizer)
 
     def of(self, rows: range) -> list[list[int]]:
-        """Returns the token ids that every row starts from; with `draw: model`, those that its prefix is drawn after."""
+        """Returns the token ids that each row starts from; with `draw: model`, those that its prefix is drawn after."""
         return [list(self._prefix(row // self._settings.samples_per_prefix)) for row in rows]
 
     def _prefix(self, index: int) -> list[int]:

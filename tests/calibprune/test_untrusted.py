@@ -13,12 +13,6 @@ NAMES = tuple(f"model.layers.{index}.mlp.down_proj" for index in range(12))
 CHATS = [[{"role": "user", "content": "hello"}]]
 
 
-@pytest.fixture
-def patience(monkeypatch):
-    """As little as a slow machine's start of Python takes."""
-    monkeypatch.setattr(untrusted, "SECONDS", 8.0)
-
-
 def test_what_a_function_returns_comes_back():
     assert limited(divmod, 7, 2, seconds=60) == [3, 1]
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
@@ -49,7 +43,8 @@ def test_expressions_match_as_re_has_them(expression):
     assert matching("prune.keep", expression, NAMES) == expected
 
 
-def test_an_expression_that_does_not_end_is_named(patience):
+def test_an_expression_that_does_not_end_is_named(monkeypatch):
+    monkeypatch.setattr(untrusted, "SECONDS", 1.0)
     expression = r"^([a-z]|[a-z.]|.)+-$"
     with pytest.raises(UserError, match=r"^prune\.keep: the regular expression '\^\(") as error:
         matching("prune.keep", expression, NAMES)
@@ -67,7 +62,8 @@ def test_an_expression_that_does_not_end_is_named(patience):
         ),
     ],
 )
-def test_a_template_without_an_end_is_named(patience, template, limit):
+def test_a_template_without_an_end_is_named(monkeypatch, template, limit):
+    monkeypatch.setattr(untrusted, "SECONDS", 1.0 if limit == "time" else 100.0)
     with pytest.raises(UserError, match=f"^the template of m takes too much {limit}") as error:
         check_template(template, CHATS, {}, "the template of m")
     assert "\n" not in str(error.value)

@@ -346,7 +346,7 @@ def test_what_is_wrong_with_prompts_is_told(tokenizer, chat_tokenizer, tmp_path)
 def test_a_chat_template_without_an_end_is_named_before_work_starts(
     chat_tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("calibprune.untrusted.SECONDS", 8.0)
+    monkeypatch.setattr("calibprune.untrusted.SECONDS", 1.0)
     write_prompts(tmp_path / "prompts.jsonl", ["hello"])
     chat_tokenizer.chat_template = (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
