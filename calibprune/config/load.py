@@ -25,7 +25,7 @@ from calibprune.redact import holds_credential, one_line
 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000
-MOST_DIGITS = 18
+MOST_DIGITS = 40
 
 
 def dump_config(config: Config) -> str:
