@@ -43,7 +43,7 @@ from calibprune.stage import Stage
 model, pool, folder, settings, threads, dtype = sys.argv[1:]
 torch.set_num_threads(int(threads))
 settings = PruneSettings.model_validate_json(settings)
-tokens = read_pool(pool)
+tokens = read_pool(pool).token_ids
 begun = time.perf_counter()
 skeleton = build_skeleton(ModelSettings(path=model, dtype=dtype))
 stage = Stage(folder)
@@ -78,7 +78,7 @@ options = parser.parse_args()
 def calibration() -> np.ndarray:
     from calibprune.calibration.pool import read_pool
 
-    tokens = read_pool(options.pool or "runs/demo/curate").numpy().ravel()
+    tokens = read_pool(options.pool or "runs/demo/curate").token_ids.numpy().ravel()
     wanted = options.sequences * options.tokens
     return np.resize(tokens, wanted).reshape(options.sequences, options.tokens)
 

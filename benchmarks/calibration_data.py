@@ -38,7 +38,7 @@ folder = storage.join(base.output, "calibration-data")
 results = []
 with connect(base.cluster):
     made = run_stages(base, ["generate", "curate"])
-    own = read_pool(made.url("curate"))
+    own = read_pool(made.url("curate")).token_ids
     vocabulary = made.skeleton.model.config.vocab_size
     random = np.random.default_rng(0).integers(0, vocabulary, own.shape)
     for name, tokens in (("self-generated", own.numpy()), ("random-tokens", random)):

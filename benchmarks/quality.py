@@ -89,7 +89,7 @@ def pools() -> dict[int, torch.Tensor]:
             run = run_stages(
                 load_config(options.config, [*options.overrides, *changes]), ["generate", "curate"]
             )
-            found[seed] = read_pool(run.url("curate"))[: options.sequences]
+            found[seed] = read_pool(run.url("curate")).token_ids[: options.sequences]
     return found
 
 

@@ -129,7 +129,7 @@ from calibprune.stage import Stage
 model, tokens, folder, settings = sys.argv[1:]
 skeleton, stage = build_skeleton(ModelSettings(path=model)), Stage(folder)
 base = host_memory()
-for _ in prune_layers(skeleton, read_pool(tokens), PruneSettings.model_validate_json(settings), stage): pass
+for _ in prune_layers(skeleton, read_pool(tokens).token_ids, PruneSettings.model_validate_json(settings), stage): pass
 print(json.dumps([base, host_memory("VmHWM")]))
 """
 

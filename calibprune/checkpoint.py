@@ -43,7 +43,7 @@ _NOT_A_SIDE_FILE = re.compile(r".+\.index\.json|pruning\.json")
 
 @dataclass(frozen=True)
 class Location:
-    """Where a tensor lies: bytes [start, stop) of a file."""
+    """The place of a tensor: bytes [start, stop) of a file."""
 
     file: str
     dtype: torch.dtype
@@ -57,29 +57,35 @@ class Location:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder, read by name.
+    """Reads the tensors of a checkpoint folder by name.
 
-    Opening reads the headers only. Raises UserError when the folder is missing, gated, holds no safetensors
-    or lacks a file that its index names, StoreUnavailable when the store fails in passing for long.
+    Opening reads the headers and compares them with the sizes of the files. Raises UserError when the folder is
+    missing, gated, holds no safetensors or lacks a file that its index names, CorruptionError for a damaged file,
+    StoreUnavailable when the store fails in passing for long.
     """
 
     def __init__(self, path: str, hashes: Mapping[str, str] | None = None) -> None:
-        """`hashes`: sha256 by file name; such a file is read whole and verified when it is first used."""
+        """Opens the folder. A file named in `hashes`, of sha256, is read whole and verified when it is first used."""
         self.url = model_url(path)
         self._unverified = dict(hashes or {})
         self.bytes_read = 0
         try:
-            files = self._files()
-            headers = {file: self._header(file) for file in files}
+            sizes = self._files()
+            headers = {file: self._header(file) for file in sizes}
         except EOFError as error:
             raise CorruptionError(str(error)) from None
         except _NOT_READ as error:
             raise _unreadable(path, error) from None
         self.locations: dict[str, Location] = {}
         for file, (header, offset) in headers.items():
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    self.locations[name] = _location(f"{self.url}/{file}", name, entry, offset)
+            url = storage.join(self.url, file)
+            here = {
+                name: _location(url, name, entry, offset)
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+            _check_whole(url, here, offset, sizes[file])
+            self.locations |= here
         self._headers = {file: header for file, (header, _) in headers.items()}
 
     @property
@@ -118,7 +124,7 @@ class Checkpoint:
                 self.bytes_read += len(chunk)
 
     def identity(self) -> str:
-        """A hash of config, headers and a probe of every file's weights: cheap for any size of model."""
+        """Hashes the config, the headers and a probe of every file's weights, which is cheap for any size of model."""
         parts = [storage.read_bytes(storage.join(self.url, "config.json"))]
         for file in sorted(self._headers):
             parts.append(json.dumps([file, self._headers[file]], sort_keys=True).encode())
@@ -132,10 +138,15 @@ class Checkpoint:
     def _verify(self, file: str) -> None:
         expected = self._unverified.pop(file)
         if storage.sha256(storage.read_bytes(storage.join(self.url, file))) != expected:
-            raise CorruptionError(f"{self.url}/{file} is damaged: its sha256 is not {expected}")
+            raise CorruptionError(
+                f"{self.url}/{file} is damaged: its sha256 is not {expected}, which its stage recorded: remove it and "
+                f"its record in the stage's folder _done, then `calibprune prune` with the configuration of that run "
+                f"makes it again"
+            )
 
-    def _files(self) -> list[str]:
-        present = storage.names(self.url, links=True)
+    def _files(self) -> dict[str, int | None]:
+        """Lists the files that hold tensors with their sizes, None where the store does not give them."""
+        present = storage.sizes(self.url, links=True)
         if INDEX in present:
             files = _indexed(storage.join(self.url, INDEX))
             pickled = [file for file in files if not file.endswith(".safetensors")]
@@ -144,9 +155,9 @@ class Checkpoint:
             missing = [file for file in files if file not in present]
             if missing:
                 raise UserError(f"{self.url}: the index names {missing[0]}, which is not there")
-            return files
+            return {file: present[file] for file in files}
         if SINGLE in present:
-            return [SINGLE]
+            return {SINGLE: present[SINGLE]}
         if any(name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")) for name in present):
             raise UserError(f"{self.url} holds pickled weights only; {_NO_PICKLE}")
         raise UserError(
@@ -169,7 +180,7 @@ class Checkpoint:
 
 
 def _location(url: str, name: str, entry: Any, offset: int) -> Location:
-    """Where a header says that a tensor lies. Raises CorruptionError where that cannot be, UserError for its dtype."""
+    """Reads a tensor's place out of a header. Raises CorruptionError for an impossible one, UserError for its dtype."""
     try:
         start, stop = (int(position) for position in entry["data_offsets"])
         shape, named = tuple(map(int, entry["shape"])), str(entry["dtype"])
@@ -179,7 +190,9 @@ def _location(url: str, name: str, entry: Any, offset: int) -> Location:
         ) from None
     dtype = _DTYPES.get(named)
     if dtype is None:
-        raise UserError(f"{url}: tensor {name} has the dtype {named}")
+        raise UserError(
+            f"{url}: tensor {name} has the dtype {named}, which is none of {', '.join(_DTYPES)}"
+        )
     if start < 0 or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
         raise CorruptionError(
             f"{url} is damaged: {name} of shape {shape} cannot be bytes {start} to {stop}"
@@ -187,8 +200,26 @@ def _location(url: str, name: str, entry: Any, offset: int) -> Location:
     return Location(posixpath.basename(url), dtype, shape, offset + start, offset + stop)
 
 
+def _check_whole(
+    url: str, locations: Mapping[str, Location], offset: int, size: int | None
+) -> None:
+    """Raises CorruptionError unless the tensors lie end to end, from the header to the end of the file."""
+    end = offset
+    for name, location in sorted(locations.items(), key=lambda one: (one[1].start, one[1].stop)):
+        if location.start != end:
+            raise CorruptionError(
+                f"{url} is damaged: {name} begins at byte {location.start}, what lies before it ends at byte {end}"
+            )
+        end = location.stop
+    if size is not None and size != end:
+        raise CorruptionError(
+            f"{url} is damaged: it has {size:,} bytes, its header describes {end:,}: copy it again from where it is "
+            f"whole"
+        )
+
+
 def _indexed(url: str) -> list[str]:
-    """The files that an index names, sorted. Raises CorruptionError where it is none."""
+    """Lists the files that an index names, sorted. Raises CorruptionError for a file that is no index."""
     try:
         index = storage.read_json(url)
         files = set(index["weight_map"].values())
@@ -200,7 +231,7 @@ def _indexed(url: str) -> list[str]:
 
 
 def _waves(locations: Mapping[str, Location]) -> Iterator[list[tuple[str, int, int]]]:
-    """(name, first byte, last byte + 1) of pieces to be read at the same time: concurrent, yet bounded in memory."""
+    """Groups (name, first byte, last byte + 1) of pieces to read at the same time within bounded memory."""
     pieces = [
         (name, start, min(start + PIECE_BYTES, location.stop))
         for name, location in locations.items()
@@ -220,7 +251,7 @@ def _waves(locations: Mapping[str, Location]) -> Iterator[list[tuple[str, int, i
 
 
 def model_url(path: str) -> str:
-    """The URL of a model folder: a local folder, a URL, or a hub id `org/name` as hf://org/name."""
+    """Returns the URL of a model folder: of a local folder, a URL, or a hub id `org/name` as hf://org/name."""
     if "://" in path:
         return path.rstrip("/")
     if Path(path).is_dir():
@@ -231,9 +262,9 @@ def model_url(path: str) -> str:
 
 
 def side_files(url: str) -> list[str]:
-    """Names of the small files beside the weights: config, generation config, tokenizer, licence.
+    """Lists the small files beside the weights: config, generation config, tokenizer, licence.
 
-    Links that lead elsewhere are no files here: see storage.names.
+    Links that lead elsewhere are left out: see storage.names.
     """
     return [
         name
@@ -244,25 +275,26 @@ def side_files(url: str) -> list[str]:
 
 @contextmanager
 def local_side_files(url: str) -> Iterator[str]:
-    """A local folder with the small files of a checkpoint, for transformers' own loaders to read."""
+    """Provides a local folder with the small files of a checkpoint for transformers' own loaders."""
     names = side_files(url)
     if storage.is_local(url):
         yield url
         return
     with tempfile.TemporaryDirectory(prefix="calibprune-") as folder:
         for name in names:
-            Path(folder, name).write_bytes(storage.read_bytes(storage.join(url, name)))
+            with storage.full_disk_named(folder):
+                Path(folder, name).write_bytes(storage.read_bytes(storage.join(url, name)))
         yield folder
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file holding these tensors; equal tensors give equal bytes."""
+    """Writes tensors as a safetensors file; equal tensors give equal bytes."""
     contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
     return safetensors.torch.save(contiguous, metadata={"format": "pt"})
 
 
 def from_bytes(data: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, each in aligned memory of its own."""
+    """Reads the tensors of a safetensors file, each into aligned memory of its own."""
     return {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
 
 
@@ -273,7 +305,7 @@ def index_bytes(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
 
 
 def check_reachable(path: str, patience_seconds: float) -> None:
-    """Raises StoreUnavailable where the store of a model cannot be listed for so long, UserError where it never can."""
+    """Lists a model's folder once. Raises StoreUnavailable after that much patience, UserError for lasting trouble."""
     try:
         storage.names(model_url(path), patience_seconds)
     except _NOT_READ as error:
@@ -282,10 +314,10 @@ def check_reachable(path: str, patience_seconds: float) -> None:
 
 def _unreadable(path: str, error: Exception) -> Exception:
     kind = StoreUnavailable if passes(error) else UserError
-    told = f"cannot read the model at {path}: {_reason(error)}"
+    message = f"cannot read the model at {path}: {_reason(error)}"
     if model_url(path) == f"hf://{path}":
-        told += f"; there is no folder {path} here, so it was taken for a hub id"
-    return kind(told)
+        message += f"; there is no folder {path} here, so it was taken for a hub id"
+    return kind(message)
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from calibprune.offload import Parking
 from calibprune.sweep import Sweep
 
 ALIGNMENT = 64
-"""Bytes. The last bits of a product may depend on where its factors begin, so all workers hold them alike."""
+"""Bytes to which tensors are aligned on every worker, since it may decide the last bits of a product."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Loaded:
 
     tensors: dict[str, Tensor]
     bytes_read: int
-    """By this worker; 0 where another one owns the layer."""
+    """Bytes that this worker read; 0 if another one owns the layer."""
 
 
 class LayerReader:
-    """Layers [first, stop) of a model, to be taken in order; a context manager. Collective.
+    """Reads layers [first, stop) of a model, to be taken in order; a context manager. Collective.
 
-    `committed` says what takes a layer's place: its tensors by name, and None where the checkpoint's own are to
-    be read; the owner alone asks.
+    `committed(index)`, which only the owner calls, returns tensors by name in place of the checkpoint's own, or None.
+    Raises UserError naming a weight of the checkpoint that is not finite.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LayerReader:
         self._pool.shutdown(wait=exception[0] is None, cancel_futures=True)
 
     def take(self, index: int) -> Loaded:
-        """The tensors of the next layer, views of one buffer of their own."""
+        """Returns the tensors of the next layer, views of one buffer of their own."""
         size = 0
         places, total = self._layout(index)
         device = self._skeleton.device
@@ -82,7 +82,7 @@ class LayerReader:
         return Loaded(self._views(index, buffer, places), size)
 
     def place_outer(self, name: str) -> None:
-        """Puts a module from outside the layers in place: read by the first worker, broadcast."""
+        """Puts a module from outside the layers in place, which the first worker reads and broadcasts."""
         skeleton, module = self._skeleton, self._skeleton.outer_modules[name]
         prefix = f"{name}." if name else ""
         wanted = {
@@ -97,12 +97,13 @@ class LayerReader:
         if self._gang.rank == 0:
             held = {stored: t for stored, t in self.outer_held.items() if stored in wanted}
             tensors |= held or skeleton.checkpoint.read(sorted(wanted))
+            skeleton.check_finite(tensors)
         tensors = {stored: tensor.to(skeleton.device) for stored, tensor in tensors.items()}
         self._gang.broadcast([(tensor, 0) for tensor in tensors.values()])
         skeleton.place(module, prefix, tensors)
 
     def _layout(self, index: int) -> tuple[dict[str, int], int]:
-        """(first byte of every tensor, bytes in all) of a layer's buffer."""
+        """Returns (first byte of every tensor, bytes in all) of a layer's buffer."""
         places, end = {}, 0
         for name in self._skeleton.layer_tensors(index):
             places[name] = end
@@ -118,7 +119,7 @@ class LayerReader:
         return views
 
     def _read(self, index: int) -> tuple[Tensor, int]:
-        """A layer's buffer and the bytes read for it."""
+        """Returns a layer's buffer and the bytes read for it."""
         places, total = self._layout(index)
         pinned = self._skeleton.device.type == "cuda"
         buffer = torch.zeros(total, dtype=torch.uint8, pin_memory=pinned)
@@ -126,6 +127,7 @@ class LayerReader:
         committed = self._committed(index)
         if committed is None:
             self._skeleton.checkpoint.read_into(views)
+            self._skeleton.check_finite(views)
         else:
             for name, view in views.items():
                 view.copy_(committed[name])

@@ -1,10 +1,11 @@
 """A causal language model without its weights: built on the meta device, filled and emptied module by module.
 
-No table of architectures: the decoder layers are the one list of modules as long as the config says, and
-what is pruned are the `torch.nn.Linear`s inside them.
+There is no table of architectures: the decoder layers are the one list of modules with the length that the config
+gives, and the `torch.nn.Linear`s inside them are pruned.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -25,11 +26,13 @@ _TORCH_DTYPES = {
 
 
 MOST_LAYERS = 10_000
+MOST_BUFFER_BYTES = 1 << 30
+"""Size of rotary tables and masks that are accepted beside a checkpoint's own size."""
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on the meta device and where its tensors lie in the checkpoint."""
+    """A model on the meta device, and the checkpoint that holds its tensors."""
 
     model: Any
     """A transformers PreTrainedModel with a language modelling head."""
@@ -46,7 +49,7 @@ class Skeleton:
 
     @cached_property
     def outer_modules(self) -> dict[str, nn.Module]:
-        """Modules outside the decoder layers that hold parameters themselves: embedding, norm, head."""
+        """The modules outside the decoder layers that hold parameters themselves: embedding, norm, head."""
         return {
             name: module
             for name, module in self.model.named_modules()
@@ -56,7 +59,7 @@ class Skeleton:
 
     @cached_property
     def _alias(self) -> dict[str, str]:
-        """Tied parameters that the checkpoint does not store -> the name it stores them under."""
+        """The name under which the checkpoint stores a tied parameter, by the names that it does not store."""
         first: dict[int, str] = {}
         named = list(self.model.named_parameters(remove_duplicate=False))
         for name, parameter in named:
@@ -68,6 +71,12 @@ class Skeleton:
             if name not in self.checkpoint.locations and id(parameter) in first
         }
 
+    @cached_property
+    def parameters(self) -> set[str]:
+        """The checkpoint names of the model's parameters."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {self.stored_name(name) for name, _ in named}
+
     def stored_name(self, name: str) -> str:
         return self._alias.get(name, name)
 
@@ -75,22 +84,22 @@ class Skeleton:
         return f"{self.layers_path}.{index}."
 
     def layer_tensors(self, index: int) -> list[str]:
-        """Checkpoint names of everything stored under one decoder layer."""
+        """Lists the checkpoint names of everything stored under one decoder layer."""
         prefix = self.layer_prefix(index)
         return sorted(name for name in self.checkpoint.locations if name.startswith(prefix))
 
     def rest_tensors(self) -> list[str]:
-        """Checkpoint names of everything outside the decoder layers."""
+        """Lists the checkpoint names of everything outside the decoder layers."""
         prefixes = tuple(self.layer_prefix(index) for index in range(len(self.layers)))
         return sorted(n for n in self.checkpoint.locations if not n.startswith(prefixes))
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The prunable linears of a decoder layer by their path inside it."""
+        """Finds the prunable linears of a decoder layer by their path inside it."""
         found = self.layers[index].named_modules()
         return {name: module for name, module in found if isinstance(module, nn.Linear)}
 
     def fused(self, index: int) -> list[str]:
-        """Paths of a decoder layer's parameters that hold several matrices, as fused experts do."""
+        """Lists the paths of a decoder layer's parameters that hold several matrices, as fused experts do."""
         return [name for name, p in self.layers[index].named_parameters() if p.dim() > 2]
 
     def place(self, module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
@@ -102,6 +111,21 @@ class Skeleton:
                 name = f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}"
                 tensor = tensors[self.stored_name(name)].to(self.device, self.dtype)
                 owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises UserError naming a weight, among tensors by checkpoint name, that holds a NaN or an infinity.
+
+        Buffers may: a mask is made of infinities.
+        """
+        for name in sorted(tensors.keys() & self.parameters):
+            tensor = tensors[name]
+            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
+                continue
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                raise UserError(
+                    f"{self.checkpoint.url}: the weights of {name} are not finite: they hold a NaN or an infinity; "
+                    f"take a checkpoint that is whole"
+                )
 
     def place_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         self.place(self.layers[index], self.layer_prefix(index), tensors)
@@ -117,14 +141,14 @@ class Skeleton:
 
 
 def read_config(settings: ModelSettings, folder: str) -> Any:
-    """The transformers config of a causal language model, from a local folder with its side files.
+    """Reads the transformers config of a causal language model from a local folder with its side files.
 
     Raises UserError for a missing or unreadable config, an encoder, or an unknown architecture.
     """
     trust = settings.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-    except Exception as error:  # of a file that others wrote: anything
+    except Exception as error:  # untrusted input raises anything
         raise UserError(f"cannot use the model at {settings.path}: {_hint(error)}") from None
     architectures = list(config.architectures or ())
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
@@ -132,12 +156,14 @@ def read_config(settings: ModelSettings, folder: str) -> Any:
     known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
     if not causal or encoder_decoder or not known:
         raise UserError(
-            f"{settings.path} is not a causal language model that can be pruned here: its "
+            f"{settings.path} is not a causal language model that calibprune can prune: its "
             f"architecture is {', '.join(architectures) or config.model_type}"
         )
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
-        raise UserError(f"{settings.path}: its config.json speaks of {layers} layers")
+        raise UserError(
+            f"{settings.path}: its config.json has num_hidden_layers {layers}, not a number from 1 to {MOST_LAYERS}"
+        )
     return config
 
 
@@ -151,32 +177,58 @@ def build_skeleton(
     Raises UserError when the architecture cannot be pruned or the checkpoint lacks tensors it needs.
     """
     checkpoint = Checkpoint(settings.path, hashes)
-    # a model's own code lies in there, and is needed until it is built
+    # the folder holds a model's own code, which is needed until the model is built
     with local_side_files(checkpoint.url) as folder:
         config = read_config(settings, folder)
-        dtype = forward_dtype(settings, config, checkpoint)
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = _from_config(config, dtype, settings.trust_remote_code)
-        except Exception as error:  # of a config that others wrote: anything
-            raise UserError(f"cannot build the model at {settings.path}: {_hint(error)}") from None
-    model.eval()
-    model.tie_weights()
-    device = _one_device(device)
-    _place_buffers(model, checkpoint, device)
-    skeleton = Skeleton(model, checkpoint, _layers_path(model, config), dtype, device)
-    _check_tensors(skeleton, settings.path)
+        layers = config.get_text_config().num_hidden_layers
+        if layers > len(checkpoint.locations):
+            raise UserError(
+                f"{settings.path}: its config.json has num_hidden_layers {layers}, its checkpoint has only "
+                f"{len(checkpoint.locations)} tensors"
+            )
+        dtype, device = forward_dtype(settings, config, checkpoint), _one_device(device)
+
+        def build(context: AbstractContextManager[Any]) -> Skeleton:
+            try:
+                with context:
+                    model = _from_config(config, dtype, settings.trust_remote_code)
+            except Exception as error:  # untrusted input raises anything
+                raise UserError(
+                    f"cannot build the model at {settings.path}: {_hint(error)}"
+                ) from None
+            model.eval()
+            model.tie_weights()
+            return Skeleton(model, checkpoint, _layers_path(model, config), dtype, device)
+
+        # The outline takes no memory. Only a model that fits its checkpoint gets buffers and, for a moment, norms.
+        outline = build(torch.device("meta"))
+        _check_tensors(outline, settings.path)
+        _check_buffers(outline, settings.path)
+        skeleton = build(init_empty_weights(include_buffers=False))
+    _place_buffers(skeleton.model, checkpoint, device)
+    _ = skeleton.parameters  # which weights are tied shows only before any is put in place
     return skeleton
 
 
+def _check_buffers(skeleton: Skeleton, path: str) -> None:
+    """Raises UserError where a config asks for tables that are large beside the weights themselves."""
+    size = sum(buffer.nbytes for buffer in skeleton.model.buffers())
+    most = skeleton.checkpoint.bytes + MOST_BUFFER_BYTES
+    if size > most:
+        raise UserError(
+            f"{path}: its config.json asks for buffers of {size:,} bytes, more than the {most:,} that a checkpoint of "
+            f"this size may have"
+        )
+
+
 def _one_device(device: torch.device | str) -> torch.device:
-    """With a number where there may be several: PyTorch takes "cuda" and "cuda:0" for different ones."""
+    """Adds the number of a GPU, since PyTorch takes "cuda" and "cuda:0" for different devices."""
     device = torch.device(device)
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def _place_buffers(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Puts rotary tables and the like on the device, those that the checkpoint stores with its values."""
+    """Puts rotary tables and the like on the device, with the checkpoint's values for those that it stores."""
     persistent = model.state_dict(keep_vars=True)
     buffers = [name for name, _ in model.named_buffers() if name in persistent]
     learned = checkpoint.read([name for name in buffers if name in checkpoint.locations])
@@ -198,7 +250,7 @@ def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> An
 
 
 def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype asked for; `auto`: the one that most of the checkpoint's bytes have."""
+    """Returns the dtype of the settings or, for `auto`, the one that most of the checkpoint's bytes have."""
     if settings.dtype != "auto":
         return _TORCH_DTYPES[settings.dtype]
     bytes_of: dict[torch.dtype, int] = {}
@@ -206,12 +258,14 @@ def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) 
         bytes_of[location.dtype] = bytes_of.get(location.dtype, 0) + location.bytes
     dtype = max(bytes_of, key=lambda dtype: bytes_of[dtype])
     if dtype not in _TORCH_DTYPES.values():
-        raise UserError(f"{settings.path} is stored in {dtype}: give float32, float16 or bfloat16")
+        raise UserError(
+            f"{settings.path} is stored in {dtype}: set model.dtype to float32, float16 or bfloat16"
+        )
     return dtype
 
 
 def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a checkpoint. Raises UserError where there is none."""
+    """Loads the tokenizer beside a checkpoint. Raises UserError where there is none."""
     try:
         with local_side_files(url) as folder:
             return AutoTokenizer.from_pretrained(
@@ -219,8 +273,30 @@ def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
             )
     except StoreUnavailable:
         raise
-    except Exception as error:  # of a file that others wrote: anything
+    except Exception as error:  # untrusted input raises anything
         raise UserError(f"cannot read the tokenizer of {url}: {_hint(error)}") from None
+
+
+def check_tokenizer(tokenizer: Any, skeleton: Skeleton, path: str) -> None:
+    """Raises UserError where texts may become token ids that the model has no embedding for.
+
+    A special token beyond them is accepted, as a text model made of a multimodal one has for its images, unless texts
+    begin or end with it.
+    """
+    rows = skeleton.model.get_input_embeddings().num_embeddings
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    added = tokenizer.added_tokens_decoder
+    beyond = {
+        token: name
+        for name, token in tokenizer.get_vocab().items()
+        if token >= rows and (token not in added or not added[token].special or token in ends)
+    }
+    if beyond:
+        largest = max(beyond)
+        raise UserError(
+            f"{path}: its tokenizer gives token ids up to {largest} ({one_line(repr(beyond[largest]))}), the model has "
+            f"embeddings for {rows}: take the tokenizer that was saved with the model"
+        )
 
 
 def _hint(error: Exception) -> str:
@@ -237,7 +313,7 @@ def _hint(error: Exception) -> str:
 
 
 def context_tokens(config: Any) -> int | None:
-    """The longest sequence that the model was made for; None where the config does not say."""
+    """Returns the longest sequence that the model was made for; None where the config does not give it."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -250,7 +326,8 @@ def _layers_path(model: nn.Module, config: Any) -> str:
     ]
     if len(found) != 1:
         raise UserError(
-            f"cannot tell the {count} decoder layers of {type(model).__name__}: {found}"
+            f"{type(model).__name__} has {len(found)} lists of {count} modules, not one: its decoder layers cannot be "
+            f"told apart from {', '.join(found) or 'the rest'}"
         )
     return found[0]
 

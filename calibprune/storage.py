@@ -1,20 +1,22 @@
-"""Files by URL through fsspec: read, list, and publish whole files atomically.
+"""Reads, lists and atomically publishes whole files by URL, through fsspec.
 
 Nothing here streams into an open remote file: an exception inside `with fs.open(...)` publishes a truncated
 object on local disk, S3 and GCS alike. Bytes are put in one piece; on local disk by write, fsync and rename.
-Every remote call is patient with passing trouble (`calibprune.retry`), and none trusts a remembered listing.
-Credentials come from where each store's own library looks for them, never from a setting.
+Every remote call is retried through passing trouble (`calibprune.retry`), and none trusts a cached listing.
+Each store's own library finds its credentials; no setting holds any.
 """
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +35,7 @@ T = TypeVar("T")
 
 
 def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL and the path on it. Raises UserError for an unknown scheme."""
+    """Returns the file system of a URL and the path on it. Raises UserError for an unknown scheme."""
     scheme = url.split("://", 1)[0]
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **_options(scheme))
@@ -41,6 +43,8 @@ def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UserError(f"cannot open {shown(url)}: {one_line(error)}") from None
     if scheme in ("s3", "s3a"):
         filesystem.retries = 2  # type: ignore[attr-defined]
+    if scheme in ("gs", "gcs"):  # it logs every error that it raises, with a traceback
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return filesystem, path
 
 
@@ -53,12 +57,12 @@ def is_local(url: str) -> bool:
 
 
 def exists(url: str) -> bool:
-    """Whether there is a file or a folder."""
+    """Reports whether there is a file or a folder."""
     filesystem, path = resolve(url)
 
     def look() -> bool:
         filesystem.invalidate_cache()
-        if url.startswith(("http://", "https://")):  # its info() says "not found" of any error
+        if url.startswith(("http://", "https://")):  # its info() takes any error for "not found"
             return filesystem.exists(path, strict=True)
         filesystem.info(path)
         return True
@@ -70,24 +74,29 @@ def exists(url: str) -> bool:
 
 
 def is_file(url: str) -> bool:
-    """Whether what is there is a file, not a folder. Raises FileNotFoundError where nothing is."""
+    """Reports whether the URL leads to a file, not a folder. Raises FileNotFoundError where there is nothing."""
     filesystem, path = resolve(url)
     return _patiently(filesystem, url, "read", lambda: filesystem.info(path))["type"] == "file"
 
 
 def names(url: str, patience_seconds: float | None = None, links: bool = False) -> list[str]:
-    """Sorted names of the files directly in a folder; empty where there is no such folder.
+    """Lists the files directly in a folder, sorted; none where there is no such folder.
 
-    Links are no files, for one could carry a file of this machine into what is made; with `links` those are that
+    Links are left out, since one could carry a file of this machine into a result. With `links` those are listed that
     stay in the folder, or lead into the `blobs` two levels up, as in the cache of the Hugging Face hub.
     """
     return list(_listed(url, patience_seconds, links))
 
 
+def sizes(url: str, links: bool = False) -> dict[str, int | None]:
+    """Returns the bytes of each file that `names` lists; None where a store does not give them."""
+    return {name: entry.get("size") for name, entry in _listed(url, links=links).items()}
+
+
 def _listed(
     url: str, patience_seconds: float | None = None, links: bool = False, temporary: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """What the store says of the files directly in a folder, by name, sorted; of temporary ones only if asked."""
+    """Returns the store's entries for the files directly in a folder, by name, sorted; temporary ones only if asked."""
     filesystem, path = resolve(url)
 
     def look() -> list[dict[str, Any]]:
@@ -108,20 +117,23 @@ def _listed(
 
 def _stays(link: str) -> bool:
     path = Path(link)
-    target, folder = path.resolve(), path.parent.resolve()
+    try:
+        target, folder = path.resolve(), path.parent.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
     return target.is_file() and target.parent in (folder, folder.parent.parent / "blobs")
 
 
 def times(url: str) -> dict[str, float | None]:
-    """When each file directly in a folder was written, by name: seconds since the epoch, by the store's own clock.
+    """Returns when each file directly in a folder was written: seconds since the epoch, by the store's own clock.
 
-    None where a store does not say; empty where there is no such folder.
+    A time is None where a store does not give it; there are none where there is no such folder.
     """
     return {name: _written_at(entry) for name, entry in _listed(url).items()}
 
 
 def written_at(url: str) -> float | None:
-    """When a file was written, as in `times`. Raises FileNotFoundError."""
+    """Returns when a file was written, as in `times`. Raises FileNotFoundError."""
     filesystem, path = resolve(url)
 
     def look() -> dict[str, Any]:
@@ -146,7 +158,7 @@ def _written_at(entry: dict[str, Any]) -> float | None:
 
 
 def tree(url: str) -> dict[str, int]:
-    """Bytes of every file in a folder and below, by path relative to it, sorted; empty where there is none."""
+    """Returns the bytes of every file in a folder and below, by relative path, sorted; none if there is no folder."""
     filesystem, path = resolve(url)
 
     def look() -> dict[str, dict[str, Any]]:
@@ -168,14 +180,14 @@ def read_bytes(url: str, patience_seconds: float | None = None) -> bytes:
 
 
 def read_range(url: str, start: int, stop: int, patience_seconds: float | None = None) -> bytes:
-    """Bytes [start, stop) of a file. Raises EOFError when the file is shorter."""
+    """Reads bytes [start, stop) of a file. Raises EOFError when the file is shorter."""
     return read_ranges([(url, start, stop)], patience_seconds)[0]
 
 
 def read_ranges(
     ranges: Sequence[tuple[str, int, int]], patience_seconds: float | None = None
 ) -> list[bytes]:
-    """Bytes [start, stop) of files, given as (URL, start, stop), read at the same time where the store can.
+    """Reads bytes [start, stop) of files, given as (URL, start, stop), at the same time where the store can.
 
     All URLs must be on one store. Raises EOFError naming a file that is shorter.
     """
@@ -187,7 +199,7 @@ def read_ranges(
 
 
 def read_many(urls: Sequence[str]) -> list[bytes]:
-    """The contents of many small files of one store, in the order asked for, 64 requests at a time.
+    """Reads many small files of one store, in the order given, 64 requests at a time.
 
     Raises FileNotFoundError naming one that is missing.
     """
@@ -202,29 +214,30 @@ def write(url: str, data: bytes, patience_seconds: float | None = None) -> None:
     """Publishes a whole file, replacing an older one; a crash leaves the old file or the new one."""
     filesystem, path = resolve(url)
     if isinstance(filesystem, LocalFileSystem):
-        staged = _stage(path, data)
-        staged.replace(path)
+        with full_disk_named(path):
+            _stage(path, data).replace(path)
     else:
         retrying(url, "write", partial(filesystem.pipe_file, path, data), patience_seconds)
 
 
 def create(url: str, data: bytes, patience_seconds: float | None = None) -> bool:
-    """Publishes a whole file unless there is one already; says whether this call made it.
+    """Publishes a whole file unless there is one already; returns whether this call made it.
 
-    On a remote store an equal file counts as made by this call: its answer may have been lost and the put repeated
-    by the store's own library. Who must know puts something of his own into the data.
+    On a remote store an equal file counts as made by this call: the answer may have been lost and the store's own
+    library may have repeated the put. A caller that must know makes its data unique.
     Stores without conditional writes may let two racing writers both succeed; callers therefore
     only create files whose content either writer may win.
     """
     filesystem, path = resolve(url)
     if isinstance(filesystem, LocalFileSystem):
-        staged = _stage(path, data)
-        try:
-            os.link(staged, path)
-        except FileExistsError:
-            return False
-        finally:
-            staged.unlink()
+        with full_disk_named(path):
+            staged = _stage(path, data)
+            try:
+                os.link(staged, path)
+            except FileExistsError:
+                return False
+            finally:
+                staged.unlink()
         return True
 
     def put() -> bool:
@@ -246,6 +259,20 @@ def create(url: str, data: bytes, patience_seconds: float | None = None) -> bool
         return False
 
 
+@contextlib.contextmanager
+def full_disk_named(path: str) -> Iterator[None]:
+    """Raises UserError where the block finds a disk or a quota full: no other process could do better."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"cannot write {path}: no space left on its disk; make room, or choose another folder, and run the same "
+            f"command again"
+        ) from None
+
+
 def write_json(url: str, value: Any) -> None:
     write(url, json_bytes(value))
 
@@ -259,7 +286,7 @@ def sha256(data: bytes) -> str:
 
 
 def remove(url: str, patience_seconds: float | None = None) -> None:
-    """Removes a file; one that is gone already is as wanted."""
+    """Removes a file, if it is there."""
     filesystem, path = resolve(url)
     with contextlib.suppress(FileNotFoundError):
         _patiently(filesystem, url, "remove", partial(filesystem.rm_file, path), patience_seconds)
@@ -278,8 +305,10 @@ def remove_folder(url: str) -> None:
 
 
 def check_writable(url: str) -> None:
-    """Writes and removes a probe file. Raises UserError when the folder cannot hold a run, StoreUnavailable when it
-    is not to be told yet."""
+    """Writes and removes a probe file.
+
+    Raises UserError when the folder cannot hold a run, StoreUnavailable while the store cannot answer.
+    """
     if url.startswith("hf://"):
         raise UserError(
             f"{url}: a run cannot live on the Hugging Face hub, where every file would be a commit: choose a local "
@@ -296,19 +325,19 @@ def check_writable(url: str) -> None:
 
 
 def probe_url(url: str, name: str) -> str:
-    """Where to try whether a folder can be written to."""
+    """Returns the URL of a file to probe a folder with."""
     return join(url, f".calibprune-{name}.tmp")
 
 
 def remove_probes(url: str) -> None:
-    """Removes what those left who were killed while they tried the folder."""
+    """Removes the probe files of processes that were killed while they probed the folder."""
     for name in _listed(url, temporary=True):
         if re.fullmatch(r"\.calibprune-\w+\.tmp", name):
             remove(join(url, name))
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """No listing is remembered, since other processes write; the libraries' own retries last seconds, ours minutes."""
+    """Turns listing caches off, since other processes write; the libraries' retries last seconds, ours minutes."""
     if scheme in ("gs", "gcs"):
         return {"use_listings_cache": False}
     if scheme in ("s3", "s3a"):
@@ -328,7 +357,7 @@ def _patiently(
     operation: Callable[[], T],
     patience_seconds: float | None = None,
 ) -> T:
-    """Only a remote store is tried again: trouble with a local disk does not pass."""
+    """Retries on a remote store only, since trouble with a local disk does not pass."""
     if isinstance(filesystem, LocalFileSystem):
         return operation()
     return retrying(url, verb, operation, patience_seconds)
@@ -337,7 +366,7 @@ def _patiently(
 def _read_together(
     wanted: Sequence[tuple[str, int | None, int | None]], patience_seconds: float | None = None
 ) -> list[bytes]:
-    """Contents or ranges of files of one store, in order; what came is kept while the rest is asked for again."""
+    """Reads contents or ranges of files of one store, in order; retries only those that have not come yet."""
     if not wanted:
         return []
     filesystem = resolve(wanted[0][0])[0]
@@ -371,7 +400,7 @@ def _read_together(
 
 
 def _named(error: Exception, url: str, start: int | None, stop: int | None) -> Exception:
-    """The error of one file among many, with the file's URL where the store's own error is sure to lack it."""
+    """Returns the error of one file among many, with the file's URL where the store's own error lacks it."""
     if passes(error):
         return error
     if isinstance(error, FileNotFoundError):

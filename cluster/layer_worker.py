@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from calibprune.calibration.pool import read_pool, read_positions
+from calibprune.calibration.pool import read_pool
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
@@ -76,8 +76,8 @@ class LayerWorker:
         torch.set_num_threads(self._cpus)
         with listening(WorkMetrics(label_of(stage_url))):
             skeleton = build_skeleton(model, self._device)
-            pool, positions = read_pool(pool_url), read_positions(pool_url)
-            sequences, tokens = pool.shape
+            stage, read = Stage(stage_url), read_pool(pool_url)
+            pool, (sequences, tokens) = read.token_ids, read.token_ids.shape
             vocabulary = skeleton.model.get_input_embeddings().num_embeddings
             if pool.min() < 0 or pool.max() >= vocabulary:
                 raise UserError(
@@ -88,9 +88,8 @@ class LayerWorker:
             if reason and self._gang.rank == 0:
                 yield Note(reason)
             settings = settings.model_copy(update={"offload": reason is not None})
-            stage = Stage(stage_url)
             yield from self._watched(
-                prune_layers(skeleton, pool, settings, stage, self._gang, positions)
+                prune_layers(skeleton, pool, settings, stage, self._gang, read.generated)
             )
 
     def evaluate(

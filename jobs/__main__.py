@@ -7,9 +7,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from calibprune import __version__
 from calibprune.errors import UserError
@@ -21,8 +22,19 @@ from jobs.stages import COMMANDS, STAGES
 if TYPE_CHECKING:
     from jobs.run import Run
 
+
+class Commands(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Runs a command. An EOFError gets another name, for Typer would say "Aborted." of it and no more."""
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise OSError(f"a file ends too early: {error}") from error
+
+
 app = typer.Typer(
     name="calibprune",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

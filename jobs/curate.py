@@ -22,7 +22,7 @@ from calibprune.calibration.engine import EngineDied, vllm_version
 from calibprune.calibration.filters import share_of
 from calibprune.calibration.mixing import mixture, shortage
 from calibprune.calibration.scores import VERSION as SCORES
-from calibprune.calibration.sources import document_tokens, scored_tokens, text_unit
+from calibprune.calibration.sources import document_tokens, samples_of, scored_tokens, text_unit
 from calibprune.calibration.texts import documents
 from calibprune.config import Config
 from calibprune.config.curate import (
@@ -72,6 +72,7 @@ def check(run: Run) -> None:
     if {"generate", "curate"} & set(run.commands):
         _check_sources(run.config)
     if "curate" in run.commands and not run.stage(NAME).finished:
+        _ = run.tokenizer
         _check_texts(run)
 
 
@@ -129,7 +130,7 @@ def _check_texts(run: Run) -> None:
         next(documents(text.path, name=text.dataset_name, split=text.split, column=text.column))
     for source in settings.sources:
         if isinstance(source, GeneratedSource) and source.path is not None:
-            Stage(source.path).manifest()
+            samples_of(source.path)
     if natural and needs_scoring(settings):
         check_engines(run, "a perplexity filter of curate")
 

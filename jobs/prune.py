@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from calibprune import storage
-from calibprune.calibration.pool import pool_identity
 from calibprune.checkpoint import INDEX
 from calibprune.errors import UserError
 from calibprune.events import Event, UnitDone, note
@@ -109,7 +108,7 @@ def plan(run: Run) -> Plan:
     identity = {
         "model": run.model_identity,
         "model.dtype": run.dtype,
-        "pool": pool_identity(run.pool_url),
+        "pool": run.pool.identity,
         "prune": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
         "device": "cuda" if bundle.gpus else "cpu",
         "threads": None if bundle.gpus else bundle.cpus,

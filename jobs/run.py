@@ -21,6 +21,7 @@ from jobs.stages import STAGES, module
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from calibprune.calibration.pool import PoolFacts
     from calibprune.model import Skeleton
 
 FILE = "run.json"
@@ -123,9 +124,14 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from calibprune.model import load_tokenizer
+        """The model's tokenizer; checked against the model's embeddings when first used."""
+        from calibprune.model import check_tokenizer, load_tokenizer
 
-        return load_tokenizer(self.skeleton.checkpoint.url, self.config.model.trust_remote_code)
+        tokenizer = load_tokenizer(
+            self.skeleton.checkpoint.url, self.config.model.trust_remote_code
+        )
+        check_tokenizer(tokenizer, self.skeleton, self.config.model.path)
+        return tokenizer
 
     @property
     def dtype(self) -> str:
@@ -136,13 +142,18 @@ class Run:
         return self.config.prune.pool or self.url("curate")
 
     @cached_property
+    def pool(self) -> "PoolFacts":
+        """What the calibration pool is; for a pool that is there already."""
+        from calibprune.calibration.pool import describe_pool
+
+        return describe_pool(self.pool_url)
+
+    @property
     def pool_shape(self) -> tuple[int, int]:
         """(sequences, tokens of each) of the calibration pool, also of one that is still to be made."""
         if self.config.prune.pool is None:
             return self.config.curate.pool_sequences, self.config.curate.sequence_tokens
-        from calibprune.calibration.pool import pool_shape
-
-        return pool_shape(self.config.prune.pool)
+        return self.pool.sequences, self.pool.tokens
 
     @cached_property
     def windows(self) -> "dict[str, Tensor]":

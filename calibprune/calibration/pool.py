@@ -1,14 +1,16 @@
 """The files of samples and of the calibration pool: their schemas, and how a pool is read, ours or the user's own."""
 
+import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from calibprune import storage
@@ -35,7 +37,7 @@ GENERATED = pa.field("generated", pa.list_(pa.bool_()))
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A parquet file; equal tables give equal bytes under one version of pyarrow."""
+    """Writes a parquet file; equal tables give equal bytes under one version of pyarrow."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -46,7 +48,7 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def sample_records(generate: Stage) -> list[Record]:
-    """The shards of a finished generate stage: neither files of prefixes nor shards that were set aside."""
+    """Lists the shards of a finished generate stage: neither files of prefixes nor shards that were set aside."""
     return [
         record
         for record in generate.records()
@@ -55,7 +57,7 @@ def sample_records(generate: Stage) -> list[Record]:
 
 
 def read_samples(stage: Stage, record: Record) -> pa.Table:
-    """One verified shard of samples."""
+    """Reads and verifies one shard of samples."""
     return read_parquet(stage.read(record))
 
 
@@ -63,120 +65,168 @@ def pool_unit(number: int) -> str:
     return f"pool-{number:05d}"
 
 
+@dataclass(frozen=True)
+class PoolFacts:
+    """Facts of a pool that a run needs before any work."""
+
+    sequences: int
+    tokens: int
+    """Tokens of each sequence."""
+    identity: str
+    """A hash of the content; of a pool that `curate` finished, of the recorded hashes of its files."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A calibration pool in memory."""
+
+    token_ids: Int[Tensor, "sequences tokens"]
+    generated: Bool[Tensor, "sequences tokens"] | None
+    """The positions that statistics are taken from; None where the pool has no such column: from all."""
+
+
+def describe_pool(url: str) -> PoolFacts:
+    """Measures and identifies a pool: one that `curate` finished by its records, any other by reading it once.
+
+    Memory is that of one file. Raises as `read_pool` does.
+    """
+    stage = Stage(url)
+    if stage.finished:
+        records = _pool_records(stage)
+        counts = [(one.facts.get("sequences"), one.facts.get("tokens")) for one in records]
+        if not all(isinstance(n, int) and 0 < n < 1 << 53 for count in counts for n in count):
+            raise CorruptionError(
+                f"{url} is damaged: its records do not say how large the pool is: remove that folder; {_MADE_AGAIN}"
+            )
+        sequences, tokens = map(sum, zip(*counts, strict=True))
+        identity = json.dumps([record.sha256 for record in records])
+        return PoolFacts(sequences, tokens // sequences, storage.sha256(identity.encode()))
+    sequences = tokens = 0
+    hashes, counted = (hashlib.sha256(), hashlib.sha256()), False
+    for token_ids, generated in _parts(url):
+        sequences, tokens = sequences + len(token_ids), token_ids.shape[1]
+        hashes[0].update(token_ids.tobytes())
+        if generated is not None:
+            counted = True
+            hashes[1].update(generated.tobytes())
+    content = [
+        [sequences, tokens], hashes[0].hexdigest(), hashes[1].hexdigest() if counted else None,
+    ]  # fmt: skip
+    return PoolFacts(sequences, tokens, storage.sha256(json.dumps(content).encode()))
+
+
+def read_pool(url: str) -> Pool:
+    """Reads a pool: a stage folder made by `curate`, or any folder of parquet files with `token_ids`.
+
+    Raises CorruptionError for a damaged file, UserError for a folder without sequences of one length.
+    """
+    parts = list(_parts(url))
+    token_ids = torch.from_numpy(np.concatenate([part for part, _ in parts]))
+    generated = [part for _, part in parts if part is not None]
+    return Pool(token_ids, torch.from_numpy(np.concatenate(generated)) if generated else None)
+
+
+def _parts(
+    url: str,
+) -> Iterator[tuple[Int64[np.ndarray, "_ tokens"], Bool[np.ndarray, "_ tokens"] | None]]:
+    """Yields token ids, and the positions that count if the pool has them, file by file, checked against each other."""
+    lengths, columns = set[int](), set[bool]()
+    for file, data in _files(url):
+        table = _read_foreign(data, file)
+        if "token_ids" not in table.column_names:
+            raise UserError(f"{file}: a pool needs a column token_ids, it has {_names(data)}")
+        token_ids = _rows_of_one_length(table["token_ids"], pa.types.is_integer, file)
+        generated = None
+        if GENERATED.name in table.column_names:
+            generated = _rows_of_one_length(table[GENERATED.name], pa.types.is_boolean, file)
+            if generated.shape != token_ids.shape:
+                raise UserError(
+                    f"{file}: its columns token_ids and {GENERATED.name} have rows of {token_ids.shape[1]} and "
+                    f"{generated.shape[1]} values: they must be as long as each other"
+                )
+        lengths.add(token_ids.shape[1])
+        columns.add(generated is not None)
+        if len(lengths) > 1:
+            raise _lengths_differ(url, lengths)
+        if len(columns) > 1:
+            raise UserError(
+                f"{url}: only some of the pool's files have the column {GENERATED.name}"
+            )
+        yield token_ids.astype(np.int64), generated
+    if not lengths:
+        expected = "a folder of parquet files is expected"
+        if storage.exists(storage.join(url, "run.json")):
+            expected = f"it is a run, whose pool is {storage.join(url, 'curate')}"
+        raise UserError(f"{url} holds no calibration pool: {expected}")
+
+
+def _files(url: str) -> Iterator[tuple[str, bytes]]:
+    """Yields the URL and the bytes of every file, verified where `curate` recorded its hash."""
+    stage = Stage(url)
+    if not stage.finished:
+        for name in storage.names(url):
+            if name.endswith(".parquet"):
+                file = storage.join(url, name)
+                yield file, storage.read_bytes(file)
+        return
+    for record in _pool_records(stage):
+        file = storage.join(url, str(record.file))
+        try:
+            yield file, stage.read(record)
+        except CorruptionError:
+            raise CorruptionError(
+                f"{file} is damaged or missing: it is not what was recorded: remove it and "
+                f"{storage.join(url, '_done', record.unit)}.json; {_MADE_AGAIN}"
+            ) from None
+
+
+_MADE_AGAIN = (
+    "`calibprune curate` with the configuration of its run makes it again; copy a copy again"
+)
+
+
 def _pool_records(stage: Stage) -> list[Record]:
-    """Of a finished curate stage. Raises UserError for any other stage."""
+    """Lists the records of a finished curate stage. Raises UserError for any other stage."""
     records = [record for record in stage.records() if record.unit.startswith("pool-")]
     if not records:
         raise UserError(f"{stage.url} is a stage without a calibration pool: name a curate folder")
     return records
 
 
-def read_pool(url: str) -> Int[Tensor, "sequences tokens"]:
-    """Token ids of a pool: a stage folder made by `curate`, or any folder of parquet files with `token_ids`.
-
-    Raises CorruptionError for a damaged file, UserError for a folder without sequences of one length.
-    """
-    parts = []
-    for data in _pool_data(url):
-        table = _read_foreign(data, url)
-        if "token_ids" not in table.column_names:
-            raise UserError(f"{url}: a pool needs a column token_ids, it has {table.column_names}")
-        parts.append(_rows_of_one_length(table["token_ids"], url))
-    if not parts:
-        expected = "a folder of parquet files is expected"
-        if storage.exists(storage.join(url, "run.json")):
-            expected = f"it is a run, whose pool is {storage.join(url, 'curate')}"
-        raise UserError(f"{url} holds no calibration pool: {expected}")
-    lengths = {part.shape[1] for part in parts}
-    if len(lengths) > 1:
-        raise _lengths_differ(url, lengths)
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def read_positions(url: str) -> Bool[Tensor, "sequences tokens"] | None:
-    """Which positions of a pool statistics are taken from; None where the pool has no column `generated`: from all.
-
-    Raises as `read_pool` does.
-    """
-    parts, without = [], 0
-    for data in _pool_data(url):
-        table = _read_foreign(data, url)
-        if GENERATED.name not in table.column_names:
-            without += 1
-            continue
-        parts.append(_rows_of_one_length(table[GENERATED.name], url))
-    if parts and without:
-        raise UserError(f"{url}: only some of the pool's files have the column {GENERATED.name}")
-    return torch.from_numpy(np.concatenate(parts)) if parts else None
-
-
-def pool_identity(url: str) -> str:
-    """A hash of a pool's content; of one that `curate` finished, of the recorded hashes of its files."""
-    stage = Stage(url)
-    if stage.finished:
-        hashes = [record.sha256 for record in _pool_records(stage)]
-        return storage.sha256(json.dumps(hashes).encode())
-    pool, positions = read_pool(url), read_positions(url)
-    counted = None if positions is None else storage.sha256(positions.numpy().tobytes())
-    content = [list(pool.shape), storage.sha256(pool.numpy().tobytes()), counted]
-    return storage.sha256(json.dumps(content).encode())
-
-
-def pool_shape(url: str) -> tuple[int, int]:
-    """(sequences, tokens of each), without reading a pool that `curate` finished. Raises as `read_pool` does."""
-    stage = Stage(url)
-    if stage.finished:
-        facts = [record.facts for record in _pool_records(stage)]
-        counts = [(one.get("sequences"), one.get("tokens")) for one in facts]
-        if not all(isinstance(n, int) and 0 < n < 1 << 53 for count in counts for n in count):
-            raise CorruptionError(f"{url} is damaged: its records do not say how large the pool is")
-        sequences, tokens = map(sum, zip(*counts, strict=True))
-        return sequences, tokens // sequences
-    sequences, tokens = read_pool(url).shape
-    return sequences, tokens
-
-
-def _pool_data(url: str) -> Iterator[bytes]:
-    stage = Stage(url)
-    if stage.finished:
-        yield from map(stage.read, _pool_records(stage))
-        return
-    for name in storage.names(url):
-        if name.endswith(".parquet"):
-            yield storage.read_bytes(storage.join(url, name))
-
-
-def _read_foreign(data: bytes, url: str) -> pa.Table:
-    """The columns of a pool that somebody else may have made. Raises UserError for what is no parquet file."""
+def _read_foreign(data: bytes, file: str) -> pa.Table:
+    """Reads the columns of a file that somebody else may have made. Raises UserError for a file that is no parquet."""
     try:
-        names = [
-            n for n in pq.read_schema(io.BytesIO(data)).names if n in ("token_ids", GENERATED.name)
-        ]
-        return read_parquet(data, names)
+        return read_parquet(data, [n for n in _names(data) if n in ("token_ids", GENERATED.name)])
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(
-            f"{url}: one of its parquet files cannot be read: {one_line(error)}"
-        ) from None
+        raise UserError(f"{file} cannot be read as a parquet file: {one_line(error)}") from None
 
 
-def _rows_of_one_length(column: pa.ChunkedArray, url: str) -> np.ndarray:
-    kind = column.type
+def _names(data: bytes) -> list[str]:
+    return pq.read_schema(io.BytesIO(data)).names
+
+
+def _rows_of_one_length(
+    column: pa.ChunkedArray, fits: Callable[[pa.DataType], bool], file: str
+) -> np.ndarray:
+    kind, rows = column.type, column.combine_chunks()
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not lists or not (
-        pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type)
-    ):
+    if not lists or not fits(kind.value_type):
         raise UserError(
-            f"{url}: a pool's columns hold lists of whole numbers, here: {one_line(kind)}"
+            f"{file}: a pool's column token_ids holds lists of whole numbers, and {GENERATED.name} lists of true and "
+            f"false; here: {one_line(kind)}"
         )
-    if column.null_count or column.combine_chunks().flatten().null_count:
-        raise UserError(f"{url}: a pool has no empty values")
-    rows = column.combine_chunks()
+    if not len(rows):
+        raise UserError(f"{file} holds no sequence: a pool's files hold at least one each")
+    if rows.null_count or rows.flatten().null_count:
+        raise UserError(f"{file}: a pool has no empty values")
     lengths = set(rows.value_lengths().to_pylist())
     if len(lengths) != 1 or not all(lengths):
-        raise _lengths_differ(url, lengths)
+        raise _lengths_differ(file, lengths)
     return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
 
 
-def _lengths_differ(url: str, lengths: set[int]) -> UserError:
-    shown = sorted(length or 0 for length in lengths)[:5]
-    return UserError(f"{url}: every sequence of a pool has the same length, here: {shown}")
+def _lengths_differ(where: str, lengths: set[int]) -> UserError:
+    shown = ", ".join(map(str, sorted(lengths)[:5]))
+    return UserError(
+        f"{where}: every sequence of a pool has the same length, of at least one token; here some have {shown} tokens"
+    )

@@ -1,6 +1,6 @@
-"""Token ids of documents and of prompts, streamed in batches through the fast tokenizer.
+"""Streams token ids of documents and of prompts, in batches through the fast tokenizer.
 
-Which of them become prefixes, and of how many tokens, is decided in prefixes.py.
+prefixes.py decides which of them become prefixes, and of how many tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from calibprune.calibration.texts import Message, documents, prompts
 from calibprune.config.generate import DatasetPrefixes, PromptPrefixes
 from calibprune.errors import UserError
 from calibprune.redact import one_line
+from calibprune.untrusted import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,10 +26,10 @@ Item = TypeVar("Item")
 def candidates(
     settings: DatasetPrefixes | PromptPrefixes, tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[np.ndarray]:
-    """int32 token ids for every document or prompt of the source, in its order, without a start-of-text token.
+    """Yields int32 token ids for every document or prompt of the source, in order, without a start-of-text token.
 
-    Of a document the first `most_tokens`, all of a shorter one. Of a prompt, chat template included, the first
-    `most_tokens` and one more, so that a longer one is recognised.
+    A document is cut after `most_tokens`; a prompt, chat template included, after one more, so that a longer one is
+    recognised.
     Raises UserError for a source that cannot be read, and for prompts without a chat template that takes them.
     """
     where = {"name": settings.dataset_name, "split": settings.split, "column": settings.column}
@@ -41,8 +42,24 @@ def candidates(
                 yield np.array(ids, np.int32)
 
 
+def check_prompts(settings: PromptPrefixes, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Renders the first prompts where it can be stopped. Raises UserError for a chat template without an end.
+
+    Also raises as `candidates` does for a source that cannot be read.
+    """
+    where = {"name": settings.dataset_name, "split": settings.split, "column": settings.column}
+    batch = next(_batches(prompts(settings.path, **where)), [])
+    chats = [chat for prompt in batch if (chat := _conversation(prompt, settings.system))]
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:  # there is none, as `candidates` says
+        return
+    name = f"the chat template of {tokenizer.name_or_path}"
+    check_template(template, chats, tokenizer.special_tokens_map, name)
+
+
 def most_tokens(settings: DatasetPrefixes | PromptPrefixes) -> int:
-    """Tokens of the longest prefix, without a start-of-text token put in front."""
+    """Returns the tokens of the longest prefix, without a start-of-text token in front."""
     if isinstance(settings, PromptPrefixes):
         return settings.max_prompt_tokens
     return settings.tokens[1] if isinstance(settings.tokens, tuple) else settings.tokens
@@ -72,7 +89,7 @@ def _prompt_tokens(
             tokens = tokenizer.apply_chat_template(
                 asked, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-    except Exception as error:  # of a program that came with the model: anything
+    except Exception as error:  # untrusted input raises anything
         raise UserError(
             f"the chat template of {name} refuses a prompt of {settings.path}: {one_line(error)}"
         ) from None
@@ -83,7 +100,7 @@ def _prompt_tokens(
 
 
 def _conversation(prompt: str | list[Message], system: str | None) -> list[Message]:
-    """The messages up to the answer that is to be written; one that is there already is left out."""
+    """Returns the messages up to the answer that the model is to write, without an answer that is there already."""
     if isinstance(prompt, str):
         first = [{"role": "system", "content": system}] if system is not None else []
         return [*first, {"role": "user", "content": prompt}]

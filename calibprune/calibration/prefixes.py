@@ -1,4 +1,4 @@
-"""What every sample starts from: prefix token ids and sampling seeds, a function of (settings, seed, row) alone.
+"""Prefix token ids and sampling seeds of every sample, a function of (settings, seed, row) alone.
 
 Row r starts from prefix r // samples_per_prefix. Prefixes from a dataset or from prompts are cut once into files of
 the stage, whatever the shards are; the others are computed where they are needed. So a sample can be made
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calibprune.calibration.pool import parquet_bytes
-from calibprune.calibration.prefix_sources import candidates, most_tokens
+from calibprune.calibration.prefix_sources import candidates, check_prompts, most_tokens
 from calibprune.config.generate import (
     BosPrefixes,
     DatasetPrefixes,
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 PREFIXES_PER_FILE = 20_000
 _GOES_ON_EVERY = 1000
-"""Documents gone through, used or not, after which the cutting says that it goes on."""
+"""Documents read, used or not, after which the cutting shows that it is alive."""
 _CHECKED = 4096
-"""Documents that are looked at before work starts."""
+"""Documents that the check reads before work starts."""
 _REMEMBERED = 20_000
-"""A source of no more documents than this is not read again when it is gone through again."""
+"""Most documents of a source that are kept in memory for another round."""
 _MOST_ROUNDS = 1000
-"""Through a large source whose documents can hardly be used."""
+"""Most rounds through a large source of which hardly any document can be used."""
 _MOST_DRAWS = 10_000
 
 
 def prefix_units(settings: GenerateSettings) -> list[str]:
-    """Names of the files of prefixes, in order; none where prefixes are computed."""
+    """Names the files of prefixes, in order; none where prefixes are computed."""
     return prefix_units_of(range(settings.samples), settings)
 
 
 def prefix_units_of(rows: range, settings: GenerateSettings) -> list[str]:
-    """Those files that the prefixes of these rows lie in; none where prefixes are computed."""
+    """Names the files that hold the prefixes of these rows; none where prefixes are computed."""
     if not isinstance(settings.prefixes, DatasetPrefixes | PromptPrefixes):
         return []
     each = settings.samples_per_prefix * PREFIXES_PER_FILE
@@ -68,13 +68,12 @@ def cut_prefixes(
     tokenizer: "PreTrainedTokenizerBase",
     missing: set[str],
 ) -> Iterator[UnitDone | Tick]:
-    """Reads the source from its start and commits the missing units, each a parquet file of `token_ids`; a Tick in
-    between says that it goes on.
+    """Reads the source from its start and commits the missing units, each a parquet file of `token_ids`.
 
-    Documents with fewer tokens than the prefix is to have, and prompts of too many, are passed over. A source
-    that has too few is gone through again, as often as needed: prefixes repeat, their samples do not.
-    Facts of a unit: `prefixes`, `passed_over` while it was filled, and `source_prefixes`, how many the whole
-    source gave (None: its end was not reached). Memory is that of one unit.
+    Yields Tick in between to show that it is alive. Documents with too few tokens for the prefix, and prompts with too
+    many, are skipped. A source that has too few is read again, as often as needed: prefixes repeat, their samples do
+    not. Facts of a unit: `prefixes`, the documents `passed_over` while it was filled, and `source_prefixes`, the
+    number that the whole source gave (None: its end was not reached). Memory is that of one unit.
     Raises UserError where the source cannot be read or nothing in it is usable.
     """
     units = prefix_units(settings)
@@ -107,10 +106,10 @@ def cut_prefixes(
 
 
 def check_prefixes(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Finds out whether there will be prefixes, from the start of their source.
+    """Checks from the start of their source that there will be prefixes.
 
-    Raises UserError: no such source or column, no chat template, no token to start with, or nothing usable among the
-    first few thousand documents.
+    Raises UserError: no such source or column, no chat template or one without an end, no token to start with, or
+    nothing usable among the first few thousand documents.
     """
     prefixes = settings.prefixes
     if _starts_with_bos(prefixes):
@@ -120,13 +119,15 @@ def check_prefixes(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBa
             _OrdinaryTokens(tokenizer).draw(1, settings.seed, 0)
         case DatasetPrefixes() | PromptPrefixes():
             most = most_tokens(prefixes)
+            if isinstance(prefixes, PromptPrefixes):
+                check_prompts(prefixes, tokenizer)
             start = islice(candidates(prefixes, tokenizer), _CHECKED)
             if not any(_usable(prefixes, tokens, most) for tokens in start):
                 raise _nothing_usable(prefixes, most, _CHECKED)
 
 
 class PrefixReader:
-    """The prefixes of rows, wherever they come from; holds one file of prefixes at a time.
+    """Gives the prefixes of rows, wherever they come from; holds one file of prefixes at a time.
 
     Raises UserError when made without a token to start with.
     """
@@ -142,7 +143,7 @@ class PrefixReader:
             self._ordinary = _OrdinaryTokens(tokenizer)
 
     def of(self, rows: range) -> list[list[int]]:
-        """The token ids that every row starts from; with `draw: model`, those that its prefix is drawn after."""
+        """Returns the token ids that each row starts from; with `draw: model`, those that its prefix is drawn after."""
         return [list(self._prefix(row // self._settings.samples_per_prefix)) for row in rows]
 
     def _prefix(self, index: int) -> list[int]:
@@ -166,7 +167,7 @@ class PrefixReader:
 
 
 def longest_prefix(settings: Prefixes) -> int:
-    """Tokens of the longest prefix there can be, start-of-text token included."""
+    """Returns the tokens of the longest possible prefix, start-of-text token included."""
     match settings:
         case BosPrefixes():
             return 1
@@ -179,17 +180,17 @@ def longest_prefix(settings: Prefixes) -> int:
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed, of 63 bits, that the row's continuation is sampled with."""
+    """Returns the seed, of 63 bits, that samples the row's continuation."""
     return _digest("sampling", seed, row) >> 1
 
 
 def draw_seed(seed: int, prefix: int) -> int:
-    """The seed, of 63 bits, that the model draws this prefix with."""
+    """Returns the seed, of 63 bits, with which the model draws this prefix."""
     return _digest("prefix drawn by the model", seed, prefix) >> 1
 
 
 def _digest(purpose: str, seed: int, number: int) -> int:
-    """64 bits that differ for every purpose, seed and row or prefix."""
+    """Returns 64 bits that differ for every purpose, seed and row or prefix."""
     key = f"calibprune {purpose} {seed} {number}".encode()
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
 
@@ -199,7 +200,7 @@ def _prefix_count(settings: GenerateSettings) -> int:
 
 
 def _starts_with_bos(settings: Prefixes) -> bool:
-    """Whether we put a start-of-text token in front; a chat template brings its own."""
+    """Reports whether a start-of-text token goes in front; a chat template brings its own."""
     match settings:
         case BosPrefixes():
             return True
@@ -210,7 +211,7 @@ def _starts_with_bos(settings: Prefixes) -> bool:
 
 
 def start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The start-of-text token; without one the end-of-text token, which parts documents in training."""
+    """Returns the start-of-text token, or else the end-of-text token, which parts documents in training."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
@@ -229,7 +230,7 @@ class _OrdinaryTokens:
         self.others = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def draw(self, count: int, seed: int, prefix: int) -> list[int]:
-        """`count` tokens, uniformly and independently."""
+        """Draws `count` tokens uniformly and independently."""
         random = Random(_digest("prefix", seed, prefix))
         drawn: list[int] = []
         for _ in range(_MOST_DRAWS + count):
@@ -250,19 +251,19 @@ class _OrdinaryTokens:
 class _Cut(NamedTuple):
     token_ids: np.ndarray
     passed_over: int
-    """Documents up to here."""
+    """Documents skipped up to here."""
     source_prefixes: int | None
 
 
 def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Cut | None]:
-    """Every prefix from number 0 on, without end; None now and then, whatever becomes of the documents."""
+    """Yields every prefix from number 0 on, without end; None now and then, whatever becomes of the documents."""
     prefixes = settings.prefixes
     assert isinstance(prefixes, DatasetPrefixes | PromptPrefixes)
     bos = [start_token(tokenizer)] if _starts_with_bos(prefixes) else []
     front = np.array(bos, np.int32)
     index = passed_over = 0
     source_prefixes = None
-    for once in _again_and_again(lambda: candidates(prefixes, tokenizer)):
+    for once in _rounds(lambda: candidates(prefixes, tokenizer)):
         before = index
         for tokens in once:
             length = _length(prefixes, settings.seed, index)
@@ -284,8 +285,8 @@ def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> It
             )
 
 
-def _again_and_again(read: Callable[[], Iterator[np.ndarray]]) -> Iterator[Iterator[np.ndarray]]:
-    """All that is read, once and once more without end; few documents are remembered."""
+def _rounds(read: Callable[[], Iterator[np.ndarray]]) -> Iterator[Iterator[np.ndarray]]:
+    """Yields round after round through all that is read, without end; keeps a few documents in memory."""
     few: list[np.ndarray] = []
 
     def first() -> Iterator[np.ndarray]:
@@ -300,7 +301,7 @@ def _again_and_again(read: Callable[[], Iterator[np.ndarray]]) -> Iterator[Itera
 
 
 def _length(settings: DatasetPrefixes | PromptPrefixes, seed: int, index: int) -> int:
-    """Tokens of this prefix, start-of-text token not counted; of a prompt, the most."""
+    """Returns the tokens of this prefix, without a start-of-text token; of a prompt, the most."""
     if isinstance(settings, DatasetPrefixes) and isinstance(settings.tokens, tuple):
         least, most = settings.tokens
         return least + _digest("prefix length", seed, index) % (most - least + 1)
@@ -308,7 +309,7 @@ def _length(settings: DatasetPrefixes | PromptPrefixes, seed: int, index: int) -
 
 
 def _usable(settings: DatasetPrefixes | PromptPrefixes, tokens: np.ndarray, length: int) -> bool:
-    """Documents need as many tokens as are wanted; prompts may have as many, for they are taken whole."""
+    """Reports whether a document has enough tokens, or a prompt, which is taken whole, not too many."""
     if isinstance(settings, PromptPrefixes):
         return 0 < len(tokens) <= length
     return len(tokens) >= length

@@ -1,4 +1,4 @@
-"""The few numbers of every sample that filters and packing go by; its tokens are read here a shard at a time."""
+"""Computes the few numbers of a sample that filters and packing use, reading tokens one shard at a time."""
 
 import io
 import tempfile
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32
 
+from calibprune import storage
 from calibprune.calibration.duplicates import bands, sample_hashes, signatures
 from calibprune.calibration.filters import band_column, perplexity, share_column
 from calibprune.calibration.pool import parquet_bytes
@@ -19,13 +20,13 @@ from calibprune.config.curate import DuplicateFilter, Filter, RepetitionFilter
 from calibprune.stage import Record, Stage
 
 VERSION = 2
-"""Of the columns that a unit of scores has."""
+"""Version of the columns of a unit of scores."""
 MEASURED = RepetitionFilter(type="repetition")
-"""How repetition is measured for the report where no filter says it."""
+"""Measure of repetition for the report where no filter has one."""
 
 
 def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.ndarray]:
-    """The scores of one shard by column: row, tokens, perplexity, hash, repetition, and what the filters ask for.
+    """Computes the scores of one shard by column: row, tokens, perplexity, hash, repetition, and the filters' own.
 
     Bands of a duplicate filter are [samples, bytes]. Perplexity is NaN where there are no log-probabilities.
     """
@@ -129,13 +130,15 @@ class ScratchColumns:
         if name not in self._files:
             self._files[name] = self._open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
             self._kinds[name] = values.dtype, width
-        self._files[name].write(np.ascontiguousarray(values).data)
+        with storage.full_disk_named(tempfile.gettempdir()):
+            self._files[name].write(np.ascontiguousarray(values).data)
 
     def load(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
         """[samples], or [samples, bytes] for a column of bytes; of some samples only where they are given."""
         dtype, width = self._kinds[name]
         file = self._files[name]
-        file.flush()
+        with storage.full_disk_named(tempfile.gettempdir()):
+            file.flush()
         count = file.seek(0, io.SEEK_END) // (dtype.itemsize * (width or 1))
         shape = (count,) if width is None else (count, width)
         if samples is not None:

@@ -1,4 +1,4 @@
-"""Where samples lie, as shards; and documents that people wrote made into shards of the same schema.
+"""Shards of samples, and the shards of the same schema that are made of documents that people wrote.
 
 A shard of documents is a unit of the curate stage, `text-<source>-<number>`; what the model makes of it, where a filter
 asks, is another, `scored-<source>-<number>`.
@@ -12,29 +12,37 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes, read_parquet, read_samples
+from calibprune import storage
+from calibprune.calibration.pool import (
+    SAMPLE_SCHEMA,
+    parquet_bytes,
+    read_parquet,
+    read_samples,
+    sample_records,
+)
 from calibprune.calibration.texts import documents
 from calibprune.config.curate import NaturalSource
+from calibprune.errors import UserError
 from calibprune.stage import Record, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHARD_TOKENS = 1 << 20
-"""Of documents in a unit: what a crash can cost, and what is in memory at a time."""
+"""Tokens of the documents in a unit, which bound the cost of a crash and the memory."""
 CHARACTERS_A_TOKEN = 32
-"""Looked at of a document for every token wanted: far more than a token has."""
+"""Characters read of a document for every token wanted, far more than a token has."""
 FINISH_REASON = "text"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some samples of one source, in one file."""
+    """A file with some samples of one source."""
 
     stage_url: str
     unit: str
     record: Record | None = None
-    """None: to be read from the stage, which makes it."""
+    """The done record; None: to be read from the stage that makes the shard."""
     scored: str | None = None
     """The unit of the same stage that holds the log-probabilities."""
 
@@ -42,8 +50,21 @@ class Shard:
         return self.record or Stage(self.stage_url).record(self.unit)
 
 
+def samples_of(path: str) -> Stage:
+    """The generate stage of another run. Raises UserError unless finished samples lie there."""
+    stage, expected = Stage(path), "the `generate` folder of a finished run"
+    if not stage.finished:
+        inside = storage.join(path, "generate")
+        if Stage(inside).finished:
+            expected = inside
+        raise UserError(f"curate.sources: there are no finished samples at {path}: give {expected}")
+    if not sample_records(stage):
+        raise UserError(f"curate.sources: {path} is a stage without samples: give {expected}")
+    return stage
+
+
 def read_shard(shard: Shard) -> pa.Table | None:
-    """The verified samples, with their log-probabilities where they have been taken; None for an empty shard."""
+    """Reads and verifies the samples, with their log-probabilities if there are any; None for an empty shard."""
     stage, record = Stage(shard.stage_url), shard.committed()
     if record.file is None:
         return None
@@ -56,7 +77,7 @@ def read_shard(shard: Shard) -> pa.Table | None:
 
 
 def flat_tokens(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """(the samples' tokens end to end, int32; where each begins and ends, int64)."""
+    """Returns the samples' tokens end to end, int32, and the offsets at which they begin and end, int64."""
     column = table["token_ids"].combine_chunks()
     lengths = column.value_lengths().to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -64,22 +85,22 @@ def flat_tokens(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def document_tokens(source: NaturalSource, sequence_tokens: int) -> int:
-    """Most tokens of a document, the start-of-text token not counted."""
+    """Returns the most tokens of a document, without a start-of-text token."""
     return source.document_tokens or sequence_tokens - source.bos
 
 
 def scored_tokens(source: NaturalSource, sequence_tokens: int) -> int:
-    """Most tokens that an engine has to have room for to score a document: its own and one that it continues with."""
+    """Returns the tokens that an engine needs room for to score a document: the document's, and one that follows."""
     return document_tokens(source, sequence_tokens) + source.bos + 1
 
 
 def shard_documents(source: NaturalSource, sequence_tokens: int) -> int:
-    """Documents in one shard."""
+    """Returns the number of documents in one shard."""
     return max(1, SHARD_TOKENS // document_tokens(source, sequence_tokens))
 
 
 def text_units(source: NaturalSource, sequence_tokens: int) -> list[str]:
-    """The shards of a source that has as many documents as are asked for."""
+    """Names the shards of a source that has as many documents as it may."""
     count = -(-source.documents // shard_documents(source, sequence_tokens))
     return [f"text-{source.name}-{number:05d}" for number in range(count)]
 
@@ -139,7 +160,7 @@ def write_documents(
 def first_tokens(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], count: int
 ) -> list[list[int]]:
-    """The first `count` tokens of each text, all of a shorter one; only a text's start is tokenised."""
+    """Tokenizes the first `count` tokens of each text, all of a shorter one, reading no more of it than needed."""
     found: list[list[int]] = [[] for _ in texts]
     missing, characters = list(range(len(texts))), 8 * count + 256
     while missing:
@@ -162,15 +183,15 @@ def first_tokens(
 
 
 class Scorer(Protocol):
-    """What an engine gives here."""
+    """The part of an engine that scoring uses."""
 
     async def score(self, token_ids: list[list[int]], first: list[int]) -> list[float]:
-        """The sum of the log-probabilities of each sample's tokens from position `first` on."""
+        """Sums the log-probabilities of each sample's tokens from position `first` on."""
         ...
 
 
 async def score_shard(engine: Scorer, stage: Stage, unit: str) -> Record:
-    """Commits `scored-...`: the model's own log-probability of every document, its first token given."""
+    """Commits `scored-...`, the model's own log-probability of every document given its first token."""
     record = stage.record(text_unit(unit))
     if record.file is None:
         return stage.commit(unit, None, {"rows": 0, "tokens": 0})
@@ -189,5 +210,5 @@ async def score_shard(engine: Scorer, stage: Stage, unit: str) -> Record:
 
 
 def scored_from(prefix_length: np.ndarray) -> np.ndarray:
-    """The first position with a log-probability: nothing says how likely a first token is."""
+    """Returns the first position with a log-probability, which a first token has not."""
     return np.maximum(prefix_length, 1)

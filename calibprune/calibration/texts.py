@@ -1,10 +1,14 @@
-"""Documents from files, folders, URLs and the Hugging Face hub, streamed, and the held-out texts made of them.
+"""Streams documents from files, folders, URLs and the Hugging Face hub, and joins them to held-out texts.
 
-Knows nothing of tokens: cutting prefixes and windows happens elsewhere.
+Knows nothing of tokens: cutting prefixes and windows happens elsewhere. Files are read here and not by `datasets`,
+which reads the hub: it is six times slower on them, loses the file's line numbers and takes a missing column for empty.
 """
 
+import gzip
 import json
 import posixpath
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -16,23 +20,25 @@ from fsspec.implementations.local import LocalFileSystem
 
 from calibprune import storage
 from calibprune.config.evaluate import HeldOutText
-from calibprune.errors import UserError
+from calibprune.errors import StoreUnavailable, UserError
 from calibprune.redact import one_line
-from calibprune.retry import denied, passes, retrying, shown
+from calibprune.retry import denied, passes, retrying, shown, status
 
 PYTHON_DOCS = "python-docs"
-_TEXT = (".txt",)
 _LINES = (".jsonl", ".json", ".ndjson")
-_PARQUET = (".parquet",)
+_EXTENSIONS = (".txt", *_LINES, ".parquet")
+_CAN_BE_READ = f"{', '.join(_EXTENSIONS)} (or .gz of these)"
 _PARQUET_BATCH = 256
 """Documents held at a time; they may be books."""
-_EXTENSIONS = (*_TEXT, *_LINES, *_PARQUET)
+_HUB_ID = re.compile(r"(?:hf://datasets/[\w-][\w.-]*/|(?:[\w-][\w.-]*/)?)[\w-][\w.-]*")
+HUB_SECONDS = 5.0
+"""Time that the hub has to answer the first question, and after which it is not asked again."""
 
 Message = dict[str, Any]
 """A chat message: `role`, `content`, and what else the chat template knows."""
-Cell = TypeVar("Cell", str, str | list[Message])
-_Take = Callable[[Any, str, str], Cell]
-"""(value, column, where) -> the value, checked."""
+Row = tuple[Any, str]
+"""The value of the column, and where it stands."""
+T = TypeVar("T")
 
 
 def documents(
@@ -42,76 +48,66 @@ def documents(
 
     `path` is a file (.txt: a document per line; .jsonl, .json with an object per line; .parquet;
     also .gz) or a folder of such files, local or at any fsspec URL; or a Hugging Face dataset id
-    (with `name` and `split`); or `python-docs`, the language documentation that Python carries.
-    Raises UserError where there is nothing at `path`, or while streaming where there is no such
-    column or no text at all.
+    (with `name` and `split`), also as hf://datasets/org/name; or `python-docs`, the language
+    documentation that Python carries. Raises UserError where there is nothing at `path`, or while
+    streaming where there is no such column or no text at all; StoreUnavailable where the hub cannot
+    be reached.
     """
-    return _at_least_one(path, _rows(path, name, split, column, _text))
+    rows = _rows(path, name, split, column)
+    return _at_least_one(path, (_text(value, column, where) for value, where in rows))
 
 
 def prompts(
     path: str, *, name: str | None = None, split: str = "train", column: str = "prompt"
 ) -> Iterator[str | list[Message]]:
     """Streams prompts as `documents` does documents; each is a text or a list of chat messages."""
-    return _at_least_one(path, _rows(path, name, split, column, _text_or_messages))
+    rows = _rows(path, name, split, column)
+    return _at_least_one(path, (_text_or_messages(value, column, where) for value, where in rows))
 
 
-def running_text(text: HeldOutText, *, characters: int | None = None) -> str:
-    """The held-out text in one piece: a .txt file as it is, documents joined by the separator.
+def running_text(text: HeldOutText) -> str:
+    """Reads the held-out text in one piece: a .txt file as it is, documents joined by the separator.
 
-    Blank documents stay in, as in the usual way to measure on WikiText. With `characters`, reading
-    stops as soon as that many are there. Raises UserError as `documents` does.
+    Blank documents stay in, as in the usual way to measure on WikiText. Raises as `documents` does.
     """
-    pieces: list[str] = []
-    length = 0
-    rows = _rows(text.path, text.dataset_name, text.split, text.column, _text, whole_files=True)
-    for row in rows:
-        pieces.append(row)
-        length += len(row) + len(text.separator)
-        if characters is not None and length >= characters:
-            break
-    joined = text.separator.join(pieces)
+    rows = _rows(text.path, text.dataset_name, text.split, text.column, whole_files=True)
+    joined = text.separator.join(_text(value, text.column, where) for value, where in rows)
     if not joined.strip():
         raise UserError(f"{text.path} holds no text")
     return joined
 
 
-def _at_least_one(path: str, rows: Iterable[Cell]) -> Iterator[Cell]:
+def _at_least_one(path: str, cells: Iterable[T]) -> Iterator[T]:
     empty = True
-    for row in rows:
-        if row.strip() if isinstance(row, str) else row:
+    for cell in cells:
+        if cell.strip() if isinstance(cell, str) else cell:
             empty = False
-            yield row
+            yield cell
     if empty:
         raise UserError(f"{path} holds no text")
 
 
 def _rows(
-    path: str,
-    name: str | None,
-    split: str,
-    column: str,
-    take: _Take[Cell],
-    whole_files: bool = False,
-) -> Iterator[Cell]:
-    """Every row, blank ones too. What `path` is gets settled at once, before the first row."""
+    path: str, name: str | None, split: str, column: str, whole_files: bool = False
+) -> Iterator[Row]:
+    """Yields every row, blank ones too. The kind of source is decided before the first row."""
     if path == PYTHON_DOCS:
-        return (take(text, column, path) for text in _python_docs())
-    if _looks_like_hub_id(path):
-        return _hub_rows(path, name, split, column, take)
-    return _file_rows(*_files(path), column, take, whole_files)
+        from pydoc_data.topics import topics
+
+        return ((topics[topic], path) for topic in sorted(topics))
+    if _is_hub_id(path):
+        return _hub_rows(path, name, split, column)
+    fs, files = _files(path)
+    readers = ((file, partial(_file_rows, fs, file, column, whole_files)) for file in files)
+    return (row for file, begin in readers for row in _resumed(fs, file, begin))
 
 
-def _python_docs() -> Iterator[str]:
-    from pydoc_data.topics import topics
-
-    return (topics[topic] for topic in sorted(topics))
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    if "://" in path or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+def _is_hub_id(path: str) -> bool:
+    """Reports whether a path can only be a dataset's id: nothing local has its name or folder, no text its ending."""
+    if not _HUB_ID.fullmatch(path):
         return False
-    return not _extension(path) and not Path(path).exists()
+    first = Path(path.split("/", 1)[0])
+    return path.startswith("hf:") or not (_extension(path) or first.exists())
 
 
 def _extension(path: str) -> str | None:
@@ -122,12 +118,16 @@ def _files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
     url = str(Path(path).expanduser()) if "://" not in path else path
     fs, root = storage.resolve(url)
     if not storage.exists(url):
-        raise UserError(f"no file or folder at {shown(path)}")
+        hint = ""
+        if _HUB_ID.fullmatch(path) and not _extension(path):
+            hint = (
+                f", though there is a folder {path.split('/', 1)[0]}: for the Hugging Face hub's dataset of that name "
+                f"give hf://datasets/{path}"
+            )
+        raise UserError(f"no file or folder at {shown(path)}{hint}")
     if storage.is_file(url):
         if not _extension(root):
-            raise UserError(
-                f"{shown(path)} is of an unknown kind: {_known_extensions()} can be read"
-            )
+            raise UserError(f"{shown(path)} is of an unknown kind: {_CAN_BE_READ} can be read")
         return fs, [root]
     found = [
         posixpath.join(root, file)
@@ -135,39 +135,22 @@ def _files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
         if _extension(file) and not posixpath.basename(file).startswith((".", "_"))
     ]
     if not found:
-        raise UserError(
-            f"no text in the folder {shown(path)}: {_known_extensions()} files are looked for"
-        )
+        raise UserError(f"no text in the folder {shown(path)}: {_CAN_BE_READ} can be read")
     return fs, found
 
 
-def _known_extensions() -> str:
-    return ", ".join(_EXTENSIONS) + " (or .gz of these)"
-
-
-def _file_rows(
-    fs: fsspec.AbstractFileSystem,
-    files: list[str],
-    column: str,
-    take: _Take[Cell],
-    whole_files: bool,
-) -> Iterator[Cell]:
-    for file in files:
-        yield from _resumed(fs, file, partial(_rows_of, fs, file, column, take, whole_files))
-
-
 def _resumed(
-    fs: fsspec.AbstractFileSystem, file: str, begin: Callable[[], Iterator[Cell]]
-) -> Iterator[Cell]:
-    """What `begin()` yields; where a store fails in passing the file is opened again, and what came is passed over.
+    fs: fsspec.AbstractFileSystem, file: str, begin: Callable[[], Iterator[Row]]
+) -> Iterator[Row]:
+    """Yields what `begin()` does; where a store fails for a while, opens the file again and skips what was yielded.
 
-    Raises UserError where access is denied, OSError for trouble that does not pass: a local disk's never does.
+    Raises UserError where access is denied, OSError for lasting trouble: a local disk's is.
     """
     local = isinstance(fs, LocalFileSystem)
     url = file if local else fs.unstrip_protocol(file)
     given, rows = 0, begin()
 
-    def again() -> list[Cell]:
+    def again() -> list[Row]:
         nonlocal rows
         rows = islice(begin(), given, None)
         return list(islice(rows, 1))
@@ -185,21 +168,23 @@ def _resumed(
         yield row[0]
 
 
-def _rows_of(
-    fs: fsspec.AbstractFileSystem, file: str, column: str, take: _Take[Cell], whole_files: bool
-) -> Iterator[Cell]:
-    extension = _extension(file)
+def _file_rows(
+    fs: fsspec.AbstractFileSystem, file: str, column: str, whole_files: bool
+) -> Iterator[Row]:
     compression = "gzip" if file.endswith(".gz") else None
     with cast(BinaryIO, fs.open(file, "rb", compression=compression)) as stream:
-        if extension in _PARQUET:
-            yield from _parquet_rows(stream, file, column, take)
-        elif extension in _LINES:
-            yield from _json_rows(stream, file, column, take)
-        elif whole_files:
-            yield take(_decoded(stream.read(), file), column, file)
-        else:
-            for line in stream:
-                yield take(_decoded(line, file).rstrip("\r\n"), column, file)
+        try:
+            if _extension(file) == ".parquet":
+                yield from _parquet_rows(stream, file, column)
+            elif _extension(file) in _LINES:
+                yield from _json_rows(stream, file, column)
+            elif whole_files:
+                yield _decoded(stream.read(), file), file
+            else:
+                for line in stream:
+                    yield _decoded(line, file).rstrip("\r\n"), file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{file} is not a whole gzip file: {one_line(error)}") from None
 
 
 def _decoded(raw: bytes, file: str) -> str:
@@ -209,9 +194,7 @@ def _decoded(raw: bytes, file: str) -> str:
         raise UserError(f"{file} is not UTF-8 text: {error}") from None
 
 
-def _json_rows(
-    stream: Iterable[bytes], file: str, column: str, take: _Take[Cell]
-) -> Iterator[Cell]:
+def _json_rows(stream: Iterable[bytes], file: str, column: str) -> Iterator[Row]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -222,30 +205,39 @@ def _json_rows(
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object: one object per line is read")
-        yield _cell(row, column, where, take)
+        if b"\\u" in line:
+            _check_characters(row.get(column), where)
+        yield _cell(row, column, where)
 
 
-def _parquet_rows(stream: BinaryIO, file: str, column: str, take: _Take[Cell]) -> Iterator[Cell]:
+def _check_characters(value: Any, where: str) -> None:
+    """Raises UserError for half of a surrogate pair, which JSON can spell and no text holds."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise UserError(f"{where} is not text: {half} is half of a character") from None
+
+
+def _parquet_rows(stream: BinaryIO, file: str, column: str) -> Iterator[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         parquet = ParquetFile(stream)
+        names = parquet.schema_arrow.names
+        if column not in names:
+            raise _no_column(column, file, names)
+        for batch in parquet.iter_batches(_PARQUET_BATCH, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield value, file
     except (ArrowException, OSError, ValueError) as error:
         if passes(error) or denied(error):
             raise
-        raise UserError(f"{file} is not a parquet file: {one_line(error)}") from None
-    names = parquet.schema_arrow.names
-    if column not in names:
-        raise _no_column(column, file, names)
-    for batch in parquet.iter_batches(_PARQUET_BATCH, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            yield take(value, column, file)
+        raise UserError(f"{file} is not a parquet file, or damaged: {one_line(error)}") from None
 
 
-def _hub_rows(
-    path: str, name: str | None, split: str, column: str, take: _Take[Cell]
-) -> Iterator[Cell]:
+def _hub_rows(path: str, name: str | None, split: str, column: str) -> Iterator[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as formats
@@ -253,27 +245,50 @@ def _hub_rows(
 
     if path in formats:  # which would read whatever lies in the working directory, pickles among it
         raise UserError(f"no text at {path}: that is a format of the datasets library, no dataset")
+    nowhere = f"no text at {path}: no such file or folder here, and "
     try:
+        _ask_hub(path.removeprefix("hf://datasets/"))
         rows = load_dataset(path, name, split=split, streaming=True)
     except DatasetNotFoundError:
         raise UserError(
-            f"no text at {path}: no such file or folder here, and no such dataset on the "
-            "Hugging Face hub (or no access to it)"
+            f"{nowhere}no such dataset on the Hugging Face hub (or no access to it)"
         ) from None
-    except (ConnectionError, OfflineModeIsEnabled):
-        raise UserError(
-            f"no text at {path}: no such file or folder here, "
-            "and the Hugging Face hub cannot be reached for a dataset of that name"
+    except (ConnectionError, OfflineModeIsEnabled, StoreUnavailable) as error:
+        kind = StoreUnavailable if isinstance(error, StoreUnavailable) else UserError
+        raise kind(
+            f"{nowhere}the Hugging Face hub cannot be reached for a dataset of that name"
         ) from None
     except ValueError as error:  # no such configuration or split
         raise UserError(f"dataset {path}: {one_line(error)}") from None
-    return (_cell(row, column, f"dataset {path}", take) for row in rows)
+    return (_cell(row, column, f"dataset {path}") for row in rows)
 
 
-def _cell(row: dict[str, Any], column: str, where: str, take: _Take[Cell]) -> Cell:
+def _ask_hub(dataset: str) -> None:
+    """Asks the hub for a dataset before `datasets` does, which retries for half a minute and logs every attempt.
+
+    Raises DatasetNotFoundError, and StoreUnavailable after seconds without an answer.
+    """
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(dataset, timeout=HUB_SECONDS)
+        except OfflineModeIsEnabled:
+            return  # it may still lie in the cache
+        except HfHubHTTPError as error:
+            if status(error) in (401, 404):  # without a token the hub denies what it does not have
+                raise DatasetNotFoundError from None
+            raise
+
+    retrying(f"hf://datasets/{dataset}", "read", ask, HUB_SECONDS)
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> Row:
     if column not in row:
         raise _no_column(column, where, row)
-    return take(row[column], column, where)
+    return row[column], where
 
 
 def _text(value: Any, column: str, where: str) -> str:

@@ -1,4 +1,4 @@
-"""What all settings are made of: a frozen section that knows its keys, and types that check their values."""
+"""The parts that all settings are made of: a frozen section that knows its keys, and types that check their values."""
 
 import re
 from typing import Annotated
@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def _without_credentials(url: str) -> str:
-    """Refuses passwords, and in web addresses tokens and signatures."""
+    """Refuses passwords in any URL, and tokens and signatures in web addresses."""
     password = re.search(r"[\w+.-]+://[^/@]*:[^/@]*@|https?://[^/@]*@", url)
     if password or re.search(
         r"://.*[?&][^=&]*(sig|token|key|secret|credential|password)", url, re.I
@@ -19,18 +19,20 @@ def _without_credentials(url: str) -> str:
 def _regular_expression(expression: str) -> str:
     try:
         re.compile(expression)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"not a regular expression: {error}") from None
+    except RecursionError:
+        raise ValueError("not a regular expression: it is nested too deeply") from None
     return expression
 
 
 def named(value: object) -> object:
-    """A name alone stands for that type with its defaults."""
+    """Reads a name alone as that type with its defaults."""
     return {"type": value} if isinstance(value, str) else value
 
 
 Url = Annotated[str, AfterValidator(_without_credentials)]
-"""A path or an fsspec URL. Settings are written to records and reports, so credentials have no place in them."""
+"""A path or an fsspec URL. Settings go into records and reports, so they must hold no credentials."""
 Regex = Annotated[str, AfterValidator(_regular_expression)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -41,14 +43,17 @@ class Section(BaseModel):
 
 
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=60)]
-"""A name that stands in records, plots and file names."""
+"""A name that is used in records, plots and file names."""
 
 
 class TextSource(Section):
-    """Where documents come from."""
+    """A place that documents come from."""
 
     path: Url
-    """A text (one document a line), jsonl or parquet file or folder, local or by URL, or a Hugging Face dataset id."""
+    """A text (one document a line), jsonl or parquet file or folder, local or by URL, or a Hugging Face dataset id.
+
+    An id may be written hf://datasets/org/name, which no local folder can be mistaken for.
+    """
     dataset_name: str | None = None
     """The configuration of a Hugging Face dataset, such as `en`."""
     split: str = "train"

@@ -15,15 +15,17 @@ from calibprune.config.base import (
 )
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+MOST_FILTERS = 63
+"""Filters that a mark of one byte tells apart, with the four clauses of each (calibration/filters.py)."""
 
 
 class Sharing(Section):
-    """What a source contributes to the pool."""
+    """The part of the pool that a source contributes."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Its share of the pool, relative to the other sources without `budget_tokens`."""
+    """Share of the pool, relative to the other sources without `budget_tokens`."""
     budget_tokens: PositiveInt | None = None
-    """Its tokens in the pool, whatever the weights are."""
+    """Tokens of this source in the pool, whatever the weights are."""
 
 
 class GeneratedSource(Sharing):
@@ -41,32 +43,35 @@ class NaturalSource(TextSource, Sharing):
     type: Literal["text"]
     name: SourceName
     documents: PositiveInt = 5000
-    """Most that are read, from the source's start."""
+    """Most documents to read, from the start of the source."""
     document_tokens: PositiveInt | None = None
-    """Most that are taken of one document, from its start; None: a sequence's."""
+    """Most tokens to take of one document, from its start; None: those of one sequence."""
     bos: bool = True
-    """Put a start-of-text token in front of every document."""
+    """Whether a start-of-text token goes in front of every document."""
 
 
 Source = Annotated[GeneratedSource | NaturalSource, Field(discriminator="type")]
 
 
 class PerplexityFilter(Section):
-    """Drops what the model itself finds least likely (Ji et al. 2025, section 4) or most likely. Shares are of every
-    source by itself."""
+    """Drops the samples that the model itself finds least likely (Ji et al. 2025, section 4) or most likely.
+
+    Shares are taken of each source separately."""
 
     type: Literal["perplexity"]
     drop_worst: Share = 0.2
-    """Share of samples, those with the highest perplexity."""
+    """Share of samples to drop, those with the highest perplexity."""
     drop_best: Share = 0.0
-    """Share of samples, those with the lowest perplexity: often repetitions."""
+    """Share of samples to drop, those with the lowest perplexity: often repetitions."""
     least: Annotated[float, Field(ge=1)] | None = None
     most: Annotated[float, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _something_stays(self) -> Self:
         if self.drop_worst + self.drop_best >= 1:
-            raise ValueError("drop_worst and drop_best leave nothing")
+            raise ValueError(
+                "drop_worst and drop_best leave nothing: their sum must be less than 1"
+            )
         if self.least is not None and self.most is not None and self.least > self.most:
             raise ValueError(f"least {self.least:g} is above most {self.most:g}")
         return self
@@ -87,14 +92,14 @@ class LengthFilter(Section):
 
 
 class RepetitionFilter(Section):
-    """Drops samples that say the same again and again."""
+    """Drops samples that repeat themselves."""
 
     type: Literal["repetition"]
     ngram: PositiveInt = 4
     max_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of a sample's n-grams, those that stood in it before."""
+    """Largest share of a sample's n-grams that may have occurred in it before."""
     max_repeat_tokens: PositiveInt | None = None
-    """Tokens of the longest passage that stands in a sample twice; None: any."""
+    """Most tokens of a passage that a sample holds twice; None: any number."""
 
 
 class DuplicateFilter(Section):
@@ -103,8 +108,8 @@ class DuplicateFilter(Section):
     type: Literal["duplicates"]
     near: bool = True
     similarity: Annotated[float, Field(ge=0.5, lt=1)] = 0.8
-    """Jaccard similarity of the samples' n-grams from which on they count as nearly equal. Prefixes and prompts do not
-    count for it, nor for repetitions."""
+    """Jaccard similarity of n-grams at which samples count as nearly equal. Prefixes and prompts are left out of it,
+    and of repetitions."""
     ngram: PositiveInt = 5
     permutations: Annotated[int, Field(ge=64, le=512)] = 128
 
@@ -116,20 +121,20 @@ Filter = Annotated[
 
 
 class Reference(TextSource):
-    """A corpus that the sources are compared with, such as what the model was trained on."""
+    """A corpus to compare the sources with, such as the model's training data."""
 
     name: SourceName
 
 
 class AnalysisSettings(Section):
-    """How sources are compared with the reference corpora."""
+    """The way in which sources are compared with the reference corpora."""
 
     documents: PositiveInt = 500
-    """Of every source and of every reference."""
+    """Documents to compare of every source and of every reference."""
     ngram: PositiveInt = 3
     min_k: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Min-K%++ (Zhang et al. 2025): share of the least likely tokens that is averaged, such as 0.5. None: not measured,
-    for it takes forwards of the model."""
+    """Share of the least likely tokens that Min-K%++ (Zhang et al. 2025) averages, such as 0.5; None: not measured,
+    since it takes forwards of the model."""
     min_k_documents: PositiveInt = 64
     min_k_tokens: Annotated[int, Field(ge=2)] = 512
 
@@ -138,18 +143,20 @@ class CurateSettings(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (
         GeneratedSource(type="generated"),
     )
-    filters: tuple[Filter, ...] = (PerplexityFilter(type="perplexity"),)
+    filters: Annotated[tuple[Filter, ...], Field(max_length=MOST_FILTERS)] = (
+        PerplexityFilter(type="perplexity"),
+    )
     references: tuple[Reference, ...] = ()
     analysis: AnalysisSettings = AnalysisSettings()
     sequences: PositiveInt = 128
     sequence_tokens: Annotated[int, Field(ge=2)] = 2048
     tokens: PositiveInt | None = None
-    """Of the whole pool, rounded up to whole sequences; None: as `sequences` says."""
+    """Tokens of the whole pool, rounded up to whole sequences; None: those of `sequences`."""
     pack: Literal["concat", "document"] = "concat"
-    """concat: kept samples joined in random order and cut; document: the first tokens of long enough samples."""
+    """`concat`: kept samples joined in random order and cut; `document`: the first tokens of long enough samples."""
     positions: Literal["all", "generated"] = "all"
-    """generated: statistics leave out the prefixes and prompts of generated samples, which the model did not write. Of
-    documents they leave out the start-of-text token put in front only."""
+    """`generated`: statistics leave out prefixes and prompts, which the model did not write, and the start-of-text
+    token in front of a document."""
     seed: NonNegativeInt = 0
 
     @field_validator("sources", "references")
@@ -157,7 +164,7 @@ class CurateSettings(Section):
     def _names_differ(cls, named: tuple) -> tuple:
         names = [one.name for one in named]
         if len(set(names)) < len(names):
-            raise ValueError(f"each needs a name of its own, these were given: {names}")
+            raise ValueError(f"each needs a name of its own, given are {', '.join(names)}")
         return named
 
     @field_validator("sources")
@@ -166,12 +173,14 @@ class CurateSettings(Section):
         generated = [one.path for one in sources if isinstance(one, GeneratedSource)]
         paths = [path and posixpath.normpath(path) for path in generated]
         if len(set(paths)) < len(paths):
-            raise ValueError("two generated sources take the same samples")
+            raise ValueError(
+                "two generated sources take the same samples: give each a path of its own"
+            )
         return sources
 
     @property
     def pool_sequences(self) -> int:
-        """Sequences of the pool."""
+        """The number of sequences in the pool."""
         if self.tokens is None:
             return self.sequences
         return -(-self.tokens // self.sequence_tokens)

@@ -1,4 +1,4 @@
-"""evaluate and report: what the pruned model is held against, and what is shown."""
+"""evaluate and report: the texts that the pruned model is measured on, and the contents of the report."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from calibprune.config.base import NonNegativeInt, PositiveInt, Section, Url, na
 
 
 class HeldOutText(Section):
-    """A text that the perplexity is measured on; `path` as in the dataset prefixes, or `python-docs`."""
+    """A text to measure the perplexity on; `path` as in the dataset prefixes, or `python-docs`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     path: Url
@@ -16,14 +16,14 @@ class HeldOutText(Section):
     split: str = "test"
     column: str = "text"
     separator: str = "\n\n"
-    """Put between documents before the text is cut into windows."""
+    """Text between two documents before the whole is cut into windows."""
 
 
 class EvaluateSettings(Section):
     perplexity: tuple[HeldOutText, ...] = ()
     sequence_tokens: Annotated[int, Field(ge=2)] = 2048
     sequences: PositiveInt | None = None
-    """Most windows per text; None: all of it."""
+    """Most windows of a text; None: all of it."""
     batch_sequences: PositiveInt = 1
 
     @field_validator("perplexity")
@@ -31,18 +31,18 @@ class EvaluateSettings(Section):
     def _names_differ(cls, texts: tuple[HeldOutText, ...]) -> tuple[HeldOutText, ...]:
         names = [text.name for text in texts]
         if len(set(names)) < len(names):
-            raise ValueError(f"every text needs a name of its own, these were given: {names}")
+            raise ValueError(f"every text needs a name of its own, given are {', '.join(names)}")
         return texts
 
 
 class TrackingSettings(Section):
-    """Experiment tracking by one of these libraries, which finds its server and credentials where it always does."""
+    """Experiment tracking by one of these libraries, which finds its server and credentials in its usual way."""
 
     type: Literal["mlflow", "wandb", "trackio"]
     project: Annotated[str, Field(min_length=1, max_length=128)] = "calibprune"
-    """MLflow calls it experiment."""
+    """Name of the project, which MLflow calls experiment."""
     name: str | None = None
-    """Of the run there; None: the last part of `output`."""
+    """Name of the tracked run; None: the last part of `output`."""
 
 
 class ReportSettings(Section):

@@ -14,15 +14,15 @@ class BosPrefixes(Section):
 
 
 class VocabularyPrefixes(Section):
-    """Every sample starts from `tokens` tokens drawn for it."""
+    """Every sample starts from a few tokens that are drawn for it."""
 
     type: Literal["vocabulary"]
     draw: Literal["model", "uniform"] = "model"
-    """model: from the model's own distribution after the start-of-text token, at temperature 1 and not truncated;
-    uniform: every ordinary token of the vocabulary alike."""
+    """`model`: from the model's own distribution after the start-of-text token, at temperature 1 and not truncated;
+    `uniform`: every ordinary token of the vocabulary with equal probability."""
     tokens: PositiveInt = 1
     bos: bool = True
-    """Put a start-of-text token in front, which is not counted; `draw: model` needs it."""
+    """Whether a start-of-text token, which is not counted, goes in front; `draw: model` needs it."""
 
     @model_validator(mode="after")
     def _model_starts_somewhere(self) -> Self:
@@ -36,7 +36,7 @@ class DatasetPrefixes(TextSource):
 
     type: Literal["dataset"]
     tokens: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
-    """Tokens of the document itself; a start-of-text token in front is not counted. [a, b]: a number from a to b, both
+    """Tokens of the document itself, without a start-of-text token in front; [a, b]: a number from a to b, both
     included, drawn for every sample."""
     bos: bool = True
 
@@ -52,11 +52,11 @@ class PromptPrefixes(TextSource):
 
     type: Literal["prompts"]
     column: str = "prompt"
-    """Holds a text, or a list of chat messages with `role` and `content`."""
+    """Name of the column with a text, or with a list of chat messages that have `role` and `content`."""
     system: str | None = None
-    """A system message put before every prompt that is a text."""
+    """A system message that goes before every prompt that is a text."""
     max_prompt_tokens: PositiveInt = 1024
-    """Longer prompts, template included, are passed over."""
+    """Most tokens of a prompt, template included; longer ones are skipped."""
 
 
 Prefixes = Annotated[
@@ -80,25 +80,25 @@ class GenerateSettings(Section):
     samples_per_prefix: PositiveInt = 1
     """Samples that start from the same prefix, each with a seed of its own; `samples` counts all of them."""
     max_tokens: PositiveInt = 2048
-    """Most new tokens of a sample; one may end sooner with the end-of-text token."""
+    """Most new tokens of a sample, which may end earlier with the end-of-text token."""
     min_tokens: NonNegativeInt = 0
     stop_at_eos: bool = True
-    """Whether the end-of-text token ends a sample; if not, every sample has max_tokens."""
+    """Whether the end-of-text token ends a sample; otherwise every sample has max_tokens."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     temperature_schedule: TemperatureSchedule | None = None
-    """Another temperature for the first tokens; None: the same for all."""
+    """A temperature for the first tokens; None: the same as for all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: PositiveInt | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Tokens less likely than this share of the likeliest one are never drawn."""
+    """Least probability of a token that may be drawn, as a share of the likeliest one's."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     seed: NonNegativeInt = 0
     shard_rows: PositiveInt = 500
-    """Samples in one unit of work: what a crash can cost."""
+    """Samples in one unit of work, which is what a crash can cost."""
     engines: PositiveInt | None = None
-    """vLLM engines; None: as many as the cluster section's workers have room for."""
+    """Number of vLLM engines; None: as many as the workers of the cluster section have room for."""
     tensor_parallel: PositiveInt = 1
-    """GPUs of one engine, all on one node."""
+    """Number of GPUs of one engine, all on one node."""
     max_concurrent: PositiveInt = 256
     """Samples that one engine continues at the same time."""
     shards_in_flight: PositiveInt = 2
@@ -106,15 +106,14 @@ class GenerateSettings(Section):
     attempts: PositiveInt = 3
     """Failures of one shard before it is set aside."""
     max_bad_shards: NonNegativeInt = 0
-    """Shards that may be left out, set aside after `attempts` failures; with more the stage fails once all others
-    are done."""
+    """Most shards that may be left out after `attempts` failures; with more the stage fails in the end."""
     shard_timeout_seconds: PositiveInt | None = None
-    """None: ten times the longest measured so far; for the first ones, and for those of more tokens than any that is
-    done, an hour, or more where they hold more tokens than an engine makes in it at 100 a second."""
+    """Longest time that a shard may take. None: ten times the longest so far; for the first shards, and for those with
+    more tokens than any finished one, an hour, or the time for 100 tokens a second if that is longer."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     cpu_kvcache_gib: PositiveInt = 2
     enforce_eager: bool | None = None
-    """None: compiled on GPUs, eager on CPUs, where compiling costs more than it saves on short runs."""
+    """Whether engines run uncompiled. None: compiled on GPUs, eager on CPUs, where compiling rarely pays off."""
 
     @model_validator(mode="after")
     def _schedule_ends_above_zero(self) -> Self:

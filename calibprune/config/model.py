@@ -12,24 +12,26 @@ class ModelSettings(Section):
 
     path: Url
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """dtype of the forwards; `auto` is the checkpoint's own. The pruned checkpoint keeps the input's dtype."""
+    """dtype of the forwards, where `auto` is the checkpoint's own; the pruned checkpoint keeps the input's dtype."""
     trust_remote_code: bool = False
 
 
 class ClusterSettings(Section):
-    """What to ask of Ray. Without an address: RAY_ADDRESS if set, else a Ray of this user or of root that runs on this
+    """Resources to ask of Ray.
+
+    Without an address a run takes RAY_ADDRESS if it is set, else a Ray of this user or of root that runs on this
     machine, else one of its own."""
 
     address: Url | None = None
     workers: PositiveInt | None = None
-    """None: one, and curate's tasks take every CPU that is free. Else these take no more CPUs than the workers have."""
+    """Number of workers, whose CPUs also bound curate's tasks; None: one, and curate's tasks take all free CPUs."""
     gpus_per_worker: NonNegativeInt | None = None
-    """None: one where the cluster has GPUs, or vLLM is the build for them; else none."""
+    """GPUs of a worker; None: one if the cluster has GPUs, or vLLM is the build for them, else none."""
     cpus_per_worker: PositiveInt | None = None
-    """None: 1 beside a GPU; without GPUs an equal share of the largest node's CPUs."""
+    """CPUs of a worker; None: 1 beside a GPU, and without GPUs an equal share of the largest node's CPUs."""
     start_timeout_seconds: PositiveInt = 600
     verbose: bool = False
-    """Show the workers' own logs in the driver's output."""
+    """Whether the driver's output shows the workers' own logs."""
 
     @field_validator("gpus_per_worker")
     @classmethod

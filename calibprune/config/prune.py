@@ -1,4 +1,4 @@
-"""prune: the methods, how the sparsity is shared out, and the engine."""
+"""prune: the methods, the allocation of the sparsity, and the engine."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -19,9 +19,9 @@ class Wanda(Section):
 class RIA(Section):
     type: Literal["ria"]
     power: Annotated[float, Field(ge=0)] = 0.5
-    """Of the norm of the inputs."""
+    """Exponent of the norm of the inputs."""
     per_row: bool = False
-    """Compare within every row instead of within the whole matrix."""
+    """Whether weights are compared within every row instead of within the whole matrix."""
 
 
 class DSnoT(Section):
@@ -31,11 +31,11 @@ class DSnoT(Section):
     """Most exchanges in one row."""
     variance_power: Annotated[float, Field(ge=0)] = 1.0
     faithful: bool = False
-    """As the published code does: the MLP is left as it starts, and a row ends below the threshold, which is in units
-    of a sequence's sum. (The variance has the part between sequences all the same, which that code leaves out.)
-    Otherwise every linear takes part and a row ends when no exchange lowers its error."""
+    """Whether to work as the published code does: it leaves the MLP at its initial mask and stops a row below the
+    threshold, in units of a sequence's sum. (The variance still has the part between sequences, which that code leaves
+    out.) Otherwise every linear takes part, and a row stops when no exchange lowers its error."""
     threshold: Annotated[float, Field(ge=0)] = 0.1
-    """Of the expected output error summed over one sequence's tokens; only if `faithful`."""
+    """Expected output error, summed over one sequence's tokens, at which a row stops; only if `faithful`."""
 
 
 class SparseGPT(Section):
@@ -44,7 +44,7 @@ class SparseGPT(Section):
     damping: Annotated[float, Field(gt=0)] = 0.01
     """Fraction of the Gram matrix's mean diagonal that is added to its diagonal."""
     per_row: bool = False
-    """Remove equally many weights of every row instead of comparing all rows of a block."""
+    """Whether every row loses equally many weights; otherwise all rows of a block are compared."""
 
 
 class ALPS(Section):
@@ -52,13 +52,13 @@ class ALPS(Section):
     damping: Annotated[float, Field(gt=0)] = 0.01
     """Fraction of the Gram matrix's mean diagonal that is added to its diagonal."""
     rho: Annotated[float, Field(gt=0)] = 0.1
-    """Penalty at the start; it grows as the support settles."""
+    """Initial penalty, which grows as the support settles."""
     max_iterations: PositiveInt = 300
-    """Of the search for the support."""
+    """Most iterations of the search for the support."""
     refit_iterations: PositiveInt = 100
-    """Most steps of conjugate gradients that refit the weights that stay."""
+    """Most steps of conjugate gradients to refit the weights that stay."""
     per_row: bool = False
-    """Compare within every row instead of within the whole matrix."""
+    """Whether weights are compared within every row instead of within the whole matrix."""
 
 
 Method = Annotated[
@@ -69,7 +69,7 @@ Method = Annotated[
 
 
 class Swaps(Section):
-    """Any method's mask refined by the best exchanges of one kept and one pruned weight of a row."""
+    """Refines any method's mask by the best exchanges of one kept and one pruned weight of a row."""
 
     type: Literal["swaps"]
     max_swaps: PositiveInt = 100
@@ -77,33 +77,33 @@ class Swaps(Section):
 
 
 class UniformAllocation(Section):
-    """Every layer the same sparsity."""
+    """Gives every layer the same sparsity."""
 
     type: Literal["uniform"]
 
 
 class OWL(Section):
-    """Denser where more weights stand out from their layer's mean; takes a dense sweep of its own first."""
+    """Keeps layers denser where more weights stand out from the layer's mean; takes a dense sweep of its own first."""
 
     type: Literal["owl"]
     lam: Annotated[float, Field(ge=0, le=0.5)] = 0.08
-    """Lambda: half the range of the sparsities."""
+    """Half the range of the sparsities, lambda in the paper."""
     m: Annotated[float, Field(gt=0)] = 5.0
-    """M: a weight stands out if its score is more than M times the mean."""
+    """Multiple of the mean score above which a weight stands out, M in the paper."""
     per: Literal["layer", "linear"] = "layer"
 
 
 class AlphaPruning(Section):
-    """Denser where the weights' spectrum has the heavier tail. No calibration data."""
+    """Keeps layers denser where the spectrum of the weights has the heavier tail; needs no calibration data."""
 
     type: Literal["alphapruning"]
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Sparsities go from 1 - epsilon to 1 + epsilon, times a common factor."""
+    """Half the range of the sparsities before a common factor: from 1 - epsilon to 1 + epsilon."""
     per: Literal["layer", "linear"] = "layer"
 
 
 class ListAllocation(Section):
-    """A sparsity of your own for every layer."""
+    """Takes a given sparsity for every layer."""
 
     type: Literal["list"]
     sparsities: tuple[Annotated[float, Field(ge=0, lt=1)], ...]
@@ -123,23 +123,25 @@ class PruneSettings(Section):
     pattern: str = "unstructured"
     """`unstructured`, or "N:M": N of every M consecutive input weights are kept."""
     allocation: Allocation = UniformAllocation(type="uniform")
-    """How the sparsity is shared out over layers; its mean over parameters is `sparsity` all the same."""
+    """Distribution of the sparsity over layers, whose mean over parameters is `sparsity` in every case."""
     refine: Annotated[Swaps | None, BeforeValidator(named)] = None
-    """What makes the method's mask better; None: nothing."""
+    """Refinement of the method's mask; None: off."""
     inputs: Literal["pruned", "dense"] = "pruned"
-    """What a layer is calibrated on: outputs of the pruned layers before it, or of the dense ones."""
+    """Inputs that a layer is calibrated on: outputs of the pruned layers before it, or of the dense ones."""
     layers: Regex | None = None
-    """Only layers whose path, such as `model.layers.7`, this regular expression is found in; None: all."""
+    """Regular expression to find in the path of a layer that is pruned, such as `model.layers.7`; None: all layers."""
     keep: tuple[Regex, ...] = ()
-    """Linears whose path, such as `model.layers.7.mlp.down_proj`, one of these is found in are left dense."""
+    """Regular expressions to find in the path of a linear that stays dense, such as `model.layers.7.mlp.down_proj`."""
     batch_sequences: PositiveInt = 4
-    """Sequences in one micro-batch, the unit that is dealt to the workers."""
+    """Sequences in one micro-batch, the unit that is distributed to the workers."""
     offload: bool | None = None
-    """Keep what paused forwards hold in host memory; None: where it does not fit the GPU. Without effect on CPUs."""
+    """Whether paused forwards keep their state in host memory; None: where it does not fit the GPU. Ignored on CPUs."""
     snapshot_layers: PositiveInt | None = None
-    """Keep the hidden states every so many layers, for a resume to start from; None: it sweeps through what is done."""
+    """Number of layers between two snapshots of the hidden states, from which a resumed run starts; None: no snapshots,
+    so that a resumed run sweeps through the finished layers."""
     layer_timeout_seconds: PositiveInt | None = None
-    """A worker that takes longer over a layer is held to hang; None: derived from the layers measured so far."""
+    """Longest time that a worker may take over a layer before it is treated as hung; None: derived from the layers so
+    far."""
     pool: Url | None = None
     """A calibration pool of your own (parquet folder with token_ids); None: the one `curate` made."""
 

@@ -22,7 +22,7 @@ STARTS_AT_ONCE = 64
 def tail_exponents(
     skeleton: Skeleton, chosen: Sequence[Sequence[str]], per: str, gang: Gang
 ) -> Generator[LayerEntered, None, list[dict[str, float]]]:
-    """The exponent for every layer and its linears to prune, as the generator's value. Collective.
+    """Returns the exponent for every layer and its linears to prune. Collective.
 
     `per` "layer" gives all linears of a layer their mean. Every layer is read and measured by its owner. Yields
     LayerEntered for every layer, its own or not.
@@ -32,8 +32,9 @@ def tail_exponents(
         yield emit(LayerEntered(index, count, "measuring the allocation", order=0))
         for path in chosen[index] if gang.owns(index) else ():
             name = skeleton.stored_name(f"{skeleton.layer_prefix(index)}{path}.weight")
-            weight = skeleton.checkpoint.read([name])[name].to(skeleton.device)
-            mine[index, path] = tail_exponent(eigenvalues(weight))
+            read = skeleton.checkpoint.read([name])
+            skeleton.check_finite(read)
+            mine[index, path] = tail_exponent(eigenvalues(read[name].to(skeleton.device)))
     exponents = numbers_of_all(chosen, mine, gang)
     if per == "linear":
         return exponents
@@ -41,7 +42,7 @@ def tail_exponents(
 
 
 def eigenvalues(weight: Float[Tensor, "out in"]) -> Float64[Tensor, " rank"]:
-    """Of W^T W, ascending; as many as the smaller side."""
+    """Computes the eigenvalues of W^T W, ascending, as many as the smaller side."""
     return torch.linalg.svdvals(weight.to(torch.float32)).double().square().flip(0)
 
 

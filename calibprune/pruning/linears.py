@@ -1,7 +1,6 @@
 """Which linears are pruned and which are left dense, by regular expressions over their names."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -9,44 +8,47 @@ from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
+from calibprune.untrusted import matching
 
 
 def chosen_linears(skeleton: Skeleton, settings: PruneSettings) -> list[tuple[str, ...]]:
-    """For every layer the paths, inside it, of the linears to prune.
+    """Lists for every layer the paths, inside it, of the linears to prune.
 
-    Raises UserError for an expression that matches nothing, when nothing is left to prune, and for experts in one
-    fused tensor, which cannot be pruned, unless `keep` names them.
+    Raises UserError for an expression that matches nothing or takes too long, when nothing is left to prune, and for
+    experts in one fused tensor, which cannot be pruned, unless `keep` names them.
     """
-    layers = [f"{skeleton.layers_path}.{index}" for index in range(len(skeleton.layers))]
-    picked = [settings.layers is None or bool(re.search(settings.layers, path)) for path in layers]
-    if not any(picked):
+    layers = tuple(f"{skeleton.layers_path}.{index}" for index in range(len(skeleton.layers)))
+    picked: Collection[str] = layers
+    if settings.layers is not None:
+        picked = matching("prune.layers", settings.layers, layers)
+    if not picked:
         raise UserError(
             f"prune.layers {settings.layers!r} matches none of {layers[0]} ... {layers[-1]}"
         )
-    used: set[str] = set()
-
-    def kept(name: str) -> bool:
-        matching = {expression for expression in settings.keep if re.search(expression, name)}
-        used.update(matching)
-        return bool(matching)
-
+    names = tuple(
+        f"{path}.{name}"
+        for index, path in enumerate(layers)
+        for name in (*skeleton.linears(index), *skeleton.fused(index))
+    )
+    found = [matching("prune.keep", expression, names) for expression in settings.keep]
+    kept = frozenset[str]().union(*found)
     chosen = []
     for index, path in enumerate(layers):
-        linears = [n for n in skeleton.linears(index) if not kept(f"{path}.{n}") and picked[index]]
-        chosen.append(tuple(linears))
+        dense = kept if path in picked else frozenset(names)
+        chosen.append(tuple(n for n in skeleton.linears(index) if f"{path}.{n}" not in dense))
         for name in skeleton.fused(index):
-            if not kept(f"{path}.{name}") and picked[index]:
+            if f"{path}.{name}" not in dense:
                 raise UserError(
                     f"layer {index} holds its experts as one fused tensor ({name}), which cannot be pruned: "
                     f"mixture-of-experts models of this kind are not supported; to leave the experts dense and "
                     f"prune the rest, set prune.keep='[{name.rsplit('.', 1)[0]}]'"
                 )
-    unused = [expression for expression in settings.keep if expression not in used]
-    if unused:
-        raise UserError(
-            f"prune.keep: {unused[0]!r} matches no linear, such as "
-            f"{layers[0]}.{next(iter(skeleton.linears(0)))}"
-        )
+    for expression, of_expression in zip(settings.keep, found, strict=True):
+        if not of_expression:
+            raise UserError(
+                f"prune.keep: {expression!r} matches no linear, such as "
+                f"{layers[0]}.{next(iter(skeleton.linears(0)))}"
+            )
     if not any(chosen):
         raise UserError("prune.layers and prune.keep leave no linear to prune")
     return chosen
@@ -55,7 +57,7 @@ def chosen_linears(skeleton: Skeleton, settings: PruneSettings) -> list[tuple[st
 def numbers_of_all(
     chosen: Sequence[Sequence[str]], mine: Mapping[tuple[int, str], float], gang: Gang
 ) -> list[dict[str, float]]:
-    """A number for every layer's chosen linears, each known to one worker, on all of them. Collective."""
+    """Shares numbers of the layers' chosen linears, each known to one worker, with all workers. Collective."""
     places = [(index, path) for index, paths in enumerate(chosen) for path in paths]
     values = torch.zeros(len(places), dtype=torch.float64)
     known = [place for place, key in enumerate(places) if key in mine]

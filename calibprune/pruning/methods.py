@@ -24,10 +24,10 @@ class Method:
     updates: bool = False
     """Whether the weights that stay are changed."""
     weight_bytes: int = 9
-    """Held for every weight of a worker's share while it is solved: in float32 scores or updated weights, a copy, and
+    """Bytes for every weight of a worker's share while it is solved: in float32 scores or updated weights, a copy, and
     the mask."""
     gram_bytes: int = 20
-    """Held for every entry of the Gram matrix, where it is needed: int64 sums, then float32 sums and factors."""
+    """Bytes for every entry of the Gram matrix, if it is needed: int64 sums, then float32 sums and factors."""
     compares_matrices: bool = False
     """Whether every worker has all scores of the linears at once, unless it is per row or in a pattern."""
 
@@ -50,7 +50,7 @@ METHODS: dict[type[BaseModel], Method] = {
 
 
 def need_of(settings: config.PruneSettings) -> Need:
-    """The sums that the method and its refinement read."""
+    """Returns the sums that the method and its refinement read."""
     refinement = frozenset({"gram"}) if settings.refine else frozenset()
     return METHODS[type(settings.method)].need | refinement
 
@@ -68,10 +68,10 @@ def prune_group(
     to remove, one per linear. The arguments stay as they are, arithmetic is float32. Collective. Raises ValueError on
     weights that are not finite, before or after, and what the method raises.
     """
-    _check_finite(weights, "weights")
+    _check_finite(weights, targets, "weights")
     method, shares = METHODS[type(settings)], shares or RowShares.of(weights)
     pruned = method.prune(weights, statistics, targets, settings, shares)
-    _check_finite(pruned, "pruned weights")
+    _check_finite(pruned, targets, "pruned weights")
     return pruned
 
 
@@ -84,17 +84,16 @@ def refine_group(
     refine: config.Swaps,
     shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
-    """Improves on what the method with these `settings` made of `weights`; the rest is as for `prune_group`."""
+    """Improves `pruned`, which the method with these `settings` made of `weights`; otherwise as `prune_group`."""
     damping = getattr(settings, "damping", 0.0) if METHODS[type(settings)].updates else None
     shares = shares or RowShares.of(weights)
     refined = swaps.refine(weights, pruned, statistics, targets, refine, shares, damping)
-    _check_finite(refined, "refined weights")
+    _check_finite(refined, targets, "refined weights")
     return refined
 
 
-def _check_finite(weights: list[Float[Tensor, "_ in"]], name: str) -> None:
-    for index, weight in enumerate(weights):
+def _check_finite(weights: list[Float[Tensor, "_ in"]], targets: list[Target], name: str) -> None:
+    for index, (weight, target) in enumerate(zip(weights, targets, strict=True)):
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
-            raise ValueError(
-                f"the {name} of linear {index} of the group are not finite in {weight.dtype}"
-            )
+            linear = target.path or f"linear {index} of the group"
+            raise ValueError(f"the {name} of {linear} are not finite in {weight.dtype}")

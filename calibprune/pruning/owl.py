@@ -1,4 +1,4 @@
-"""OWL's outlier ratios: how many of a layer's weights stand out, measured in one sweep of the dense model.
+"""OWL's outlier ratios: the share of a layer's weights that stand out, measured in one sweep of the dense model.
 
 Yin et al. 2024 (ICML, arXiv 2310.05175), section 3: A_ij = |W_ij| ||X_j||, and D = the percentage of a layer's A that
 is more than M times their mean, over all its linears together.
@@ -31,9 +31,10 @@ def outlier_ratios(
     gang: Gang,
     positions: Positions,
 ) -> Generator[LayerEntered, None, list[dict[str, float]]]:
-    """The percentage of outliers, for every layer and its linears to prune, as the generator's value. Collective.
+    """Returns the percentage of outliers for every layer and its linears to prune. Collective.
 
-    `per: layer` gives all linears of a layer the layer's. Every layer is measured by its owner.
+    With `per: layer` all linears of a layer have the layer's. Every layer is measured by its owner. Raises ValueError,
+    naming layer and group, for inputs that are not finite.
     """
     allocation = settings.allocation
     assert isinstance(allocation, OWL)
@@ -65,7 +66,11 @@ def outlier_ratios(
                 if paths:
                     inputs = positions.of(Fetched(stop.inputs, skeleton.device))
                     need = frozenset({"sum_squares"})
-                    found = gathered_statistics(inputs, need, gang, len(batches), Clock())
+                    try:
+                        found = gathered_statistics(inputs, need, gang, len(batches), Clock())
+                    except ValueError as error:
+                        group = ", ".join(paths)
+                        raise ValueError(f"layer {stop.layer}, group {group}: {error}") from error
                     assert found.sum_squares is not None
                     squares.update(dict.fromkeys(paths, found.sum_squares))
                 if stop.layer == last and squares.keys() == set(chosen[last]):
@@ -77,7 +82,7 @@ def outlier_ratios(
 def of_layer(
     weights: Mapping[str, Tensor], squares: Mapping[str, Tensor], allocation: OWL
 ) -> dict[str, float]:
-    """The percentage of outliers for each linear: the layer's, or its own with `per: linear`.
+    """Computes the percentage of outliers for each linear: the layer's, or its own with `per: linear`.
 
     `weights` [out, in] and `squares`, the inputs' sums of squares [in], by path.
     """

@@ -1,4 +1,4 @@
-"""What a group's pruning needs to know of its inputs: raw sums over tokens, exact in any order.
+"""Statistics of a group's inputs for its pruning: raw sums over tokens, exact in any order.
 
 Sums are added as integers, so neither the order of the micro-batches nor their partition over workers
 changes a bit. Where the inputs come from and how sums travel between workers is decided elsewhere.
@@ -17,7 +17,7 @@ from calibprune.gang import Gang
 from calibprune.pruning.positions import sequences_of, shapes_of
 
 Need = frozenset[str]
-"""Of "sums", "sum_squares" and "gram", which are wanted; the last brings the sums of squares as its diagonal."""
+"""The sums wanted, of "sums", "sum_squares" and "gram"; the last has the sums of squares as its diagonal."""
 
 # More than 512 tokens in one product, and MKL's last bits depend on the number of threads.
 TOKENS_AT_ONCE = {"cpu": 512}
@@ -39,16 +39,16 @@ class Statistics:
     gram: Float32[Tensor, "in in"] | None = None
     sums: Float32[Tensor, "in"] | None = None
     variance: Float32[Tensor, "in"] | None = None
-    """Of every input over all tokens, within and between micro-batches; where sums of x are."""
+    """Variance of every input over all tokens, within and between micro-batches; present if `sums` is."""
     sequences: int = 1
-    """Of which the tokens came."""
+    """Number of sequences that the tokens came from."""
 
 
 @dataclass(frozen=True)
 class IntegerSums:
-    """The same sums times a power of two, as integers. Of the Gram matrix only the lower triangle is filled.
+    """The same sums times a power of two, as integers, with only the lower triangle of the Gram matrix filled.
 
-    With sums of x there are sums of x^2 beside a Gram matrix too: their difference is taken, so both are of float64.
+    With sums of x there are sums of x^2 beside a Gram matrix too: their difference matters, so both come from float64.
 
     Sums of one exponent add up exactly, over micro-batches and over workers.
     """
@@ -65,7 +65,7 @@ class IntegerSums:
 def column_squares(
     inputs: Sequence[Float[Tensor, "... in"]], need: Need
 ) -> list[Float[Tensor, "in"]]:
-    """Every micro-batch's sum of x_j^2 over its tokens, in float64 beside sums of x; none where nothing is needed."""
+    """Sums x_j^2 over the tokens of every micro-batch, in float64 beside sums of x; none if nothing is needed."""
     dtype = torch.float64 if "sums" in need else torch.float32
     return [_column_sums(_rows(batch), dtype, square=True) for batch in inputs] if need else []
 
@@ -73,11 +73,11 @@ def column_squares(
 def magnitude_bound(
     squares: list[Float[Tensor, "in"]], numbers: Sequence[int] | None = None
 ) -> float:
-    """The largest sum of x_j^2 that any column reaches in any one of these micro-batches, from `column_squares`.
+    """Finds the largest sum of x_j^2 that any column reaches in any one of these micro-batches, from `column_squares`.
 
     Take the maximum over all workers and pass it to `observe`: by Cauchy-Schwarz it bounds every entry of
-    every micro-batch's Gram matrix. Raises ValueError where an input is not finite, naming the micro-batch by its
-    number, which is its place among these without `numbers`.
+    every micro-batch's Gram matrix. Raises ValueError for an input that is not finite, with the number of its
+    micro-batch, which is its place among these without `numbers`.
     """
     if not squares:
         return 0.0
@@ -85,7 +85,8 @@ def magnitude_bound(
     for index, peak in zip(numbers or range(len(peaks)), peaks, strict=True):
         if not math.isfinite(peak):
             raise ValueError(
-                f"the inputs of micro-batch {index} are not finite: a sum of squares is {peak}"
+                f"the inputs of micro-batch {index} are not finite: a sum of squares is {peak}. Forwards overflow most "
+                f"easily in float16: try model.dtype=bfloat16 or float32"
             )
     return max(peaks)
 
@@ -145,7 +146,7 @@ def observe(
 
 
 def scale_exponent(bound: float, micro_batches: int) -> int:
-    """The largest e for which `micro_batches` sums of at most 2 * bound, times 2^e, stay below 2^62."""
+    """Returns the largest e for which `micro_batches` sums of at most 2 * bound, times 2^e, stay below 2^62."""
     if not (math.isfinite(bound) and bound >= 0):
         raise ValueError(f"bound is a finite number of at least 0, not {bound}")
     _, total = math.frexp(2 * bound * micro_batches)
@@ -153,7 +154,7 @@ def scale_exponent(bound: float, micro_batches: int) -> int:
 
 
 def add_up(sums: IntegerSums, gang: Gang) -> IntegerSums:
-    """The sums over all workers' tokens, in place. Collective; all workers used the same bounds."""
+    """Adds the sums over all workers' tokens, in place. Collective; all workers used the same bounds."""
     counts = gang.add(torch.tensor([sums.tokens, sums.sequences], device=gang.device))
     for total in (sums.sum_squares, sums.sums):
         if total is not None:
@@ -167,7 +168,7 @@ def add_up(sums: IntegerSums, gang: Gang) -> IntegerSums:
 
 
 def finish(sums: IntegerSums) -> Statistics:
-    """The sums in float32; the Gram matrix exactly symmetric, its diagonal being the sums of squares."""
+    """Converts the sums to float32, with an exactly symmetric Gram matrix whose diagonal is the sums of squares."""
     squares = gram = totals = variance = None
     if sums.gram is not None:
         lower = sums.gram.to(torch.float32).mul_(2.0**-sums.exponent).tril_()
@@ -189,7 +190,7 @@ def output_error(
     pruned: Float[Tensor, "out in"],
     inputs: Float[Tensor, "tokens in"],
 ) -> Float64[Tensor, "3"]:
-    """||(W - W') X||^2 and ||W X||^2 in the Frobenius norm, and the zeros of W'; in float32."""
+    """Returns ||(W - W') X||^2 and ||W X||^2 in the Frobenius norm, and the zeros of W', in float32."""
     dense, inputs = weight.to(torch.float32), inputs.to(torch.float32)
     difference = dense - pruned
     norms = [torch.linalg.vector_norm(inputs @ matrix.T) for matrix in (difference, dense)]
@@ -219,7 +220,7 @@ def _rows(batch: Float[Tensor, "... in"]) -> Float[Tensor, "tokens in"]:
 def _column_sums(
     tokens: Float[Tensor, "tokens in"], dtype: torch.dtype, square: bool = False
 ) -> Float[Tensor, "in"]:
-    """Sum of x_j, or of x_j^2, over the rows, by chunks of rows so that no large temporary is made."""
+    """Sums x_j, or x_j^2, over the rows, by chunks of rows so that no large temporary is made."""
     at_once = TOKENS_AT_ONCE.get(tokens.device.type, GPU_TOKENS_AT_ONCE)
     total = torch.zeros(tokens.shape[1], dtype=dtype, device=tokens.device)
     for chunk in tokens.split(at_once * 4 // dtype.itemsize):
@@ -249,7 +250,7 @@ def _add_gram(
 def _gram_rows(
     tokens: Float[Tensor, "tokens in"], start: int, stop: int
 ) -> Float32[Tensor, "rows stop"]:
-    """Rows [start, stop) of X^T X, up to and including the diagonal block, summed in float32."""
+    """Computes rows [start, stop) of X^T X, up to and including the diagonal block, summed in float32."""
     left, right = tokens[:, start:stop].T, tokens[:, :stop]
     if not len(tokens):
         return torch.zeros(stop - start, stop, device=tokens.device)

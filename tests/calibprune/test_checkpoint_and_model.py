@@ -1,7 +1,10 @@
 """Reading checkpoints by byte range, and what is refused before any work."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,8 @@ from calibprune import storage
 from calibprune.checkpoint import Checkpoint, from_bytes, local_side_files, side_files, to_bytes
 from calibprune.config.model import ModelSettings
 from calibprune.errors import CorruptionError, UserError
-from calibprune.model import build_skeleton
-from tests.tiny import write_tiny_llama
+from calibprune.model import build_skeleton, check_tokenizer, load_tokenizer
+from tests.tiny import byte_tokenizer, write_tiny_llama
 
 
 @pytest.fixture
@@ -124,6 +127,86 @@ def test_models_that_cannot_be_pruned_are_refused(copy, changes, message):
         build(copy)
 
 
+IN_LITTLE_MEMORY = """
+import resource, sys
+from calibprune.config.model import ModelSettings
+from calibprune.model import build_skeleton
+from calibprune.process import host_memory
+resource.setrlimit(resource.RLIMIT_AS, (host_memory("VmSize") + (256 << 20),) * 2)
+for folder in sys.argv[1:]:
+    try: build_skeleton(ModelSettings(path=folder))
+    except Exception as error: print(type(error).__name__, error)
+"""
+
+
+def test_a_config_of_another_size_than_the_checkpoint_costs_no_memory(tmp_path, tiny_llama):
+    odd = [
+        {"hidden_size": 10**7}, {"hidden_size": 10**7, "head_dim": None}, {"hidden_size": 10**11},
+        {"head_dim": 10**9}, {"vocab_size": 10**9}, {"intermediate_size": 10**12}, {"num_hidden_layers": 9000},
+    ]  # fmt: skip
+    folders = [str(tmp_path / str(number)) for number in range(len(odd))]
+    for folder, changes in zip(folders, odd, strict=True):
+        change_config(shutil.copytree(tiny_llama, Path(folder)), **changes)
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, *folders]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = r"UserError .*(has shape .*, its config says|num_hidden_layers 9000|Storage size)"
+    assert len(told) == len(odd) and all(re.match(expected, line) for line in told), told
+
+
+def test_a_config_that_asks_for_huge_tables_is_refused(tmp_path):
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(vocab_size=8, n_embd=64, n_layer=1, n_head=1, n_positions=16, rotary_dim=64)
+    GPTJForCausalLM(config).save_pretrained(tmp_path)
+    assert build(tmp_path).layers_path == "transformer.h"
+    change_config(tmp_path, n_positions=10**8)  # rows of a table of sines
+    with pytest.raises(UserError, match=r"config\.json asks for buffers of 25,600,000,000 bytes"):
+        build(tmp_path)
+
+
+def tokenizer_with(special=(), ordinary=(), eos=None):
+    tokenizer = byte_tokenizer()  # of 258 tokens, as the model has
+    tokenizer.add_tokens(list(ordinary))
+    tokenizer.add_special_tokens({"extra_special_tokens": list(special)})
+    if eos:
+        tokenizer.eos_token = eos
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fits"),
+    [
+        ({}, True),
+        ({"special": ["<image>"]}, True),
+        ({"ordinary": ["word"]}, False),
+        ({"special": ["<end>"], "eos": "<end>"}, False),
+    ],
+)
+def test_a_tokenizer_gives_no_token_that_the_model_does_not_have(tiny_llama, tokens, fits):
+    skeleton, tokenizer = build(tiny_llama), tokenizer_with(**tokens)
+    if fits:
+        check_tokenizer(tokenizer, skeleton, "a/model")
+        return
+    with pytest.raises(
+        UserError, match="a/model: its tokenizer gives token ids up to 258"
+    ) as error:
+        check_tokenizer(tokenizer, skeleton, "a/model")
+    assert "embeddings for 258" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path, tiny_llama):
+    smaller = shutil.copytree(tiny_llama, tmp_path / "smaller")
+    change_config(smaller, vocab_size=200)
+    tensors = load_file(smaller / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:200].contiguous()
+    save_file(tensors, smaller / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"token ids up to 257 .*, the model has embeddings for 200"
+    ):
+        check_tokenizer(load_tokenizer(str(smaller)), build(smaller), str(smaller))
+
+
 def test_fused_experts_are_refused(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -142,6 +225,46 @@ def test_fused_experts_are_refused(tmp_path):
 def test_a_damaged_file_is_told(copy, damage):
     (copy / "model.safetensors").write_bytes(damage)
     with pytest.raises(CorruptionError, match=r"model\.safetensors"):
+        Checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+@pytest.mark.parametrize("change", [-1, -1000, 8])
+def test_a_file_of_another_size_than_its_header_describes_is_refused(copy, kind, change):
+    whole = (copy / "model.safetensors").read_bytes()
+    data = whole[:change] if change < 0 else whole + bytes(change)
+    url = str(copy) if kind == "local" else "memory://cut"
+    storage.write(f"{url}/model.safetensors", data)
+    message = rf"model\.safetensors is damaged: it has {len(data):,} bytes, .* {len(whole):,}:"
+    with pytest.raises(CorruptionError, match=message):
+        Checkpoint(url)
+
+
+def test_a_shard_that_is_cut_short_in_its_header_is_named(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[:200])
+    with pytest.raises(CorruptionError, match=r"model\.safetensors"):
+        Checkpoint(str(copy))
+
+
+def test_tensors_that_overlap_or_leave_gaps_are_refused(tmp_path):
+    for second in ([4, 12], [12, 20]):
+        header = {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": second},
+        }
+        content = json.dumps(header).encode()
+        data = len(content).to_bytes(8, "little") + content + bytes(second[1])
+        (tmp_path / "model.safetensors").write_bytes(data)
+        with pytest.raises(CorruptionError, match=r"b begins at byte .*, what lies before it ends"):
+            Checkpoint(str(tmp_path))
+
+
+def test_weights_that_are_a_loop_of_links_are_no_weights(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to("other.safetensors")
+    (copy / "other.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(UserError, match=r"is no model folder: no .*model\.safetensors in it"):
         Checkpoint(str(copy))
 
 

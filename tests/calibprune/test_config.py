@@ -1,5 +1,8 @@
-"""Settings: every shipped file loads, and what is wrong is told in one line."""
+"""Settings: every shipped file loads, and what is wrong with one is explained in one line."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,18 +34,18 @@ def test_what_is_written_out_reads_as_the_same(path, tmp_path):
     odd = [
         "prune.pattern=2:4",
         "prune.sparsity=null",
-        "prune.layers='a${b}\\\\${c}$'",
+        "prune.layers='a$ {b}\\\\$'",
         'model.path="1e5"',
-        "evaluate.perplexity=[{name: '007', path: 'null', separator: \"\\n\\t'\"}]",
+        "evaluate.perplexity=[{name: '007', path: 'null', separator: \"\\n\\t'=\"}]",
         "prune.method={type: sparsegpt, damping: 1e-5}",
     ]
-    overrides = [one.replace("${", "\\${") for one in odd]
-    for given in ([], overrides):
+    for given in ([], odd):
         config = load_config(str(path), given)
         written = tmp_path / "written.yaml"
         written.write_text(dump_config(config))
         assert load_config(str(written)) == config
-    assert config.prune.pattern == "2:4" and config.prune.layers == r"a${b}\${c}$"
+    assert config.prune.pattern == "2:4" and config.prune.layers == r"a$ {b}\\$"
+    assert config.evaluate.perplexity[0].separator == "\n\t'="
 
 
 def test_there_are_the_three_promised_configurations():
@@ -104,6 +107,33 @@ def test_a_pattern_needs_no_quotes(minimal):
         ("preset= ", r"^preset= gives no value"),
         ("prune.keep=[down_proj", r"^the value of prune\.keep=\.\.\. is not valid YAML: expected"),
         ("prune={sparsity: 0.5, sparsity: 0.6}", "sparsity is given in line 1 and again in line 1"),
+        (
+            "curate.filters=[" + "{type: length}, " * 64 + "]",
+            r"curate\.filters: this list has 64 entries, at most 63 are possible$",
+        ),
+        ("curate.sources=[]", r"curate\.sources: this list has 0 entries, at least 1 is needed$"),
+        (
+            "output=runs/${model.path}",
+            r"^output: its value holds \$\{\.\.\.\}, .* output=\$HOME/run$",
+        ),
+        ("evaluate.perplexity=[{name: a, path: '${b}'}]", r"perplexity: 0\.path holds \$\{"),
+        (
+            "generate.seed=" + "1" * 5000,
+            r"generate\.seed=\.\.\. is not .*: a number of 5000 digits is",
+        ),
+        ("generate.seed=1e400", r"generate\.seed: Input should be a finite number"),
+        ("model.path.x=1", r"model\.path: Input should be a valid string$"),
+        ("prune.sparsity.x=1", r"prune\.sparsity: Input should be a valid number$"),
+        ("prune..sparsity=0.5", r"an override is key\.path=value"),
+        ("prune.layers='(a'", r"prune\.layers: not a regular expression: missing \), unterminated"),
+        (
+            "prune.keep=['a{99999999999999}']",
+            r"prune\.keep\.0: not a regular expression: the repetition",
+        ),
+        (
+            "prune.keep=['" + "(" * 5000 + "']",
+            r"prune\.keep\.0: not a regular expression: it is nested",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(minimal, override, message):
@@ -173,6 +203,99 @@ def test_merge_keys_may_be_overridden_where_they_are_taken(tmp_path):
     assert [(one.name, one.path, one.column) for one in texts] == [
         (name, "p", "c") for name in "abc"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["evaluate.perplexity.-1.path=c"],
+            "there is no entry -1: the list has 2, numbered from 0$",
+        ),
+        (["evaluate.perplexity.2.path=c"], "there is no entry 2: the list has 2"),
+        (["evaluate.perplexity.2={name: c, path: c}"], "there is no entry 2: the list has 2"),
+        (["evaluate.perplexity.first.path=c"], "there is no entry first: the list has 2"),
+        (["evaluate.perplexity.0.0=c"], r"unknown key evaluate\.perplexity\.0\.0"),
+        (
+            ["curate.filters.0.drop_worst=0.3"],
+            r"has no entries to change yet: .*curate\.filters=\[",
+        ),
+        (["generate.seed=3", "generate.seed.x=1"], r"generate\.seed is 3 and has no settings"),
+    ],
+)
+def test_an_entry_that_is_not_there_cannot_be_changed(tmp_path, overrides, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: m}\noutput: x\n"
+        "evaluate: {perplexity: [{name: a, path: a}, {name: b, path: b}]}\n"
+    )
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(str(path), overrides)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_values_are_those_of_yaml_1_2(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: 2001-01-01, trust_remote_code: no}\noutput: yes\n"
+        "prune: {pattern: 2:4, method: {type: sparsegpt, damping: 1e-3}}\n"
+    )
+    config = load_config(str(path), ["generate.samples=1e3"])
+    assert (config.model.path, config.output) == ("2001-01-01", "yes")
+    assert config.model.trust_remote_code is False and config.prune.n_of_m == (2, 4)
+    assert getattr(config.prune.method, "damping", None) == 1e-3
+    assert config.generate.samples == 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: " + "1" * 5000, "line 1: a number of 5000 digits"),
+        ("model: {path: m}\noutput: runs/${x}\n", r"output holds \$\{"),
+        ("[" * 2000, "nested too deeply"),
+        ("- a\n- b\n", "it holds no sections"),
+        ("a: &a [x]\nb: *c\n", "line 2: found undefined alias 'c'"),
+        ("model: {path: m}\n  output: x\n", "line 2: "),
+        ("a: [" + "1, " * 100_001 + "]", "holds more than 100,000 values"),
+        ("# " + "x" * (1 << 20), "has more than 1,048,576 bytes"),
+        ("a: \x07", "special characters are not allowed"),
+        ("a: 1\n---\na: 2\n", "another document"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_configuration_may_come_through_a_pipe(minimal):
+    ends = os.pipe()
+    os.write(ends[1], Path(minimal).read_bytes())
+    os.close(ends[1])
+    try:
+        assert load_config(f"/dev/fd/{ends[0]}") == load_config(minimal)
+    finally:
+        os.close(ends[0])
+    reading = "from calibprune.config.load import load_config; load_config('/dev/stdin')"
+    command = [sys.executable, "-c", reading]
+    subprocess.run(command, text=True, check=True, input=Path(minimal).read_text())
+    with Path(minimal).open() as file:
+        subprocess.run(command, text=True, check=True, stdin=file)
+
+
+def test_a_mistake_is_told_without_the_import_of_torch(minimal):
+    reading = (
+        "import sys\nfrom calibprune.config.load import load_config\n"
+        f"try: load_config({minimal!r}, ['prune.sparsty=0.5'])\n"
+        "except Exception as error: print(type(error).__name__, {'torch', 'ray'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", reading], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "UserError set()"
 
 
 def test_settings_cannot_be_changed_afterwards(minimal):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from calibprune import storage
-from calibprune.calibration.pool import pool_shape, read_pool, read_positions
+from calibprune.calibration.pool import describe_pool, read_pool
 from calibprune.calibration.prefix_sources import candidates
 from calibprune.calibration.texts import documents
 from calibprune.checkpoint import Checkpoint, side_files
@@ -407,8 +407,8 @@ def test_pickles_in_parquet_metadata_are_not_opened(tmp_path):
     (tmp_path / "pool").mkdir()
     pickled_parquet(tmp_path / "pool" / "a.parquet", tmp_path / "mark")
     assert list(documents(str(tmp_path / "pool"))) == ["hello"]
-    assert read_pool(str(tmp_path / "pool")).tolist() == [[1, 2, 3]]
-    assert read_positions(str(tmp_path / "pool")) is None
+    pool = read_pool(str(tmp_path / "pool"))
+    assert pool.token_ids.tolist() == [[1, 2, 3]] and pool.generated is None
     assert not (tmp_path / "mark").exists()
 
 
@@ -452,7 +452,7 @@ def test_a_pool_whose_records_lie_is_told(tmp_path, facts):
     stage.commit("pool-00000", stage.put("pool-00000", b"x", "parquet", "data", "part"), facts)
     stage.finish()
     with pytest.raises(CorruptionError, match="how large the pool is"):
-        pool_shape(stage.url)
+        describe_pool(stage.url)
 
 
 def test_a_format_of_the_datasets_library_is_no_dataset(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Atomic files and the commit protocol, on local disk, in memory and on real servers of S3, weak S3 and gs://."""
 
+import errno
 import json
 import os
 import subprocess
@@ -66,6 +67,20 @@ def test_files_come_back_and_create_keeps_the_first(folder, request):
     storage.remove(url)
     storage.remove(url)
     assert not storage.exists(url) and storage.exists(storage.join(folder, "aaa"))
+
+
+def test_a_refusal_that_is_expected_prints_no_traceback_of_a_library(servers, caplog):
+    url = f"{servers['gs']}/run-{uuid.uuid4().hex}/a"
+    assert storage.create(url, b"one") and not storage.create(url, b"two")
+    assert not [record for record in caplog.records if record.name.startswith("gcsfs")]
+
+
+def test_every_store_says_how_large_files_are(folder):
+    assert storage.sizes(folder) == {}
+    for name, data in (("b", b"12345"), ("a", b"")):
+        storage.write(storage.join(folder, name), data)
+    storage.write(storage.join(folder, "below", "c"), b"x")
+    assert list(storage.sizes(folder).items()) == [("a", 0), ("b", 5)]
 
 
 def test_every_store_says_when_files_were_written(folder):
@@ -300,6 +315,19 @@ def test_what_a_killed_driver_tried_a_folder_with_is_cleared_away(folder):
     storage.remove_probes(folder)
     assert [storage.exists(url) for url in kept] == [True] * 3 and not storage.exists(probe)
     storage.remove_probes(f"{folder}/nowhere")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, number):
+    def fail(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    path = tmp_path / "data" / "part.bin"
+    for publish in (storage.write, storage.create):
+        with pytest.raises(UserError, match=rf"cannot write {path}: no space left on its disk"):
+            publish(str(path), b"data")
+    assert list(path.parent.iterdir()) == []
 
 
 def test_an_unwritable_folder_is_told(tmp_path):

@@ -1,6 +1,7 @@
 """Gangs of real actors over several Ray nodes: the same bytes for any number of workers, whatever happens to them."""
 
 import re
+import shutil
 import signal
 import threading
 import time
@@ -12,9 +13,11 @@ import pytest
 import ray
 import torch
 from ray.util.placement_group import placement_group_table
+from safetensors.torch import load_file, save_file
 
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
+from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.events import Lost, UnitDone, result_of
 from calibprune.model import build_skeleton
@@ -283,18 +286,22 @@ def test_an_interrupted_gang_leaves_nothing(nodes, run):
                 events.throw(KeyboardInterrupt)
 
 
-def test_numbers_that_cannot_be_solved_name_worker_layer_and_group(nodes, run, tmp_path, models):
-    from safetensors.torch import load_file, save_file
-
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in Path(models["float32"]).iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
+@pytest.mark.parametrize(
+    ("tensor", "factor", "error", "message"),
+    [
+        ("mlp.up_proj", float("inf"), UserError, r"^/.*the weights of model\.layers\.1\.mlp\.up_proj\.weight are not"),
+        ("post_attention_layernorm", 1e30, WorkFailed,
+         r"worker \d on .* layer 1, group mlp.gate_proj, mlp.up_proj: the inputs of micro-batch"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_solved_are_named_and_not_tried_again(
+    nodes, run, tmp_path, models, tensor, factor, error, message
+):
+    broken = Path(shutil.copytree(models["float32"], tmp_path / "broken"))
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][7, 3] = float("inf")
+    tensors[f"model.layers.1.{tensor}.weight"] *= factor
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     run.arguments = (ModelSettings(path=str(broken)), *run.arguments[1:])
-    with pytest.raises(
-        WorkFailed, match=r"worker \d on .* layer 1, group mlp.gate_proj, mlp.up_proj"
-    ):
+    with pytest.raises(error, match=message):
         run()
+    assert run.notices == run.failures == []

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from calibprune import storage
 from calibprune.config.load import load_config
@@ -54,6 +55,42 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
     assert "worker memory" in out and "the configuration is fine" in out
     assert sorted(path.name for path in tmp_path.iterdir()) in (["run.yaml"], ["out", "run.yaml"])
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_file_that_ends_too_early_is_named(capsys, config, monkeypatch):
+    """Typer takes an EOFError for the end of a user's input and says "Aborted." of it."""
+
+    def read(*arguments):
+        raise EOFError("model.safetensors: bytes 8 to 16 were asked for, 2 came")
+
+    monkeypatch.setattr("calibprune.config.load.load_config", read)
+    code, _, errors = calibprune_here(capsys, "check", config)
+    assert code == 1 and "failed: OSError: a file ends too early: model.safetensors: " in errors
+    assert "Aborted" not in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_a_tokenizer_of_another_model_is_refused(capsys, config, tmp_path, tiny_llama):
+    model = shutil.copytree(tiny_llama, tmp_path / "smaller")
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"vocab_size": 200}))
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:200].contiguous()
+    save_file(tensors, model / "model.safetensors")
+    code, _, errors = calibprune_here(capsys, "check", config, f"model.path={model}")
+    assert code == 2 and "its tokenizer gives token ids up to 257" in errors, errors
+    own = ["prune.pool=/no/pool", "evaluate.perplexity=[]"]  # no text is read with it
+    _, _, errors = calibprune_here(capsys, "check", config, f"model.path={model}", *own)
+    assert "tokenizer" not in errors and "/no/pool" in errors
+
+
+def test_truncated_weights_are_refused_before_work_starts(capsys, config, tmp_path, tiny_llama):
+    model = shutil.copytree(tiny_llama, tmp_path / "cut")
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:-100])
+    code, _, errors = calibprune_here(capsys, "check", config, f"model.path={model}")
+    assert code == 2 and "model.safetensors is damaged: it has" in errors, errors
+    assert len(errors.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -130,6 +167,10 @@ def test_a_worker_that_does_not_fit_this_machine_is_told_what_takes_most(
             "documents of source docs with one token more (curate.sources' document_tokens) is 513",
         ),
         (["prune.pool=/no/pool"], "/no/pool"),
+        (
+            ["curate.sources=[{type: generated, path: /no/where}]"],
+            "there are no finished samples at /no/where: give the `generate` folder of a finished run",
+        ),
         (
             ["prune.method=sparsgpt"],
             "prune.method: there is no 'sparsgpt': did you mean sparsegpt?",

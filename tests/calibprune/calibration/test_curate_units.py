@@ -17,7 +17,7 @@ from calibprune.calibration import decide as choosing
 from calibprune.calibration import mixing, sources
 from calibprune.calibration.curate_units import make_units, plan_curation
 from calibprune.calibration.decide import Selection, SelectionFile
-from calibprune.calibration.pool import read_pool, read_positions
+from calibprune.calibration.pool import read_pool
 from calibprune.calibration.sources import text_units, write_documents
 from calibprune.errors import CorruptionError, UserError
 from calibprune.stage import Stage
@@ -50,7 +50,7 @@ def test_a_pool_has_fixed_lengths_and_no_dropped_sample(tmp_path, pack):
     logprobs[4] = logprobs[7] = -99.0
     stage = generated(tmp_path / "generate", repeated(lengths), logprobs)
     made = curated(tmp_path / "curate", settings(pack=pack), own=stage)
-    pool = read_pool(made.stage.url)
+    pool = read_pool(made.stage.url).token_ids
     assert pool.shape == (3, 8) and not {1004, 1007} & set(pool.flatten().tolist())
     dropped = dropped_rows(made)
     assert [row["row"] for row in dropped] == [4, 7]
@@ -87,7 +87,7 @@ def test_the_pool_is_a_dataset_that_datasets_reads(tmp_path):
     url = curated(tmp_path / "curate", settings(), own=stage).stage.url
     rows = load_dataset("parquet", data_dir=f"{url}/data", split="train", cache_dir=tmp_path / "c")
     assert rows.column_names == ["sequence", "token_ids", "source"] and len(rows) == 3
-    assert [list(row["token_ids"]) for row in rows] == read_pool(url).tolist()
+    assert [list(row["token_ids"]) for row in rows] == read_pool(url).token_ids.tolist()
     assert set(rows["source"]) == {"self-generated"}
 
 
@@ -96,7 +96,9 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
         generated(tmp_path / str(rows), repeated([12] * 10), shard_rows=rows) for rows in (4, 3)
     ]
     pools = [
-        read_pool(curated(tmp_path / f"{i}{seed}", settings(seed=seed), own=stages[i]).stage.url)
+        read_pool(
+            curated(tmp_path / f"{i}{seed}", settings(seed=seed), own=stages[i]).stage.url
+        ).token_ids
         for i, seed in ((0, 0), (1, 0), (0, 1))
     ]
     assert pools[0].equal(pools[1]) and not pools[0].equal(pools[2])
@@ -237,7 +239,8 @@ def test_every_sequence_is_of_one_source_and_knows_what_the_model_wrote(
     rows = load_dataset(
         "parquet", data_dir=f"{made.stage.url}/data", split="train", cache_dir=tmp_path / "c"
     )
-    pool, positions = read_pool(made.stage.url), read_positions(made.stage.url)
+    read = read_pool(made.stage.url)
+    pool, positions = read.token_ids, read.generated
     assert positions is not None and rows["sequence"] == list(range(24))
     tokens, written = by_hand(made, stages)
     for number, name in enumerate(("a", "b", "lines")):
@@ -358,4 +361,4 @@ def test_shards_set_aside_are_passed_over(tmp_path):
     stage.finish()
     made = curated(tmp_path / "curate", settings(filters=[]), own=stage)
     assert facts(made)["samples"] == 8
-    assert not set(range(1004, 1008)) & set(read_pool(made.stage.url).flatten().tolist())
+    assert not set(range(1004, 1008)) & set(read_pool(made.stage.url).token_ids.flatten().tolist())

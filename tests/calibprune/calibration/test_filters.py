@@ -20,6 +20,7 @@ from calibprune.calibration.filters import (
     share_of,
 )
 from calibprune.calibration.scores import score_samples
+from calibprune.config.curate import MOST_FILTERS
 from tests.calibprune.calibration.samples import sample_table, settings
 
 RNG = np.random.default_rng(0)
@@ -37,6 +38,16 @@ def marks(filters, sources=None, **columns):
 
 def loading(columns):
     return lambda name, some=None: columns[name] if some is None else columns[name][some]
+
+
+def test_a_mark_has_room_for_every_filter_that_a_configuration_may_have():
+    assert mark(MOST_FILTERS - 1, CLAUSES - 1) < 256 <= mark(MOST_FILTERS, CLAUSES - 1)
+    many = [{"type": "length", "max_tokens": 1000 - index} for index in range(MOST_FILTERS)]
+    outcome = marks(many, tokens=[100, 999, 939])
+    assert dropped(outcome) == [1, 2]
+    assert dropped(outcome, 2) == [1] and dropped(outcome, MOST_FILTERS - 1) == [2]
+    with pytest.raises(ValueError, match="at most 63"):
+        settings(filters=[*many, many[0]])
 
 
 def dropped(outcome, index=None):

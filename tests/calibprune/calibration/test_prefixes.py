@@ -344,6 +344,18 @@ def test_what_is_wrong_with_prompts_is_told(tokenizer, chat_tokenizer, tmp_path)
         check_prefixes(prompts(source), chat_tokenizer)
 
 
+def test_a_chat_template_without_an_end_is_named_before_work_starts(
+    chat_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("calibprune.untrusted.SECONDS", 1.0)
+    write_prompts(tmp_path / "prompts.jsonl", ["hello"])
+    chat_tokenizer.chat_template = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match=r"the chat template of .* takes too much time for 1 "):
+        check_prefixes(prompts(tmp_path / "prompts.jsonl"), chat_tokenizer)
+
+
 def test_row_seeds_are_63_bits_and_differ():
     seeds = [row_seed(seed, row) for seed in range(3) for row in range(1000)]
     seeds += [draw_seed(seed, row) for seed in range(3) for row in range(1000)]

@@ -11,13 +11,16 @@ from calibprune.calibration.sources import (
     Shard,
     first_tokens,
     read_shard,
+    samples_of,
     score_shard,
     shard_documents,
     text_units,
     write_documents,
 )
 from calibprune.config.curate import NaturalSource
+from calibprune.errors import UserError
 from calibprune.stage import Stage
+from tests.calibprune.calibration.samples import generated, repeated
 from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -31,6 +34,22 @@ def texts(tmp_path):
     lines = [json.dumps({"text": text}) for text in texts]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     return texts
+
+
+def test_samples_of_another_run_are_a_finished_generate_stage(tmp_path):
+    generated(tmp_path / "run" / "generate", repeated([12] * 3))
+    assert samples_of(str(tmp_path / "run" / "generate")).finished
+    with pytest.raises(UserError, match=r"no finished samples at .*/run: give .*/run/generate$"):
+        samples_of(str(tmp_path / "run"))
+    with pytest.raises(
+        UserError, match=r"no finished samples at nowhere: give the `generate` folder"
+    ):
+        samples_of("nowhere")
+    empty = Stage(str(tmp_path / "empty"))
+    empty.plan({}, [])
+    empty.finish()
+    with pytest.raises(UserError, match=r"empty is a stage without samples: give the `generate`"):
+        samples_of(empty.url)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+import time
 
 import fsspec
 import pyarrow as pa
@@ -9,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from calibprune.calibration import texts
 from calibprune.calibration.texts import documents, prompts, running_text
 from calibprune.config.evaluate import HeldOutText
 from calibprune.errors import UserError
+from tests.servers import web_server
 
 
 def write_parquet(path, texts, column="text"):
@@ -90,22 +94,76 @@ def test_a_path_that_is_no_text_is_refused_at_once(tmp_path, path, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path):
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     """By the file system, as root may read everything."""
 
     class Closed(LocalFileSystem):
         def open(self, path, *args, **kwargs):
             raise PermissionError(13, "Permission denied", path)
 
-    rows = texts._file_rows(Closed(), [str(tmp_path / "a.txt")], "text", texts._text, False)
+    monkeypatch.setattr("calibprune.storage.resolve", lambda url: (Closed(), url))
+    (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match=r"access denied: cannot read .*a\.txt"):
-        next(rows)
+        next(documents(str(tmp_path / "a.txt")))
 
 
-def test_a_dataset_id_without_the_hub():
+@pytest.mark.parametrize("path", ["org/name", "wikitext", "hf://datasets/org/name"])
+def test_a_dataset_id_without_the_hub(path):
     """The tests run with HF_HUB_OFFLINE=1."""
-    with pytest.raises(UserError, match=r"no text at org/name: .*hub cannot be reached"):
-        documents("org/name")
+    with pytest.raises(UserError, match=rf"no text at {path}: .*hub cannot be reached"):
+        documents(path)
+
+
+def ask_hub(endpoint):
+    """What a process of its own prints that opens a dataset of the hub, on both of its streams."""
+    reading = (
+        "from calibprune.calibration.texts import documents\n"
+        "try: documents('org/name')\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", reading], stdout=-1, stderr=subprocess.STDOUT, text=True, check=True,
+        env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"},
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_a_hub_that_cannot_be_reached_is_named_in_one_line():
+    """Its own libraries retry for half a minute and log every attempt."""
+    start = time.monotonic()
+    assert ask_hub("http://127.0.0.1:9") == (
+        "StoreUnavailable no text at org/name: no such file or folder here, and the Hugging Face hub cannot be "
+        "reached for a dataset of that name"
+    )
+    assert time.monotonic() - start < 20
+
+
+def test_a_dataset_that_the_hub_does_not_have(tmp_path):
+    with web_server(tmp_path) as endpoint:
+        told = ask_hub(endpoint)
+    assert told.startswith(
+        "UserError no text at org/name: no such file or folder here, and no such"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("data/wiki", "no file or folder at data/wiki, though .*: .* hf://datasets/data/wiki$"),
+        ("org/texts.jsonl", "no file or folder at org/texts.jsonl$"),
+        ("texts.txt.gz", "no file or folder at texts.txt.gz$"),
+        ("my texts", "no file or folder at my texts$"),
+        ("a/b/c", "no file or folder at a/b/c$"),
+    ],
+)
+def test_what_can_only_be_a_local_path_is_not_asked_of_the_hub(
+    tmp_path, monkeypatch, path, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("calibprune.calibration.texts._hub_rows", lambda *_: pytest.fail("asked"))
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=message):
+        documents(path)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +174,13 @@ def test_a_dataset_id_without_the_hub():
         ("a.jsonl", b'{"body": "x", "id": 1}', 'no column "text" in line 1 of .*: it has body, id'),
         ("a.jsonl", b'{"text": 3}', 'column "text" of line 1 of .* holds int, not text'),
         ("a.json", b'[{"text": "x"}]', "line 1 of .* is not a JSON object"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\\ud800b"}',
+            r"line 2 of .*: \\ud800 is half of a character",
+        ),
+        ("a.jsonl.gz", b"nonsense", "a.jsonl.gz is not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"text\n" * 9999)[:-20], "a.txt.gz is not a whole gzip file"),
         ("a.parquet", b"nonsense", "a.parquet is not a parquet file"),
     ],
 )
@@ -142,7 +207,6 @@ def test_running_text_joins_documents_and_keeps_blank_ones(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["one", "", "two", "three"])
     text = HeldOutText(name="own", path=str(tmp_path / "a.parquet"), separator="|")
     assert running_text(text) == "one||two|three"
-    assert running_text(text, characters=6) == "one||two"
 
 
 def test_running_text_without_text(tmp_path):

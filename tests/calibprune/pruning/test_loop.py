@@ -1,18 +1,21 @@
 """The layer-by-layer pruning: what is left dense, what a done record says, what memory it takes."""
 
 import json
+import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calibprune.config.model import ModelSettings
-from calibprune.config.prune import PruneSettings
+from calibprune.config.prune import PruneSettings, Wanda
 from calibprune.errors import UserError
 from calibprune.events import UnitDone
 from calibprune.model import build_skeleton
@@ -20,6 +23,7 @@ from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.memory import worker_memory
+from calibprune.pruning.methods import METHODS
 from calibprune.pruning.positions import Counted, sequences_of
 from calibprune.stage import Stage
 from tests.tiny import write_tiny_llama
@@ -75,6 +79,63 @@ def test_only_the_chosen_layers_and_linears_are_pruned(tiny_llama, tmp_path):
 def test_expressions_that_match_nothing_or_everything(tiny_llama, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         prune(tiny_llama, tmp_path, **changes)
+
+
+def damaged(tiny_llama, folder, name, value):
+    """A copy of the model with one weight changed."""
+    model = shutil.copytree(tiny_llama, folder)
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named(tiny_llama, tmp_path, name, value):
+    model = damaged(tiny_llama, tmp_path / "damaged", name, value)
+    with pytest.raises(UserError, match=rf"{model}: the weights of {name} are not finite") as error:
+        prune(model, tmp_path / "prune")
+    assert "\n" not in str(error.value)
+
+
+def test_alphapruning_names_weights_that_are_not_finite(tiny_llama, tmp_path):
+    name = "model.layers.2.mlp.up_proj.weight"
+    model = damaged(tiny_llama, tmp_path / "damaged", name, math.nan)
+    with pytest.raises(UserError, match=f"the weights of {name} are not finite"):
+        prune(model, tmp_path / "prune", allocation="alphapruning")
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_inputs_that_overflow_are_named_by_layer_and_group(tiny_llama, tmp_path, allocation):
+    name = "model.layers.1.post_attention_layernorm.weight"
+    model = damaged(tiny_llama, tmp_path / "damaged", name, 1e30)
+    where = (
+        r"layer 1, group mlp.gate_proj, mlp.up_proj: the inputs of micro-batch \d are not finite"
+    )
+    with pytest.raises(ValueError, match=f"{where}.*model.dtype"):
+        prune(model, tmp_path / "prune", allocation=allocation)
+
+
+def test_pruned_weights_that_overflow_are_named(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        METHODS, Wanda, replace(METHODS[Wanda], prune=lambda weights, *_: [w / 0 for w in weights])
+    )
+    with pytest.raises(ValueError, match=r"pruned weights of self_attn\.q_proj are not finite in"):
+        prune(tiny_llama, tmp_path)
+
+
+def test_an_expression_that_never_ends_is_named(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("calibprune.untrusted.SECONDS", 1.0)
+    with pytest.raises(UserError, match=r"prune\.keep: the regular expression .*no end within"):
+        prune(tiny_llama, tmp_path, keep=[r"^([a-z]|[a-z.]|.)+-$"])
 
 
 def test_an_expression_that_is_none():
@@ -232,7 +293,7 @@ model, pool, folder, settings = sys.argv[1:]
 torch.set_num_threads(1)
 skeleton = build_skeleton(ModelSettings(path=model))
 before = host_memory()
-list(prune_layers(skeleton, read_pool(pool), PruneSettings.model_validate_json(settings), Stage(folder)))
+list(prune_layers(skeleton, read_pool(pool).token_ids, PruneSettings.model_validate_json(settings), Stage(folder)))
 print(json.dumps([before, host_memory("VmHWM")]))
 """
 
