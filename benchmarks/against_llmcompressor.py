@@ -29,13 +29,15 @@ from calibprune.config.evaluate import HeldOutText
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.evaluation.perplexity import cut_windows, sweep_perplexity
+from calibprune.events import result_of
 from calibprune.model import build_skeleton, load_tokenizer
 
 PRUNE_ALONE = """
 import sys, time, json, torch
 import pyarrow.parquet as pq
 from calibprune.calibration.pool import read_pool
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import finish_checkpoint
 from calibprune.pruning.loop import prune_layers, units_of
@@ -89,8 +91,7 @@ def perplexity(checkpoint: str) -> float:
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     windows = cut_windows(ids, options.tokens, options.windows, "text")
     skeleton = build_skeleton(ModelSettings(path=checkpoint, dtype=options.dtype))
-    *_, result = sweep_perplexity(skeleton, {"text": windows}, 4)
-    assert isinstance(result, dict)
+    result = result_of(sweep_perplexity(skeleton, {"text": windows}, 4))
     return result["text"].perplexity
 
 

@@ -17,8 +17,8 @@ from calibprune import storage
 from calibprune.calibration.pool import read_pool
 from calibprune.config.load import load_config
 from cluster.session import connect
+from jobs import evaluate
 from jobs.pipeline import run_stages
-from jobs.report import perplexity_facts
 
 ROWS = [
     ("magnitude", "none needed"),
@@ -57,7 +57,7 @@ with connect(base.cluster):
             load_config(options.config, [*options.overrides, *changes]), ["prune", "evaluate"]
         )
         seconds = run.stage("prune").manifest()["facts"]["seconds"]
-        results.append((method, data, perplexity_facts(run), seconds))
+        results.append((method, data, evaluate.facts(run), seconds))
 
 print(f"\n{options.config}, sparsity {options.sparsity:g}, {own.shape[0]} x {own.shape[1]} tokens")
 print(f"{'method':<10} {'calibrated on':<15} {'text':<14} {'dense':>8} {'pruned':>8} {'prune':>7}")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from calibprune.calibration.curate_units import Curation, make_scores, make_selection, plan_curation
+from calibprune.calibration.curate_units import SELECTION, Curation, make_units, plan_curation
 from calibprune.calibration.duplicates import bands
 from calibprune.calibration.filters import band_column
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
@@ -85,9 +85,9 @@ def generated(folder: Path, shards: int) -> Stage:
 
 
 def score(curation: Curation, units: list[str], queue: multiprocessing.Queue) -> None:
-    list(make_scores(curation, units[:1]))  # compiles, and touches all code once
+    list(make_units(curation, units[:1]))  # compiles, and touches all code once
     begun, first = time.process_time(), peak_mb()
-    list(make_scores(curation, units[1:]))
+    list(make_units(curation, units[1:]))
     queue.put((time.process_time() - begun, first, peak_mb()))
 
 
@@ -163,7 +163,8 @@ def made_up_scores(stage: Stage, units: list[str]) -> None:
 
 def select(curation: Curation, queue: multiprocessing.Queue) -> None:
     before, wall, cpu = peak_mb(), time.monotonic(), time.process_time()
-    facts = make_selection(curation).facts
+    (done,) = make_units(curation, [SELECTION])
+    facts = done.record.facts
     queue.put((time.monotonic() - wall, time.process_time() - cpu, before, peak_mb(), facts))
 
 

@@ -17,17 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Sequence
 
 import pyarrow as pa
 
 from calibprune.calibration.pool import SAMPLE_SCHEMA, parquet_bytes
 from calibprune.config import Config
+from calibprune.events import Event, UnitDone
 from calibprune.process import host_memory
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 from cluster import generator
 from cluster.session import connect
-from jobs import generate
+from jobs import engines, generate
 from jobs.run import Run
+from jobs.stage_runner import run_stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("what", nargs="*", default=["speed", "scale"])
@@ -84,9 +87,10 @@ def stage_speed(folder: str) -> float:
         config(f"{folder}/run", samples=options.samples, shard_rows=SHARD_ROWS, shards_in_flight=3)
     )
     with connect(run.config.cluster):
-        generate.run(run)
-    facts = run.stage("generate").manifest()["facts"]
-    return facts["tokens"] / facts["working_seconds"]
+        run_stage(generate, run)
+    speed = generate.facts(run)["tokens_per_second"]
+    assert speed is not None
+    return speed
 
 
 def bare_speed() -> float:
@@ -129,7 +133,8 @@ class Inventor(generator.Generator):
 
     stop = start
 
-    async def complete(self, unit: str) -> Record:
+    async def complete(self, units: Sequence[str]) -> AsyncIterator[Event]:
+        (unit,) = units
         rows = generator.shard_rows(unit, self._settings)
         count = len(rows)
         table = pa.table(
@@ -139,11 +144,11 @@ class Inventor(generator.Generator):
         )  # fmt: skip
         published = self._stage.put(unit, parquet_bytes(table), "parquet", "data", "part")
         facts = {"rows": count, "tokens": 3 * count, "finish_reasons": {"length": count}}
-        return self._stage.commit(unit, published, facts)
+        yield UnitDone(self._stage.commit(unit, published, facts))
 
 
 def scale() -> None:
-    generate.Generator = Inventor  # type: ignore[misc]
+    engines.Generator = Inventor  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         prefixes = {"type": "dataset", "path": options.texts} if options.texts else {"type": "bos"}
         run = Run(config(f"{folder}/run", samples=options.rows, shard_rows=500, prefixes=prefixes))
@@ -151,7 +156,7 @@ def scale() -> None:
             _ = run.skeleton
             before = _peak_megabytes()
             begun = time.time()
-            generate.run(run)
+            run_stage(generate, run)
             finished = time.time()
         stage = Stage(run.url("generate"))
         records = list(stage.records())
@@ -167,7 +172,7 @@ def scale() -> None:
         print(f"scale: {shards / (times[-1] - times[0]):.0f} shards/s")
         print(f"scale: manifest written {finished - times[-1]:.1f} s after the last shard")
         begun = time.perf_counter()
-        generate.run(run)
+        run_stage(generate, run)
         print(f"scale: {time.perf_counter() - begun:.1f} s to find that all is done")
         print(
             f"scale: peak memory of the driver {_peak_megabytes():.0f} MB, {before:.0f} MB of it before the stage; "

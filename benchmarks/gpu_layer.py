@@ -18,11 +18,12 @@ import torch
 
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
+from calibprune.events import UnitDone
 from calibprune.model import build_skeleton
 from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.methods import need_of
 from calibprune.pruning.sparsegpt import inverse_factor
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--method", default="sparsegpt")
@@ -102,7 +103,8 @@ with tempfile.TemporaryDirectory() as name:
         skeleton = build_skeleton(ModelSettings(path=path), device)
         stage = Stage(str(Path(name) / f"run-{turn}"))
         events = list(prune_layers(skeleton, pool, settings, stage))
-        (record,) = [e for e in events if isinstance(e, Record) and e.facts.get("layer") == 0]
+        records = [event.record for event in events if isinstance(event, UnitDone)]
+        (record,) = [record for record in records if record.facts.get("layer") == 0]
         measured.append(record.facts["seconds"])
     linears = skeleton.linears(0)
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
+from calibprune.events import UnitDone
 from calibprune.model import build_skeleton
 from calibprune.pruning.loop import prune_layers
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", default=".cache/demo-model")
@@ -64,8 +65,8 @@ def prune(method: str) -> tuple[float, dict[str, float]]:
         begun = time.perf_counter()
         skeleton = build_skeleton(settings)
         for event in prune_layers(skeleton, pool, wanted, Stage(folder)):
-            if isinstance(event, Record):
-                for kind, seconds in event.facts.get("seconds", {}).items():
+            if isinstance(event, UnitDone):
+                for kind, seconds in event.record.facts.get("seconds", {}).items():
                     parts[kind] = parts.get(kind, 0) + seconds
         return time.perf_counter() - begun, parts
 

@@ -29,10 +29,11 @@ from calibprune.config.load import load_config
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.evaluation.perplexity import sweep_perplexity
+from calibprune.events import UnitDone, result_of
 from calibprune.model import build_skeleton
 from calibprune.pruning.export import finish_checkpoint
 from calibprune.pruning.loop import prune_layers, units_of
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 
 ROWS = [
     "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps",
@@ -101,8 +102,7 @@ def windows() -> dict[str, torch.Tensor]:
 
 def perplexity(path: str, texts: dict[str, torch.Tensor]) -> dict[str, float]:
     skeleton = build_skeleton(ModelSettings(path=path, dtype=options.dtype))
-    *_, found = sweep_perplexity(skeleton, texts, base.evaluate.batch_sequences)
-    assert isinstance(found, dict)
+    found = result_of(sweep_perplexity(skeleton, texts, base.evaluate.batch_sequences))
     return {name: value.perplexity for name, value in found.items()}
 
 
@@ -115,9 +115,8 @@ def measure(settings: PruneSettings, pool: torch.Tensor, texts: dict[str, torch.
         events = list(prune_layers(skeleton, pool, settings, stage))
         seconds = time.perf_counter() - begun
         finish_checkpoint(stage, skeleton.checkpoint.url, settings)
-        layers = [
-            e.facts["linears"] for e in events if isinstance(e, Record) and "layer" in e.facts
-        ]
+        records = [event.record for event in events if isinstance(event, UnitDone)]
+        layers = [record.facts["linears"] for record in records if "layer" in record.facts]
         linears = [linear for layer in layers for linear in layer.values()]
         return {
             "perplexity": perplexity(f"{name}/prune/checkpoint", texts),

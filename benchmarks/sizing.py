@@ -27,15 +27,10 @@ from transformers import LlamaConfig
 from calibprune.checkpoint import SINGLE
 from calibprune.config import Config
 from calibprune.pruning.memory import GPU_SHARE
-from jobs.needs import (
-    bytes_read,
-    bytes_stored,
-    cache_bytes,
-    engine_bytes,
-    model_bytes,
-    pruning_memory,
-)
-from jobs.progress import duration
+from calibprune.text import duration
+from jobs.engines import cache_bytes, engine_bytes, model_bytes
+from jobs.preflight import bytes_read, bytes_stored
+from jobs.prune import pruning_memory
 from jobs.run import Run
 
 SHAPES = {

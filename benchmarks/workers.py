@@ -26,9 +26,10 @@ import torch
 
 from calibprune.config.model import ClusterSettings, ModelSettings
 from calibprune.config.prune import PruneSettings
+from calibprune.events import UnitDone
 from calibprune.model import build_skeleton
 from calibprune.pruning.memory import worker_memory
-from calibprune.stage import Record, Stage
+from calibprune.stage import Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("what", nargs="*", default=["scaling", "resume", "memory"])
@@ -69,7 +70,7 @@ def seconds(
         arguments = (ModelSettings(path=options.model), settings(method), tokens, stage.url)
         begun, committed = time.perf_counter(), 0
         for event in group.events("prune", arguments, None):
-            committed += isinstance(event, Record) and "layer" in event.facts
+            committed += isinstance(event, UnitDone) and "layer" in event.record.facts
             if until is not None and committed >= until:
                 break
         return time.perf_counter() - begun
@@ -121,7 +122,8 @@ def resume(folder: Path) -> None:
 ONE = """
 import json, sys, torch, transformers
 from calibprune.calibration.pool import read_pool
-from calibprune.config import ModelSettings, PruneSettings
+from calibprune.config.model import ModelSettings
+from calibprune.config.prune import PruneSettings
 from calibprune.model import build_skeleton
 from calibprune.pruning.loop import prune_layers
 from calibprune.process import host_memory

@@ -105,10 +105,13 @@ class Checkpoint:
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fills contiguous CPU tensors of the stored dtypes and shapes, a few hundred MB at a time."""
-        files = {self.locations[name].file for name in tensors}
-        for file in files & self._unverified.keys():
-            self._verify(file)
-        for wave in _waves({name: self.locations[name] for name in tensors}):
+        left = {name: self.locations[name] for name in tensors}
+        for file in {location.file for location in left.values()} & self._unverified.keys():
+            data = self._verified(file)
+            for name in [name for name, location in left.items() if location.file == file]:
+                location = left.pop(name)
+                _fill(tensors[name], 0, data[location.start : location.stop])
+        for wave in _waves(left):
             ranges = [
                 (storage.join(self.url, self.locations[name].file), start, stop)
                 for name, start, stop in wave
@@ -118,9 +121,7 @@ class Checkpoint:
             except EOFError as error:
                 raise CorruptionError(f"a shard of the model is cut short: {error}") from None
             for (name, start, _), chunk in zip(wave, chunks, strict=True):
-                begun = start - self.locations[name].start
-                flat = tensors[name].view(-1).view(torch.uint8).numpy()
-                flat[begun : begun + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+                _fill(tensors[name], start - self.locations[name].start, chunk)
                 self.bytes_read += len(chunk)
 
     def identity(self) -> str:
@@ -135,14 +136,17 @@ class Checkpoint:
                 parts.append(storage.read_range(storage.join(self.url, file), start, stop))
         return storage.sha256(b"".join(sorted(storage.sha256(part).encode() for part in parts)))
 
-    def _verify(self, file: str) -> None:
-        expected = self._unverified.pop(file)
-        if storage.sha256(storage.read_bytes(storage.join(self.url, file))) != expected:
+    def _verified(self, file: str) -> memoryview:
+        """All of a file that has the hash it should have."""
+        expected, data = self._unverified.pop(file), storage.read_bytes(f"{self.url}/{file}")
+        self.bytes_read += len(data)
+        if storage.sha256(data) != expected:
             raise CorruptionError(
                 f"{self.url}/{file} is damaged: its sha256 is not {expected}, which its stage recorded: remove it and "
                 f"its record in the stage's folder _done, then `calibprune prune` with the configuration of that run "
                 f"makes it again"
             )
+        return memoryview(data)
 
     def _files(self) -> dict[str, int | None]:
         """Lists the files that hold tensors with their sizes, None where the store does not give them."""
@@ -177,6 +181,12 @@ class Checkpoint:
         if not isinstance(header, dict):
             raise CorruptionError(f"{url} is not a safetensors file")
         return header, 8 + length
+
+
+def _fill(tensor: Tensor, start: int, data: bytes | memoryview) -> None:
+    """Puts bytes into a contiguous tensor, from its byte `start` on."""
+    flat = tensor.view(-1).view(torch.uint8).numpy()
+    flat[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
 
 def _location(url: str, name: str, entry: Any, offset: int) -> Location:
