@@ -1,0 +1,54 @@
+"""What identifies the stages of the shipped configurations: runs that were begun by earlier versions resume.
+
+A difference from the recorded values refuses every run that was begun before: change them only where the result
+changes. Left out are versions of libraries and hashes of this test's own data.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from calibprune.config.load import load_config
+from calibprune.stage import flat
+from jobs.run import Run
+from jobs.stages import module
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+RECORDED = json.loads((Path(__file__).parent / "identities.json").read_text())
+STAGES = ("generate", "curate", "prune", "evaluate")
+CPUS = ["cluster.workers=2", "cluster.gpus_per_worker=0", "cluster.cpus_per_worker=1"]
+
+
+class OfTest:
+    """Stands for a pool, of which only the identity counts."""
+
+    identity = "pool"
+
+
+def test_every_shipped_configuration_is_recorded():
+    assert RECORDED.keys() == {config.stem for config in CONFIGS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_identities_and_units_are_as_ever(tiny_llama, tmp_path, config):
+    overrides = [f"model.path={tiny_llama}", f"output={tmp_path}", "model.dtype=auto", *CPUS]
+    run = Run(load_config(str(config), overrides), STAGES)
+    run.__dict__ |= {"windows": {}, "pool": OfTest()}
+    run.stage("prune").plan({}, [])
+    run.stage("prune").finish()
+    run.stage("generate").plan({"model": run.model_identity}, [])
+    run.stage("generate").finish({"model": run.model_identity})
+    for name in STAGES:
+        plan = module(name).plan(run)
+        assert plan is not None
+        identity = json.loads(json.dumps(flat(plan.identity)))
+        found = {key: value for key, value in identity.items() if not key.startswith("versions.")}
+        found["model"] = "model" if "model" in identity else None
+        for key in found:
+            if key == "pruned" or key.startswith("generated."):
+                found[key] = {"pruned": "pruned"}.get(key, "content")
+        units = list(plan.units)
+        recorded = RECORDED[config.stem][name]
+        assert found == recorded["identity"], name
+        assert [len(units), units[:2], units[-2:]] == recorded["units"], name
