@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from calibprune.stage import Record
 
 SET_ASIDE = "set aside"
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 """Longest message that is kept of a loss."""
 RECENT_STEPS = 50
 """Number of steps that the pace is taken from."""
@@ -158,7 +158,7 @@ class Lost(Event):
         place = f" on {self.node}" if self.node and self.node not in self.message else ""
         attempt = f", attempt {self.attempt}" if self.attempt else ""
         what = f"{self.name or self.kind}{units}{place}{attempt}"
-        return one_line(f"{what}: {self.message}", 2 * MOST_CHARACTERS)
+        return one_line(f"{what}: {self.message}", 2 * MAX_CHARACTERS)
 
     def __str__(self) -> str:
         return self.in_words if self.kind in (SET_ASIDE, "driver") else f"lost {self.in_words}"

@@ -9,11 +9,11 @@ import uuid
 from dataclasses import asdict
 
 from calibprune import storage
-from calibprune.events import MOST_CHARACTERS, Event, EventHandler, Lost, note
+from calibprune.events import MAX_CHARACTERS, Event, EventHandler, Lost, note
 from calibprune.redact import one_line
 
 FOLDER = "_failures"
-MOST = 2000
+MAX_FAILURES = 2000
 """Failures that are kept of a stage; older ones are removed."""
 PATIENCE_SECONDS = 5.0
 REST_SECONDS = 60.0
@@ -41,11 +41,11 @@ class FailureFiles(EventHandler):
     def _write(self, lost: Lost) -> None:
         if self._names is None:
             self._names = storage.names(self.url, PATIENCE_SECONDS)
-        while len(self._names) >= MOST:
+        while len(self._names) >= MAX_FAILURES:
             storage.remove(storage.join(self.url, self._names.pop(0)), PATIENCE_SECONDS)
         self._written += 1
         name = f"{int(1000 * lost.at):013d}-{self._written:05d}-{uuid.uuid4().hex[:4]}.json"
-        content = asdict(lost) | {"message": one_line(lost.message, MOST_CHARACTERS)}
+        content = asdict(lost) | {"message": one_line(lost.message, MAX_CHARACTERS)}
         data = storage.json_bytes(content)
         storage.write(storage.join(self.url, name), data, PATIENCE_SECONDS)
         self._names.append(name)

@@ -23,7 +23,7 @@ from calibprune.events import note
 from calibprune.redact import one_line
 
 FILE = "_lease.json"
-MOST_EXPIRE_SECONDS = 3600.0
+MAX_EXPIRE_SECONDS = 3600.0
 """Waited for a holder, whatever its lease asks for."""
 LOOK_SECONDS = 5.0
 """For a last look at who holds the lease now, when it was not renewed in time."""
@@ -151,7 +151,7 @@ class Lease:
     def _watch(self, found: bytes) -> bytes | None:
         """Waits until a lease has expired; None if it went away meanwhile. Raises UserError if it is renewed."""
         holder = _parse(found)
-        expire = min(max(self._expire, _number(holder, "expire_seconds")), MOST_EXPIRE_SECONDS)
+        expire = min(max(self._expire, _number(holder, "expire_seconds")), MAX_EXPIRE_SECONDS)
         note(
             f"{_named(holder)} holds {self._run_url}: taking over unless it shows life within {expire:.0f} s"
         )

@@ -25,8 +25,8 @@ _TORCH_DTYPES = {
 }  # fmt: skip
 
 
-MOST_LAYERS = 10_000
-MOST_BUFFER_BYTES = 1 << 30
+MAX_LAYERS = 10_000
+MAX_BUFFER_BYTES = 1 << 30
 """Size of rotary tables and masks that are accepted beside a checkpoint's own size."""
 
 
@@ -160,9 +160,9 @@ def read_config(settings: ModelSettings, folder: str) -> Any:
             f"architecture is {', '.join(architectures) or config.model_type}"
         )
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
         raise UserError(
-            f"{settings.path}: its config.json has num_hidden_layers {layers}, not a number from 1 to {MOST_LAYERS}"
+            f"{settings.path}: its config.json has num_hidden_layers {layers}, not a number from 1 to {MAX_LAYERS}"
         )
     return config
 
@@ -213,7 +213,7 @@ def build_skeleton(
 def _check_buffers(skeleton: Skeleton, path: str) -> None:
     """Raises UserError where a config asks for tables that are large beside the weights themselves."""
     size = sum(buffer.nbytes for buffer in skeleton.model.buffers())
-    most = skeleton.checkpoint.bytes + MOST_BUFFER_BYTES
+    most = skeleton.checkpoint.bytes + MAX_BUFFER_BYTES
     if size > most:
         raise UserError(
             f"{path}: its config.json asks for buffers of {size:,} bytes, more than the {most:,} that a checkpoint of "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-LEAST_BYTES = 1 << 20
+MIN_BYTES = 1 << 20
 
 
 class Parking:
@@ -21,7 +21,7 @@ class Parking:
         self,
         device: torch.device,
         to_host: Callable[[Tensor], Tensor] | None = None,
-        least_bytes: int = LEAST_BYTES,
+        least_bytes: int = MIN_BYTES,
     ) -> None:
         self.device, self._least_bytes = device, least_bytes
         self._to_host = to_host or _pinned

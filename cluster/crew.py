@@ -23,7 +23,7 @@ START_FAILURES = 5
 """Starts in a row that may fail, while nothing else goes right, before the cause counts as one that is everywhere."""
 RESTART_SECONDS = 5.0
 """Pause after a failed start, longer with every further one."""
-MOST_RESTART_SECONDS = 60.0
+MAX_RESTART_SECONDS = 60.0
 STOP_SECONDS, HASTY_STOP_SECONDS = 15.0, 1.0
 """Time for actors to end in order; and when the driver was asked to stop, which leaves it three in all."""
 
@@ -141,7 +141,7 @@ class Crew:
         emit(Lost(self.kind, f"did not start: {reason}", attempt=self._failures))
         if self._failures >= START_FAILURES and all(m.phase == "placing" for m in self.members):
             raise StartFailed(f"{self._failures} starts in a row failed, the last one: {reason}")
-        rest = min(RESTART_SECONDS * self._failures, MOST_RESTART_SECONDS)
+        rest = min(RESTART_SECONDS * self._failures, MAX_RESTART_SECONDS)
         self._rest_until = time.monotonic() + rest
 
     def late(self) -> Iterator[Member]:

@@ -26,7 +26,7 @@ HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
 FIRST_SECONDS = 3600.0
 """Time limit for a unit while nobody knows how long one of its size takes, unless the caller knows better."""
 SOURCE_SECONDS = 1800.0
-MOST_WITH_A_NODE = 10
+MAX_WITH_A_NODE = 10
 """Losses of a unit together with its node for which no unit is blamed; with one more, the unit may be what kills."""
 IN_A_ROW, IN_A_ROW_AT_FIRST = 20, 2
 """Units whose attempts may fail one after another, and while nothing ever succeeded: more have a common cause."""
@@ -317,7 +317,7 @@ class Queue:
         """
         if not counted:
             self._with_node.update(units)
-            counted = any(self._with_node[unit] > MOST_WITH_A_NODE for unit in units)
+            counted = any(self._with_node[unit] > MAX_WITH_A_NODE for unit in units)
         if not counted or len(units) != 1:
             if counted:
                 self._suspects.update(units)

@@ -53,7 +53,7 @@ PUBLISHED: dict[str, Any] = {"card": True}
 NOT_IN_THE_RESULT = {"references", "analysis"}
 BATCHES_PER_CPU = 4
 """Batches of units for every core: few enough that a call costs little, many enough that none ends late."""
-MOST_IN_BATCH = 16
+MAX_IN_BATCH = 16
 
 
 def skip(run: Run) -> str | None:
@@ -239,7 +239,7 @@ def _in_phases(
     """Batches of consecutive units, which are of neighbouring shards; None while the phase before is under way."""
     cores = _cores(run) or max(1, capacity(Bundle(1, 0)))
     for units in phases:
-        size = min(MOST_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cores)))
+        size = min(MAX_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cores)))
         yield from (units[first : first + size] for first in range(0, len(units), size))
         while not done.issuperset(units):
             yield None

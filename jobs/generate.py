@@ -43,10 +43,10 @@ NOT_IN_THE_RESULT = {
     "engines", "max_concurrent", "shards_in_flight", "attempts", "max_bad_shards",
     "shard_timeout_seconds", "gpu_memory_utilization", "cpu_kvcache_gib", "enforce_eager",
 }  # fmt: skip
-MOST_SHARDS = 1_000_000
+MAX_SHARDS = 1_000_000
 """Most shards of a run: the driver holds the names of all."""
-MOST_SAMPLES = 1 << 40
-LEAST_TOKENS_A_SECOND = 100
+MAX_SAMPLES = 1 << 40
+MIN_TOKENS_A_SECOND = 100
 """Until a shard of as many tokens is done, an engine slower than this is treated as hung, never before one hour."""
 PACE_SHARDS = 64
 """Shards done by earlier drivers, from which a resume learns how long one takes."""
@@ -72,10 +72,10 @@ def check(run: Run) -> None:
             f"generate.min_tokens {settings.min_tokens} is more than generate.max_tokens {settings.max_tokens}"
         )
     shards = -(-settings.samples // settings.shard_rows)
-    if shards > MOST_SHARDS or settings.samples > MOST_SAMPLES:
+    if shards > MAX_SHARDS or settings.samples > MAX_SAMPLES:
         raise UserError(
             f"generate.samples {settings.samples:,} in shards of {settings.shard_rows:,} rows make {shards:,} shards, "
-            f"at most {MOST_SHARDS:,} can be planned: lower generate.samples or raise generate.shard_rows"
+            f"at most {MAX_SHARDS:,} can be planned: lower generate.samples or raise generate.shard_rows"
         )
     run.check_context("generate.max_tokens with its prefix", most_tokens(settings))
     if not run.stage(NAME).finished:
@@ -177,7 +177,7 @@ def patience(
 ) -> Patience:
     """How long engines may take for units of these sizes, in tokens."""
     most = max(sizes.values(), default=0)
-    first = settings.shards_in_flight * most / LEAST_TOKENS_A_SECOND
+    first = settings.shards_in_flight * most / MIN_TOKENS_A_SECOND
     return Patience(
         settings.shard_timeout_seconds, longest, max(FIRST_SECONDS, first), sizes.__getitem__
     )

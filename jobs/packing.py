@@ -19,7 +19,7 @@ from calibprune.errors import UserError
 
 CONFIG = "calibprune-submitted.yaml"
 """The configuration's name in the package."""
-MOST_BYTES = 100 << 20
+MAX_BYTES = 100 << 20
 """Largest sum of the files of a package, which goes through the cluster's head."""
 MARKS = ("jobs/__main__.py", "calibprune/stage.py")
 """Files by which a checkout of calibprune is known."""
@@ -73,11 +73,11 @@ def source_tree(folder: Path) -> Tree | None:
         (withheld if _named_as_credential(root, name) else files).append(name)
     files = _without_runs(files)
     sizes = {name: (root / name).stat().st_size for name in files}
-    if sum(sizes.values()) > MOST_BYTES:
+    if sum(sizes.values()) > MAX_BYTES:
         largest = sorted(files, key=lambda name: -sizes[name])[:3]
         listed = ", ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in largest)
         raise UserError(
-            f"{root} has {sum(sizes.values()) / 1e6:.0f} MB to send, at most {MOST_BYTES / 1e6:.0f} MB go along: name "
+            f"{root} has {sum(sizes.values()) / 1e6:.0f} MB to send, at most {MAX_BYTES / 1e6:.0f} MB go along: name "
             f"what the job does not need in .gitignore or .rayignore; the largest files are {listed}"
         )
     return Tree(root, tuple(files), tuple(withheld))

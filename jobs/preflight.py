@@ -22,7 +22,7 @@ from jobs.stages import module, modules
 
 PIPELINE_SECONDS = 30.0
 """Time for the nodes to answer when a run starts: one that is slower is passed over with a note."""
-LEAST_SHARED_MEMORY, LEAST_TEMP = 1 << 30, 5 << 30
+MIN_SHARED_MEMORY, MIN_TEMP = 1 << 30, 5 << 30
 TOKEN_BYTES = 4
 LOG_WIDTH = 180
 SHOWN = ("torch", "vllm", "transformers", "ray")
@@ -196,12 +196,12 @@ def _small_disks(needed: Sequence[Need], survey: Survey) -> Iterator[str]:
     several = any(need.actor == "engine" and need.bundle.gpus > 1 for need in needed)
     for one in survey.nodes:
         shared, temp = one.facts["shared_memory_free_bytes"], one.facts["temp_free_bytes"]
-        if several and shared is not None and shared < LEAST_SHARED_MEMORY:
+        if several and shared is not None and shared < MIN_SHARED_MEMORY:
             yield (
                 f"{one.name} has {size(shared)} of /dev/shm, where the GPUs of one engine meet: "
                 f"give its container more shared memory"
             )
-        if temp is not None and temp < LEAST_TEMP:
+        if temp is not None and temp < MIN_TEMP:
             yield f"{one.name} has {size(temp)} free for Ray's temporary files"
 
 

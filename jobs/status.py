@@ -32,8 +32,8 @@ WINDOW_SECONDS, WINDOW_UNITS = 600.0, 20
 PAUSE_FACTOR, PAUSE_SECONDS = 10.0, 60.0
 """Between two commits that are this many times the usual distance apart, and this long, nobody worked."""
 FAILURES_READ = 50
-MOST_NAMED = 5
-MOST_CHARACTERS = 300
+MAX_NAMED = 5
+MAX_CHARACTERS = 300
 Status = dict[str, Any]
 
 
@@ -259,7 +259,7 @@ def _below(status: Status) -> list[str]:
     if last:
         newest = min(last, key=lambda failure: failure["age_seconds"])
         ago = duration(newest["age_seconds"])
-        lines.append(f"last failure {ago} ago: {newest['text'][:MOST_CHARACTERS]}")
+        lines.append(f"last failure {ago} ago: {newest['text'][:MAX_CHARACTERS]}")
     if status["elapsed_seconds"] is not None:
         lines.append(f"elapsed   {duration(status['elapsed_seconds'])}")
     return list(map(_printable, lines))
@@ -287,8 +287,8 @@ def _stage_line(one: Status) -> str:
 
 
 def _named(units: list[str]) -> str:
-    more = len(units) - MOST_NAMED
-    return " ".join(units[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(units) - MAX_NAMED
+    return " ".join(units[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _driver(status: Status) -> str:

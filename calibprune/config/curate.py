@@ -15,7 +15,7 @@ from calibprune.config.base import (
 )
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-MOST_FILTERS = 63
+MAX_FILTERS = 63
 """Filters that a mark of one byte tells apart, with the four clauses of each (calibration/filters.py)."""
 
 
@@ -143,7 +143,7 @@ class CurateSettings(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (
         GeneratedSource(type="generated"),
     )
-    filters: Annotated[tuple[Filter, ...], Field(max_length=MOST_FILTERS)] = (
+    filters: Annotated[tuple[Filter, ...], Field(max_length=MAX_FILTERS)] = (
         PerplexityFilter(type="perplexity"),
     )
     references: tuple[Reference, ...] = ()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from calibprune.config import Config
 from calibprune.redact import one_line
 
-MOST_SHOWN = 100
+MAX_SHOWN = 100
 _IN_PLAIN_WORDS = {
     **dict.fromkeys(
         ("model_type", "model_attributes_type", "dict_type"),
@@ -47,7 +47,7 @@ def explain(error: ValidationError, content: Any) -> str:
     given = problem.get("input")
     shown = ""
     if isinstance(given, str | int | float | bool) and "credentials" not in message:
-        shown = f" (given: {one_line(repr(given), MOST_SHOWN)})"
+        shown = f" (given: {one_line(repr(given), MAX_SHOWN)})"
     return f"{key}: {message}{shown}"
 
 

@@ -23,9 +23,9 @@ from calibprune.config.explain import explain, suggestion
 from calibprune.errors import UserError
 from calibprune.redact import holds_credential, one_line
 
-MOST_BYTES = 1 << 20
-MOST_VALUES = 100_000
-MOST_DIGITS = 40
+MAX_BYTES = 1 << 20
+MAX_VALUES = 100_000
+MAX_DIGITS = 40
 
 
 def dump_config(config: Config) -> str:
@@ -106,7 +106,7 @@ class _Settings(SafeConstructor):
 
     def construct_yaml_int(self, node: Any) -> int:
         digits = len(node.value)
-        if digits > MOST_DIGITS:
+        if digits > MAX_DIGITS:
             raise ConstructorError(
                 problem=f"a number of {digits} digits is too large for any setting",
                 problem_mark=node.start_mark,
@@ -150,11 +150,11 @@ def _read_bytes(path: str) -> bytes:
     """Reads the file once, from its start to its end, as a pipe allows."""
     if storage.is_local(path):
         with Path(storage.resolve(path)[1]).open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
+            data = stream.read(MAX_BYTES + 1)
     else:
         data = storage.read_bytes(path)
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{path} has more than {MOST_BYTES:,} bytes: that is no configuration")
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path} has more than {MAX_BYTES:,} bytes: that is no configuration")
     return data
 
 
@@ -195,9 +195,9 @@ def _plain(content: Any, where: str) -> Any:
     count = itertools.count(1)
 
     def copied(value: Any, key: str) -> Any:
-        if next(count) > MOST_VALUES:
+        if next(count) > MAX_VALUES:
             raise UserError(
-                f"{where} holds more than {MOST_VALUES:,} values: that is no configuration"
+                f"{where} holds more than {MAX_VALUES:,} values: that is no configuration"
             )
         if isinstance(value, Mapping):
             return {

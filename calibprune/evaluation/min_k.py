@@ -16,7 +16,7 @@ from calibprune.events import LayerEntered
 from calibprune.gang import ALONE, Gang
 from calibprune.model import Skeleton
 
-LEAST_VARIANCE = 1e-12
+MIN_VARIANCE = 1e-12
 """Where the model is certain of the next token there is no spread to divide by."""
 
 
@@ -65,7 +65,7 @@ def token_scores(
         p = log_p.exp()
         log_p.masked_fill_(p == 0, 0)  # 0 * log 0 is 0
         mean = (p * log_p).sum(-1)
-        variance = (p * log_p.sub_(mean[:, None]).square()).sum(-1).clamp(min=LEAST_VARIANCE)
+        variance = (p * log_p.sub_(mean[:, None]).square()).sum(-1).clamp(min=MIN_VARIANCE)
         parts.append((of_targets - mean) / variance.sqrt())
     return torch.cat(parts)
 

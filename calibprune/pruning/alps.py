@@ -25,7 +25,7 @@ ITERATIONS_PER_RHO = 3
 SETTLED = 3e-4
 """Share of the weights that stay: fewer changes than this and the support counts as found, after FIRST_ITERATIONS."""
 FIRST_ITERATIONS = 31
-RESTARTS, MOST_RHO = 8, 1e6
+RESTARTS, MAX_RHO = 8, 1e6
 TOLERANCE = 1e-5
 """Of the refit: what is left of a row's gradient."""
 
@@ -104,8 +104,8 @@ class Search:
         for iteration in range(1, self._settings.max_iterations + 1):
             if (iteration - 1) % ITERATIONS_PER_RHO == 0:
                 inverse = None  # room for the next
-                before, inverse = support, self._ridge_inverse(min(rho, MOST_RHO))
-            support = self._iterate(min(rho, MOST_RHO), inverse)
+                before, inverse = support, self._ridge_inverse(min(rho, MAX_RHO))
+            support = self._iterate(min(rho, MAX_RHO), inverse)
             if iteration % ITERATIONS_PER_RHO:
                 continue
             changed = [new ^ old for new, old in zip(support, before, strict=True)]

@@ -30,7 +30,7 @@ LANES = 32
 """Of a vectorised minimum: four registers of eight numbers."""
 TINY = 1e-30
 NEVER = np.float32(3e38)
-LEAST_GAIN = 1e-6
+MIN_GAIN = 1e-6
 """Of the row's output, that an exchange has to lower the error by: less is rounding."""
 
 
@@ -99,7 +99,7 @@ def refine(
         def exchanged(dense: Tensor, current: Tensor, group: int = group) -> Tensor:
             with full_float32():
                 slope = torch.mm(dense - current, gram)
-                least = (torch.mm(dense, gram) * dense).sum(1) * LEAST_GAIN
+                least = (torch.mm(dense, gram) * dense).sum(1) * MIN_GAIN
             rows = Rows(
                 dense, current, gram, diagonal, slope, least, group, updates, settings.max_swaps
             )

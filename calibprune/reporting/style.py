@@ -83,7 +83,7 @@ HALF_WIDTH, FULL_WIDTH = 440, 960
 LEGEND_ROW = 18
 CHARACTER = 7
 """Width that a character may need, in pixels."""
-MOST_CHARACTERS = 34
+MAX_CHARACTERS = 34
 """Length of the longest name that is written whole."""
 
 
@@ -133,7 +133,7 @@ def legend(figure: Figure, entries: Iterable[tuple[str, str]]) -> None:
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW / 72 * -(-len(patches) // columns))
 
 
-def shortened(name: str, most: int = MOST_CHARACTERS) -> str:
+def shortened(name: str, most: int = MAX_CHARACTERS) -> str:
     """A name of at most `most` characters, its middle left out."""
     if len(name) <= most:
         return name

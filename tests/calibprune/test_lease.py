@@ -285,7 +285,7 @@ def test_a_lease_of_nonsense_is_waited_for_and_then_taken(tmp_path, changes):
 
 @pytest.mark.parametrize("seconds", [1e300, 10**40, "Infinity", "NaN"])
 def test_nobody_waits_for_ever(tmp_path, monkeypatch, seconds):
-    monkeypatch.setattr("calibprune.lease.MOST_EXPIRE_SECONDS", 0.5)
+    monkeypatch.setattr("calibprune.lease.MAX_EXPIRE_SECONDS", 0.5)
     make_foreign(str(tmp_path))
     text = (
         (tmp_path / FILE)

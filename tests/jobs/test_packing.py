@@ -149,7 +149,7 @@ def test_equal_trees_give_equal_packages(tree, tmp_path_factory):
 
 
 def test_too_much_is_refused_with_the_largest_files_named(tree, monkeypatch):
-    monkeypatch.setattr(packing, "MOST_BYTES", 3 << 20)
+    monkeypatch.setattr(packing, "MAX_BYTES", 3 << 20)
     write(tree / "data" / "large.jsonl", b"x" * (4 << 20))
     write(tree / "data" / "ignored.safetensors", b"x" * (4 << 20))
     with pytest.raises(UserError, match=r"data/large\.jsonl \(4 MB\)") as refused:

@@ -15,7 +15,7 @@ import pytest
 from calibprune import storage
 from calibprune.config import Config
 from calibprune.events import SET_ASIDE, Lost, emit, listening
-from calibprune.failures import MOST, FailureFiles, read_failures
+from calibprune.failures import MAX_FAILURES, FailureFiles, read_failures
 from calibprune.lease import FILE, Lease
 from calibprune.stage import Stage
 from calibprune.text import pace
@@ -161,11 +161,11 @@ def test_failures_and_units_set_aside_are_told_the_last_one_with_its_age(tmp_pat
 def test_the_journal_keeps_the_newest(tmp_path):
     folder = tmp_path / "stage" / "_failures"
     folder.mkdir(parents=True)
-    for number in range(MOST + 5):
+    for number in range(MAX_FAILURES + 5):
         (folder / f"{number:013d}-aaaaaa.json").write_text("{}")
     lose(str(tmp_path / "stage"), Lost("unit", "the newest"))
     count, (last,) = read_failures(str(tmp_path / "stage"))
-    assert (count, last.message) == (MOST, "the newest")
+    assert (count, last.message) == (MAX_FAILURES, "the newest")
     assert not (folder / "0000000000000-aaaaaa.json").exists()
 
 

@@ -20,7 +20,7 @@ from calibprune.calibration.filters import (
     share_of,
 )
 from calibprune.calibration.scores import score_samples
-from calibprune.config.curate import MOST_FILTERS
+from calibprune.config.curate import MAX_FILTERS
 from tests.calibprune.calibration.samples import sample_table, settings
 
 RNG = np.random.default_rng(0)
@@ -41,11 +41,11 @@ def loading(columns):
 
 
 def test_a_mark_has_room_for_every_filter_that_a_configuration_may_have():
-    assert mark(MOST_FILTERS - 1, CLAUSES - 1) < 256 <= mark(MOST_FILTERS, CLAUSES - 1)
-    many = [{"type": "length", "max_tokens": 1000 - index} for index in range(MOST_FILTERS)]
+    assert mark(MAX_FILTERS - 1, CLAUSES - 1) < 256 <= mark(MAX_FILTERS, CLAUSES - 1)
+    many = [{"type": "length", "max_tokens": 1000 - index} for index in range(MAX_FILTERS)]
     outcome = marks(many, tokens=[100, 999, 939])
     assert dropped(outcome) == [1, 2]
-    assert dropped(outcome, 2) == [1] and dropped(outcome, MOST_FILTERS - 1) == [2]
+    assert dropped(outcome, 2) == [1] and dropped(outcome, MAX_FILTERS - 1) == [2]
     with pytest.raises(ValueError, match="at most 63"):
         settings(filters=[*many, many[0]])
 

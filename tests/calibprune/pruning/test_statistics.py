@@ -14,7 +14,7 @@ from calibprune.pruning.statistics import (
 )
 from tests.calibprune.pruning.data import correlated_inputs, random_weights
 
-MOST_TOKENS = 700
+MAX_TOKENS = 700
 
 
 def magnitude_bound(inputs, *need):
@@ -24,7 +24,7 @@ def magnitude_bound(inputs, *need):
 def observe(inputs, need, bound, micro_batches):
     need = frozenset([need] if isinstance(need, str) else need)
     squares = product.column_squares(inputs, need)
-    return product.observe(inputs, squares, need, bound, micro_batches, MOST_TOKENS)
+    return product.observe(inputs, squares, need, bound, micro_batches, MAX_TOKENS)
 
 
 def micro_batches(dtype=torch.float32, width=70):

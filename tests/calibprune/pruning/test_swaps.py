@@ -73,7 +73,7 @@ def best_exchange(w, v, x, out, group, updates):
 def reference(dense, pruned, x, group, max_swaps, updates):
     x, result = x.double(), pruned.double().clone()
     for w, v in zip(dense.double(), result, strict=True):
-        least, made, before = swaps.LEAST_GAIN * (x @ w).square().sum(), 0, -1
+        least, made, before = swaps.MIN_GAIN * (x @ w).square().sum(), 0, -1
         while made > before:
             before, begun = made, (x @ (w - v)).square().sum()
             kept = v.nonzero().flatten().tolist()
@@ -114,7 +114,7 @@ def test_no_exchange_is_left_that_would_lower_the_error(group, updates, path):
     (found,) = swapped([dense], plain_statistics(x), targets(0.5, n_of_m=pattern), method)
     x = x.double()
     for w, v in zip(dense.double(), found.double(), strict=True):
-        least = 2 * swaps.LEAST_GAIN * (x @ w).square().sum()
+        least = 2 * swaps.MIN_GAIN * (x @ w).square().sum()
         error = (x @ (w - v)).square().sum()
         for p in v.nonzero().flatten().tolist():
             assert best_exchange(w, v, x, p, group or 24, updates)[0] > error - least
