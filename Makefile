@@ -26,8 +26,8 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/pytest -m "not slow"
 
-# What every node of a cluster has, for the Python of the image. The versions that the file has are kept where they can
-# be; without the file the newest are taken. Left to itself, uv takes a cuda-python of another CUDA than torch's.
+# The versions that every node of a cluster has, for the Python of the image. Versions in the file are kept where
+# possible; without the file the newest are taken. By itself, uv would take a cuda-python of another CUDA than torch's.
 constraints: setup
 	printf '%s\n' "vllm[runai]" "cuda-python>=13" | $(BIN)/uv pip compile pyproject.toml - --quiet \
 	  --extra cuda --python-platform x86_64-manylinux_2_28 --python-version 3.12 --no-annotate \
@@ -35,9 +35,9 @@ constraints: setup
 
 setup: $(VENV)/.ready
 
-# With an NVIDIA GPU: the CUDA builds. Without: torch's CPU build first, from pip's own sources or else from
-# PyTorch's, then the rest; torchvision and its kin come along as CUDA builds that cannot be imported, and with them
-# neither could transformers: out again. Compiled on all cores, which pip does not, except for what nobody imports.
+# With an NVIDIA GPU: the CUDA builds. Without: first torch's CPU build, from pip's own sources or else from PyTorch's,
+# then the rest. torchvision and the like come with it as CUDA builds that cannot be imported and would break
+# transformers, so they are removed. Compiles on all cores, which pip does not, except for what nothing imports.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip uv

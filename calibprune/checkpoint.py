@@ -24,7 +24,7 @@ from torch import Tensor
 from calibprune import storage
 from calibprune.errors import CorruptionError, StoreUnavailable, UserError
 from calibprune.redact import one_line
-from calibprune.retry import passes
+from calibprune.retry import is_transient
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -323,7 +323,7 @@ def check_reachable(path: str, patience_seconds: float) -> None:
 
 
 def _unreadable(path: str, error: Exception) -> Exception:
-    kind = StoreUnavailable if passes(error) else UserError
+    kind = StoreUnavailable if is_transient(error) else UserError
     message = f"cannot read the model at {path}: {_reason(error)}"
     if model_url(path) == f"hf://{path}":
         message += f"; there is no folder {path} here, so it was taken for a hub id"

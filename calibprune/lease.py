@@ -42,7 +42,7 @@ class Holder:
     alive: bool
 
 
-def look(run_url: str) -> Holder | None:
+def read_holder(run_url: str) -> Holder | None:
     """Who holds a run, if anybody says so. Reads only."""
     url = storage.join(run_url, FILE)
     try:

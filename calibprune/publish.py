@@ -255,12 +255,12 @@ def _to_hub(body: list[Item], last: list[Item], target: str, stage: str, card: b
         "revision": repository.revision,
     }
 
-    def look() -> dict[str, RepoFile]:
+    def query() -> dict[str, RepoFile]:
         entries = api.list_repo_tree(**where, recursive=True)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     try:
-        present = retrying(target, "list", look)
+        present = retrying(target, "list", query)
     except RepositoryNotFoundError:
         raise UserError(
             f"there is no repository for {target}, or this account may not see it: make it with "

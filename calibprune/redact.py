@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 HIDDEN = "***"
-MIN_SECRET = 8
+MIN_SECRET_CHARACTERS = 8
 """Characters of a secret; a shorter value of the environment would be found in words."""
 
 SECRET_NAME = re.compile(
@@ -99,7 +99,7 @@ def _secrets() -> Iterator[str]:
     found = {
         value
         for name, value in os.environ.items()
-        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET and not _is_path(value)
+        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_CHARACTERS and not _is_path(value)
     }
     yield from sorted(found | {quote(value, safe="") for value in found}, key=len, reverse=True)
 

@@ -22,8 +22,8 @@ RETRY_SECONDS = 120.0
 QUIET_SECONDS = 5.0
 """From then on every wait is logged."""
 
-_PASSING_STATUS = {408, 425, 429, *range(500, 600)} - {501, 505}
-_PASSING_CODES = {
+_TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)} - {501, 505}
+_TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "IncompleteBody", "Throttling", "ThrottlingException", "RequestLimitExceeded",
     "InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict",
 }  # fmt: skip
@@ -50,10 +50,10 @@ def retrying(
         error = state.outcome.exception() if state.outcome else None
         waited = state.seconds_since_start or 0.0
         if error and waited > QUIET_SECONDS:
-            _log.warning("cannot %s %s: %s; trying on", verb, shown(url), reason(error))
+            _log.warning("cannot %s %s: %s; trying on", verb, redacted_url(url), reason(error))
 
     attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(passes),
+        retry=tenacity.retry_if_exception(is_transient),
         wait=tenacity.wait_exponential_jitter(initial=0.25, max=20, jitter=0.5),
         stop=tenacity.stop_before_delay(patience),
         before_sleep=tell,
@@ -62,19 +62,19 @@ def retrying(
     try:
         return attempts(operation)
     except Exception as error:
-        if passes(error):
+        if is_transient(error):
             raise StoreUnavailable(
-                f"cannot {verb} {shown(url)}: {reason(error)}, for {patience:.0f} s"
+                f"cannot {verb} {redacted_url(url)}: {reason(error)}, for {patience:.0f} s"
             ) from error
         if denied(error):
             raise UserError(_denial(url, verb, error)) from None
         raise
 
 
-def passes(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: 429, 5xx, throttling, timeouts, dropped connections."""
     for link in _chain(error):
-        if _status(link) in _PASSING_STATUS or _code(link) in _PASSING_CODES:
+        if _status(link) in _TRANSIENT_STATUS or _code(link) in _TRANSIENT_CODES:
             return True
     if isinstance(error, FileNotFoundError | FileExistsError):
         return False
@@ -121,7 +121,7 @@ def reason(error: BaseException) -> str:
     return type(error).__name__
 
 
-def shown(url: str) -> str:
+def redacted_url(url: str) -> str:
     """A URL without the password or signature it may hold."""
     if not url.startswith(("http://", "https://")):
         return without_secrets(url)
@@ -134,8 +134,8 @@ def _denial(url: str, verb: str, error: BaseException) -> str:
     scheme = {"s3a": "s3", "gcs": "gs"}.get(scheme, scheme)
     source = _CREDENTIALS.get(scheme, "what the store's library looks for")
     return (
-        f"access denied: cannot {verb} {shown(url)} ({reason(error)}): check that there are credentials ({source}) "
-        f"and that they allow it"
+        f"access denied: cannot {verb} {redacted_url(url)} ({reason(error)}): check that there are credentials "
+        f"({source}) and that they allow it"
     )
 
 

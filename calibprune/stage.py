@@ -108,7 +108,7 @@ class Stage:
         changed = [key for key in keys if planned.get(key) != wanted.get(key)]
         if changed:
             raise DriftError(
-                f"{self.url} was made with other settings: {told_apart(planned, wanted, changed)}. "
+                f"{self.url} was made with other settings: {describe_differences(planned, wanted, changed)}. "
                 f"Set them back to resume, choose another output, or remove that folder"
             )
         return missing
@@ -270,10 +270,12 @@ class Stage:
         return storage.join(self.url, "_done", f"{unit}.json")
 
 
-def told_apart(planned: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
+def describe_differences(
+    planned: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]
+) -> str:
     """What the values of these dotted keys were and are, in few words."""
     return "; ".join(
-        "{} was {}, now {}".format(key, *_apart(planned.get(key), now.get(key))) for key in keys
+        "{} was {}, now {}".format(key, *_excerpts(planned.get(key), now.get(key))) for key in keys
     )
 
 
@@ -288,7 +290,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _apart(one: Any, other: Any) -> tuple[str, str]:
+def _excerpts(one: Any, other: Any) -> tuple[str, str]:
     """Two values in few words, from shortly before the place where they begin to differ."""
     texts = ["absent" if value is None else str(value) for value in (one, other)]
     pairs = enumerate(zip(*texts, strict=False))

@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from calibprune.errors import StoreUnavailable, UserError
 from calibprune.failpoint import failpoint
 from calibprune.redact import one_line
-from calibprune.retry import passes, retrying, shown, status
+from calibprune.retry import is_transient, redacted_url, retrying, status
 
 READS_AT_ONCE = 64
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **_options(scheme))
     except (ValueError, ImportError) as error:
-        raise UserError(f"cannot open {shown(url)}: {one_line(error)}") from None
+        raise UserError(f"cannot open {redacted_url(url)}: {one_line(error)}") from None
     if scheme in ("s3", "s3a"):
         filesystem.retries = 2  # type: ignore[attr-defined]
     if scheme in ("gs", "gcs"):  # it logs every error that it raises, with a traceback
@@ -60,7 +60,7 @@ def exists(url: str) -> bool:
     """Reports whether there is a file or a folder."""
     filesystem, path = resolve(url)
 
-    def look() -> bool:
+    def query() -> bool:
         filesystem.invalidate_cache()
         if url.startswith(("http://", "https://")):  # its info() takes any error for "not found"
             return filesystem.exists(path, strict=True)
@@ -68,7 +68,7 @@ def exists(url: str) -> bool:
         return True
 
     try:
-        return _patiently(filesystem, url, "read", look)
+        return _patiently(filesystem, url, "read", query)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -99,12 +99,12 @@ def _listed(
     """Returns the store's entries for the files directly in a folder, by name, sorted; temporary ones only if asked."""
     filesystem, path = resolve(url)
 
-    def look() -> list[dict[str, Any]]:
+    def query() -> list[dict[str, Any]]:
         filesystem.invalidate_cache()
         return filesystem.ls(path, detail=True)
 
     try:
-        entries = _patiently(filesystem, url, "list", look, patience_seconds)
+        entries = _patiently(filesystem, url, "list", query, patience_seconds)
     except FileNotFoundError:
         return {}
     found = {
@@ -136,11 +136,11 @@ def written_at(url: str) -> float | None:
     """Returns when a file was written, as in `times`. Raises FileNotFoundError."""
     filesystem, path = resolve(url)
 
-    def look() -> dict[str, Any]:
+    def query() -> dict[str, Any]:
         filesystem.invalidate_cache()
         return filesystem.info(path)
 
-    return _written_at(_patiently(filesystem, url, "read", look))
+    return _written_at(_patiently(filesystem, url, "read", query))
 
 
 def _written_at(entry: dict[str, Any]) -> float | None:
@@ -161,12 +161,12 @@ def tree(url: str) -> dict[str, int]:
     """Returns the bytes of every file in a folder and below, by relative path, sorted; none if there is no folder."""
     filesystem, path = resolve(url)
 
-    def look() -> dict[str, dict[str, Any]]:
+    def query() -> dict[str, dict[str, Any]]:
         filesystem.invalidate_cache()
         return filesystem.find(path, detail=True)  # type: ignore[return-value]
 
     try:
-        found = _patiently(filesystem, url, "list", look)
+        found = _patiently(filesystem, url, "list", query)
     except FileNotFoundError:
         return {}
     sizes = {posixpath.relpath(name, path): entry["size"] for name, entry in sorted(found.items())}
@@ -321,7 +321,7 @@ def check_writable(url: str) -> None:
     except StoreUnavailable:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write to {shown(url)}: {one_line(error)}") from None
+        raise UserError(f"cannot write to {redacted_url(url)}: {one_line(error)}") from None
 
 
 def probe_url(url: str, name: str) -> str:
@@ -401,7 +401,7 @@ def _read_together(
 
 def _named(error: Exception, url: str, start: int | None, stop: int | None) -> Exception:
     """Returns the error of one file among many, with the file's URL where the store's own error lacks it."""
-    if passes(error):
+    if is_transient(error):
         return error
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url} is not there")

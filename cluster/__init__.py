@@ -1,1 +1,1 @@
-"""Everything that knows Ray, kept thin: sessions, actors, dispatch. The work itself is in the library."""
+"""Everything that knows Ray, kept thin: sessions, actors, queues. The work itself is in the library, `calibprune`."""

@@ -1,4 +1,4 @@
-"""The actors of a stage: how each is started, a group that is asked for with a deadline, and why one died."""
+"""The actors of a stage: the options that each is started with, a group of them, and why one died."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ POLL_SECONDS = 1.0
 
 
 class Actors:
-    """`count` actors of one class, each on a bundle of its own; killed and their places freed on leaving.
+    """`count` actors of one class, each on a bundle of its own; a context manager that kills them on leaving.
 
-    Raises NoRoom, saying what was asked, what is free and what is busy, when they do not come in time; or whatever
-    `go_on` raises, which is called about once a second until they come, in the place of that.
+    Raises NoRoom, with what was requested, what is free and what is busy, when the cluster has no room in time.
+    `while_waiting` replaces that time limit: it is called about once a second until there is room, and may raise.
     """
 
     def __init__(
@@ -34,17 +34,17 @@ class Actors:
         arguments: Sequence[Any],
         *,
         timeout_seconds: float,
-        go_on: Callable[[], None] | None = None,
+        while_waiting: Callable[[], None] | None = None,
         concurrency_groups: Mapping[str, int] | None = None,
         spinning: bool = False,
         label: Label | None = None,
     ) -> None:
         self._bundle, self._label = bundle, label
         self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
-        go_on = go_on or Waiting(count, bundle, timeout_seconds).go_on
+        while_waiting = while_waiting or Waiting(count, bundle, timeout_seconds).check
         try:
             while not self._group.wait(POLL_SECONDS):
-                go_on()
+                while_waiting()
         except BaseException:
             remove_placement_group(self._group)
             raise
@@ -73,7 +73,7 @@ class Actors:
         )
 
     def _by_node(self, count: int) -> list[int]:
-        """The bundles, those on one node beside one another; their order in the group says nothing about nodes."""
+        """Returns the bundle indices sorted by node: a placement group lists its bundles in no such order."""
         node_of = placement_group_table(self._group)["bundles_to_node_id"]
         order = sorted(range(count), key=lambda index: (node_of[index], index))
         names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
@@ -84,7 +84,7 @@ class Actors:
 
 
 def actor_options(bundle: Bundle, spinning: bool = False) -> dict[str, Any]:
-    """What every actor of ours is started with. No restarts: the driver must see a death to decide what to do."""
+    """Returns the options that every actor is started with: no restarts, since the driver must see a death to act."""
     return {
         "num_cpus": bundle.cpus,
         "num_gpus": bundle.gpus,
@@ -95,17 +95,17 @@ def actor_options(bundle: Bundle, spinning: bool = False) -> dict[str, Any]:
 
 
 def _environment(bundle: Bundle, spinning: bool) -> dict[str, str]:
-    # Ray shows all of a node's GPUs to an actor that asked for none.
+    # Ray leaves all of a node's GPUs visible to an actor that asked for none.
     hidden = {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return _thread_environment(bundle.cpus, spinning) | hidden
 
 
 def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:
-    """How threads wait for one another between two operations.
+    """Returns variables that decide how OpenMP threads wait for one another between two operations.
 
-    Left alone they spin for long, and where anything else wants the same cores that makes CPU work up to ten times
-    slower: asleep is safe. `spinning`: briefly, for work of many small operations that has its cores to itself;
-    memory is kept for the next operation too.
+    By default they spin for a long time, which makes CPU work up to ten times slower where other processes want the
+    same cores; sleeping is safe. With `spinning` they spin briefly, for work of many small operations that has its
+    cores to itself; freed memory is then kept for the next operation too.
     """
     environment = {"OMP_NUM_THREADS": str(cpus)}
     if not spinning:
@@ -115,11 +115,11 @@ def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:
 
 
 def node_died(error: RayError) -> bool:
-    """Whether an actor went down with its node, or had to make room."""
+    """Returns whether an actor was lost together with its node, or was preempted."""
     return bool(getattr(error, "preempted", False)) or "its node has died" in str(error)
 
 
 def death(error: RayError) -> RuntimeError:
-    """Why an actor died, in one line: the last of what Ray says."""
+    """Returns why an actor died: the last line of Ray's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return RuntimeError(plain(lines[-1] if lines else type(error).__name__))

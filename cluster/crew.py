@@ -1,6 +1,6 @@
-"""Actors that work independently of each other: as many as the cluster has room for work, the others wait for a place.
+"""Actors that work independently of each other: as many as the cluster has room for, while the others wait for room.
 
-No placement group: a node that joins is used at once, and one that leaves takes nothing but its own actors with it.
+There is no placement group, so that a new node is used at once and a lost one takes only its own actors with it.
 """
 
 import time
@@ -20,16 +20,16 @@ from cluster.label import Label
 from cluster.places import Bundle, Waiting, capacity, nodes
 
 START_FAILURES = 5
-"""Starts in a row that may fail, while nothing else goes right, before the cause counts as one that is everywhere."""
+"""Failed starts in a row, while no other actor is up, after which the cause is taken to be the same everywhere."""
 RESTART_SECONDS = 5.0
-"""Pause after a failed start, longer with every further one."""
+"""Pause after the first failed start, in seconds; it grows with every further one, up to MAX_RESTART_SECONDS."""
 MAX_RESTART_SECONDS = 60.0
 STOP_SECONDS, HASTY_STOP_SECONDS = 15.0, 1.0
-"""Time for actors to end in order; and when the driver was asked to stop, which leaves it three in all."""
+"""Time that actors have to shut down; and when the driver was asked to stop, since Ray then kills it after 3 s."""
 
 
 class StartFailed(RuntimeError):
-    """No actor of a stage comes up; names the last cause."""
+    """No actor of a stage comes up; the message has the last cause."""
 
 
 @dataclass(eq=False)
@@ -38,23 +38,22 @@ class Member:
 
     handle: Any
     slot: int
-    """Its number, which the actor that replaces it takes over."""
+    """Number of the actor, which its replacement takes over."""
     pending: Any
-    """Result that arrives when the present phase is over; None once ready."""
+    """Result that arrives when the current phase ends; None once ready."""
     phase: Literal["placing", "starting", "ready"] = "placing"
     since: float = field(default_factory=time.monotonic)
     node: str | None = None
-    """Name of its machine, once `start()` has returned it."""
+    """Name of its machine, known once `start()` has returned it."""
 
 
 class Crew:
     """Up to `count` actors of one class, whose constructor is quick and whose `start()` does the long work.
 
-    `start()` returns the name of its machine. `count` None means as many as the cluster has places for at the time;
-    `kind` and `label` name the actors. A context manager that on leaving has them `stop()`, where the class
-    has that, and kills them. Raises
-    NoRoom, naming what was asked for, what is free and what is busy, when not even one finds a place within
-    `start_seconds`.
+    `start()` returns the name of its machine. With `count` None there are as many as the cluster has room for at the
+    time; `kind` and `label` name the actors. A context manager: on leaving it calls their `stop()`, where the class
+    has one, and kills them. Raises NoRoom, with what was requested, what is free and what is busy, when not even one
+    finds room within `start_seconds`.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Crew:
 
     @property
     def count(self) -> int:
-        """Most actors at a time."""
+        """Maximum number of actors at a time."""
         return max(1, capacity(self._bundle)) if self._count is None else self._count
 
     @property
@@ -103,7 +102,7 @@ class Crew:
         return [member for member in self.members if member.phase == "ready"]
 
     def fill(self, wanted: int) -> None:
-        """Asks for as many as are wanted and missing, unless starts have just failed."""
+        """Requests the actors that are missing from `wanted`, unless starts have just failed."""
         if time.monotonic() < self._rest_until or len(self.members) >= wanted:
             return
         count = min(wanted, self.count)
@@ -118,7 +117,10 @@ class Crew:
         return {member.pending: member for member in self.members if member.pending is not None}
 
     def advance(self, member: Member) -> None:
-        """Takes a member whose phase is over into the next. Raises UserError where its start did, and StartFailed."""
+        """Moves a member whose phase is over into the next one.
+
+        Raises the UserError of its start, and StartFailed as `start_failed` does.
+        """
         try:
             answer: Any = ray.get(member.pending)
         except RayError as error:
@@ -133,6 +135,7 @@ class Crew:
             self._failures = 0
 
     def start_failed(self, member: Member, cause: Exception) -> None:
+        """Removes an actor that did not come up. Raises StartFailed after too many in a row, a UserError at once."""
         if isinstance(cause, UserError):
             raise cause from None
         self.dismiss(member)
@@ -144,24 +147,25 @@ class Crew:
         rest = min(RESTART_SECONDS * self._failures, MAX_RESTART_SECONDS)
         self._rest_until = time.monotonic() + rest
 
-    def late(self) -> Iterator[Member]:
-        """Members that take too long to start. Raises NoRoom when none has had a place for too long."""
+    def overdue(self) -> Iterator[Member]:
+        """Yields the members that take too long to start. Raises NoRoom when none has found room for too long."""
         now = time.monotonic()
         if any(member.phase != "placing" for member in self.members) or not self.members:
             self._waiting.restart()
-        self._waiting.go_on()
+        self._waiting.check()
         for member in list(self.members):
             if member.phase == "starting" and now - member.since > self._start_seconds:
                 yield member
 
     def dismiss(self, member: Member) -> None:
-        """Kills an actor, if it still lives; `fill` asks for another."""
+        """Kills an actor, if it still lives; `fill` then requests another."""
         ray.kill(member.handle)
         self.members.remove(member)
 
 
 def _place(bundle: Bundle) -> dict[str, Any]:
-    """For an actor that asks for nothing: where most cores are free, not the head that may be kept free of work."""
+    """Returns the placement of an actor that asks for nothing: the node with most free cores, so that it stays off a
+    head that is kept free of work."""
     if bundle.as_resources():
         return {}
     node = max(nodes(), key=lambda node: (node.free.get("CPU", 0), node.total.get("CPU", 0)))

@@ -1,7 +1,7 @@
 """A gang of LayerWorkers from the driver's side: built, watched, and rebuilt when one of them is lost.
 
 No worker is restarted inside a gang: a new process has no place in the others' collectives. The first loss ends the
-gang, and a new one, of as many workers as the cluster has room for then, takes up the work from what is committed.
+gang; a new one, of as many workers as the cluster then has room for, resumes from what is committed.
 """
 
 import time
@@ -23,15 +23,16 @@ from cluster.layer_worker import LayerWorker
 from cluster.places import Bundle, NoRoom, Waiting, capacity
 
 ATTEMPTS = 3
-"""Losses in a row, without a unit committed in between, before the work is given up."""
+"""Losses in a row, without a unit committed in between, after which the work is given up."""
 POLL_SECONDS = 1.0
 CULPRIT_SECONDS = 15.0
-"""How long a worker whose peers are gone waits for one of them to turn out dead."""
+"""Time in which a dead worker is looked for after another one reported that it lost its peers."""
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 180.0
+"""Multiple of the longest layer so far after which a gang is treated as hung, and the least such limit in seconds."""
 
 
 class WorkerLost(RuntimeError):
-    """A worker of the gang died, hangs or failed; the message says which, how far it was, and why."""
+    """A worker of the gang died, hangs or failed; the message has its name, its layer and the cause."""
 
     def __init__(
         self, name: str, place: str, reason: str,
@@ -42,11 +43,11 @@ class WorkerLost(RuntimeError):
 
 
 class RoomChanged(Exception):
-    """The cluster has room for more workers, or for fewer, than are being waited for."""
+    """The number of workers that the cluster has room for changed during the wait for a gang."""
 
 
 class WorkFailed(RuntimeError):
-    """Work that no other worker could do better, or that failed too often."""
+    """The work failed too often, or in a way that would repeat on any other worker."""
 
 
 def run_gang(
@@ -64,9 +65,10 @@ def run_gang(
     """Calls `method(*arguments)`, a generator of events, on every worker of a gang; emits and yields the events.
 
     LayerEntered is yielded once, when the last worker enters a layer, and Tick about once a second. When a worker is
-    lost, which is a Lost event, the call is made again on a new gang: `method` goes on from what is committed to the
-    `stage`. `unit_of` names the unit that a layer is. Raises NoRoom where the first gang finds no places, UserError
-    where a worker raised one, WorkFailed after too many losses without a unit committed in between.
+    lost, which is a Lost event, the call is repeated on a new gang: `method` resumes from what is committed to the
+    `stage`. `unit_of` returns the unit that a layer belongs to. Raises NoRoom where the cluster has no room for the
+    first gang, UserError where a worker raised one, WorkFailed after too many losses without a unit committed in
+    between.
     """
     attempts, before = 0, len(stage.done_units())
     group: WorkerGroup | None = None
@@ -90,25 +92,25 @@ def run_gang(
 def rebuild(
     workers: int, bundle: Bundle, cluster: ClusterSettings, label: Label | None = None
 ) -> "WorkerGroup":
-    """A gang of as many workers, up to `workers`, as there is room for in the cluster.
+    """Builds a gang of as many workers as the cluster has room for, up to `workers`.
 
-    Waits for places, which is logged now and then, and asks again only when the cluster has become larger or smaller.
-    Raises WorkFailed, naming what was asked for, what is free and what is busy, after `start_timeout_seconds`.
+    Logs the wait for room from time to time, and starts over when the cluster has become larger or smaller. Raises
+    WorkFailed, with what was requested, what is free and what is busy, after `start_timeout_seconds`.
     """
     waiting = Waiting(workers, bundle, cluster.start_timeout_seconds)
     lost: WorkerLost | None = None
     while True:
         room = min(workers, capacity(bundle))
 
-        def go_on(room: int = room) -> None:
-            waiting.go_on()
+        def while_waiting(room: int = room) -> None:
+            waiting.check()
             if min(workers, capacity(bundle)) != room:
                 raise RoomChanged
 
         try:
-            waiting.go_on()
+            waiting.check()
             if room:
-                return WorkerGroup(room, bundle, cluster, go_on=go_on, label=label)
+                return WorkerGroup(room, bundle, cluster, while_waiting=while_waiting, label=label)
             lost = None
         except RoomChanged:
             continue
@@ -128,10 +130,10 @@ class WorkerGroup:
         bundle: Bundle,
         cluster: ClusterSettings,
         *,
-        go_on: Callable[[], None] | None = None,
+        while_waiting: Callable[[], None] | None = None,
         label: Label | None = None,
     ) -> None:
-        """`go_on` as in `Actors`."""
+        """Starts the workers and joins them; `while_waiting` is that of `Actors`."""
         seconds = cluster.start_timeout_seconds
         self._actors = Actors(
             LayerWorker,
@@ -139,7 +141,7 @@ class WorkerGroup:
             bundle,
             [bundle.cpus, seconds],
             timeout_seconds=seconds,
-            go_on=go_on,
+            while_waiting=while_waiting,
             concurrency_groups={"health": 1},
             spinning=True,
             label=label,
@@ -165,9 +167,9 @@ class WorkerGroup:
     def events(
         self, method: str, arguments: tuple[Any, ...], layer_timeout_seconds: float | None
     ) -> Iterator[Event]:
-        """What the workers yield, in the order of arrival; Tick about once a second in between.
+        """Yields the workers' events in the order of arrival, and Tick about once a second in between.
 
-        Raises WorkerLost and UserError.
+        Raises WorkerLost, WorkFailed and UserError.
         """
         self._at = [None] * len(self)
         streams = {
@@ -189,7 +191,7 @@ class WorkerGroup:
                     lost = self._lost(rank, error)
                     if not isinstance(getattr(error, "cause", None), PeerLost):
                         raise lost from None
-                    suspect = suspect or (now, lost)  # one of its peers is to blame: which?
+                    suspect = suspect or (now, lost)  # one of its peers died: find out which
                     del streams[stream]
                 else:
                     if not isinstance(event, LayerEntered):
@@ -205,7 +207,7 @@ class WorkerGroup:
                 yield Tick()
 
     def _last_to_enter(self, rank: int, event: LayerEntered) -> bool:
-        """Notes where a worker is; returns whether all workers have come as far as this now."""
+        """Records how far a worker is; returns whether it was the last one to get this far."""
         at = self._at[rank]
         if at is not None and event.position <= at.position:
             return False
@@ -239,7 +241,8 @@ class WorkerGroup:
             raise self._lost(0 if count == 1 else None, error) from None
 
     def _lost(self, rank: int | None, error: Exception) -> Exception:
-        """What to raise for a worker's error: the user's to mend, or a loss that a new gang may survive."""
+        """Returns what to raise for a worker's error: one that only the user can fix, or a loss that a new gang may
+        survive."""
         cause = death(error) if isinstance(error, RayActorError) else getattr(error, "cause", error)
         if isinstance(cause, UserError):
             return UserError(str(cause))
@@ -254,7 +257,7 @@ class WorkerGroup:
         return WorkerLost(f"worker {rank}", where, reason, host, _layer(at), kind)
 
     def _hanging(self, limit: float) -> WorkerLost:
-        """Names the workers that do not even answer where they are, or all of them."""
+        """Returns the loss of a gang that hangs. It names the workers that do not even answer a call, or else all."""
         asked = {
             handle.where.options(concurrency_group="health").remote(): rank
             for rank, handle in enumerate(self._actors.handles)
@@ -270,10 +273,10 @@ class WorkerGroup:
 
 
 class _LayerPace:
-    """How long a layer may take before the gang is treated as hung: the time given, or ten times the longest so far.
+    """The time that a layer may take before the gang is treated as hung: as given, or ten times the longest so far.
 
-    A layer that is merely swept through, or one of an earlier sweep, says nothing about layers that are pruned: until
-    one of these has been left, a layer has the time that a start has.
+    A layer that is merely swept through, or one of an earlier sweep, does not predict layers that are pruned. Until
+    one of these is done, the limit is at least the time that a start may take.
     """
 
     def __init__(self, given: float | None, start_seconds: float) -> None:
@@ -283,7 +286,7 @@ class _LayerPace:
         self.entered_at = time.monotonic()
 
     def enter(self, event: LayerEntered, now: float) -> None:
-        """All workers have entered a layer."""
+        """Records that all workers have entered a layer."""
         if self._last is not None:
             same_sweep = self._last.order == event.order
             self._measured = same_sweep and (self._measured or self._last.full)

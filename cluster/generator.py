@@ -1,6 +1,6 @@
-"""The actor that holds a vLLM engine: continues one shard of prefixes at a time, scores, commits.
+"""The actor that holds a vLLM engine: continues one shard of prefixes at a time, scores it and commits it.
 
-Rows never leave it: the driver gets the done record only.
+Rows never leave it: the driver gets the done records only.
 """
 
 import logging
@@ -28,7 +28,7 @@ def shard_unit(shard: int) -> str:
 
 
 def shard_rows(unit: str, settings: GenerateSettings) -> range:
-    """The rows of a shard."""
+    """Returns the rows of a shard."""
     start = int(unit) * settings.shard_rows
     return range(start, min(start + settings.shard_rows, settings.samples))
 
@@ -43,7 +43,7 @@ class Generator:
         self._stage = Stage(stage_url)
 
     def start(self) -> str:
-        """Starts the engine, which takes from half a minute to several; returns the name of this machine."""
+        """Starts the engine, which takes half a minute to several; returns the name of this machine."""
         keep_compiled_code_private()
         trust = self._model.trust_remote_code
         self._engine = Engine(
@@ -56,7 +56,7 @@ class Generator:
         return node()
 
     def stop(self) -> None:
-        """Ends the engine in order, which leaves nothing behind."""
+        """Shuts the engine down, so that it leaves no processes or files behind."""
         self._engine.shutdown()
 
     @cached_property
@@ -75,6 +75,6 @@ class Generator:
             yield emit(UnitDone(self._stage.commit(unit, published, facts)))
 
     async def score(self, units: Sequence[str]) -> AsyncIterator[Event]:
-        """Commits the model's own log-probabilities of shards of documents. Raises EngineDied."""
+        """Commits the model's log-probabilities of shards of documents. Raises EngineDied."""
         for unit in units:
             yield emit(UnitDone(await score_shard(self._engine, self._stage, unit)))

@@ -1,4 +1,4 @@
-"""Ray's job server as seen from outside the cluster: how to reach it, follow a job's log, learn the true exit code."""
+"""Ray's job server, from outside the cluster: reaches it, follows a job's log, and finds the driver's exit code."""
 
 import logging
 import os
@@ -16,19 +16,20 @@ from calibprune.events import note
 from calibprune.redact import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 120.0
+"""Time limits of a request: to connect, and to wait for each part of the answer."""
 SENDING_SECONDS = 900.0
-"""Longest time that a package may take to go over a slow line."""
+"""Longest time in which a package may be sent over a slow line."""
 POLL_SECONDS, SILENT_SECONDS = 2.0, 10.0
-"""Pause between two looks at a job, and at the log of one that has long been silent."""
+"""Pause between two requests for a job's state, and for the log of a job that has long been silent."""
 READING_SHARE = 0.1
-"""Largest share of the time that is spent on reading a log."""
+"""Largest share of the time that may go into reading a log."""
 PATIENCE_SECONDS = 900.0
-"""How long a command goes on while the job server fails or cannot be reached."""
+"""Longest time in which a command retries while the job server fails or cannot be reached."""
 LOG_SECONDS = 120.0
-"""How long the rest of an ended job's log is asked for: it may be gone together with its node."""
+"""Longest time in which the rest of an ended job's log is requested: it may be gone together with its node."""
 ENVIRONMENT = "RAY_API_SERVER_ADDRESS"
 STOPPED, UNKNOWN = 143, 1
-"""Exit codes where Ray knows none: that of a process that SIGTERM ended, and that of a failure."""
+"""Exit codes of jobs for which Ray has none: that of a process ended by SIGTERM, and that of any failure."""
 _TOKEN = "by RAY_AUTH_TOKEN, by a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class Unreachable(ClusterUnavailable):
 
 
 class Failing(ClusterUnavailable):
-    """The job server, or a proxy in front of it, answers that it cannot for now."""
+    """The job server, or a proxy in front of it, answers with an error that may pass."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -48,16 +49,17 @@ class Failing(ClusterUnavailable):
 class Client(JobSubmissionClient):
     """Ray's own client with time limits, and with an error class for each kind of failure.
 
-    Its methods raise UserError for what the caller can mend (a token, a bad request), else ClusterUnavailable.
+    Its methods raise UserError for what the user can fix (a token, a bad request), else ClusterUnavailable.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        for module in ("dashboard_sdk", "job.sdk"):  # they report every upload
+        for module in ("dashboard_sdk", "job.sdk"):  # these log every upload
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         super().__init__(*arguments, **named)
 
     def _do_request(self, method: str, endpoint: str, **more: Any) -> requests.Response:
-        """The one private name of Ray that is used here: every request of the client goes through it."""
+        """Sends a request with time limits: every request of Ray's client goes through this method, the only private
+        one that is used here."""
         # requests applies the first limit until the request is sent, its body included
         limits = (SENDING_SECONDS if more.get("data") else CONNECT_SECONDS, ANSWER_SECONDS)
         try:
@@ -70,28 +72,30 @@ class Client(JobSubmissionClient):
             ) from None
 
     def _check(self, answer: requests.Response, **_: object) -> None:
-        """Raises for the statuses of failure; Ray's client makes texts of them."""
+        """Raises for HTTP statuses that mean failure, which Ray's client would turn into plain texts."""
         status, address = answer.status_code, self.get_address()
         if status == 401:
             raise UserError(
-                f"{address} wants a token: set RAY_AUTH_MODE=token, and give the cluster's token {_TOKEN}"
+                f"{address} requires a token: set RAY_AUTH_MODE=token, and give the cluster's token {_TOKEN}"
             )
         if status == 403:
             raise UserError(f"{address} refuses the token: give the cluster's own {_TOKEN}")
-        asked = answer.request.path_url
-        if status < 400 or (status == 404 and "/api/jobs/" not in asked):  # not there: no failure
+        path = answer.request.path_url
+        if status < 400 or (
+            status == 404 and "/api/jobs/" not in path
+        ):  # a file that is not there is no failure
             return
-        told = f"the job server at {address} answers {status}{_last_line(answer)}"
+        message = f"the job server at {address} answers {status}{_last_line(answer)}"
         if status in (404, 408, 425, 429) or status >= 500:
-            raise Failing(told, status)
-        raise UserError(f"{told}, to {answer.request.method} {asked}")
+            raise Failing(message, status)
+        raise UserError(f"{message}, to {answer.request.method} {path}")
 
     def job(self, submission_id: str) -> JobDetails:
-        """What Ray knows of a job. Raises UserError where it knows none of that name."""
+        """Returns what Ray knows of a job. Raises UserError where it knows no job of that id."""
         try:
             return self.get_job_info(submission_id)
         except Failing as error:
-            # a proxy whose cluster is away says "not found" too; only Ray itself answers with a list
+            # a proxy whose cluster is away answers "not found" too; only Ray itself answers with a list
             if error.status != 404 or any(
                 job.submission_id == submission_id for job in self.list_jobs()
             ):
@@ -102,7 +106,7 @@ class Client(JobSubmissionClient):
 
 
 def patiently(work: Callable[[], T]) -> T:
-    """What `work` returns; it is called again while the job server fails or is away, for up to PATIENCE_SECONDS."""
+    """Returns what `work` does, with retries for up to PATIENCE_SECONDS while the job server fails or is away."""
     deadline, failures = time.monotonic() + PATIENCE_SECONDS, 0
     while True:
         try:
@@ -111,15 +115,16 @@ def patiently(work: Callable[[], T]) -> T:
             if time.monotonic() > deadline:
                 raise
             failures += 1
-            if failures == 2:  # one alone is over by now
-                note(f"{error}; the same is tried again for {PATIENCE_SECONDS:.0f} s")
+            if failures == 2:  # a single failure is over too soon to mention
+                note(f"{error}; retrying for up to {PATIENCE_SECONDS:.0f} s")
             time.sleep(min(10.0, 0.5 * failures))
 
 
 def reach(address: str | None) -> Client:
-    """The job server at an address such as http://head:8265; None: the one that the environment names, as Ray has it.
+    """Connects to the job server at an address such as http://head:8265; None: the one that the environment names.
 
-    Raises UserError with what to do where there is none, it is not one, or it wants a token; Failing as it comes.
+    Raises UserError, with what to do, where no address is known, no job server answers there, or it requires a token;
+    Failing where it fails.
     """
     named = address or os.environ.get(ENVIRONMENT) or os.environ.get("RAY_ADDRESS")
     if not named:
@@ -128,7 +133,7 @@ def reach(address: str | None) -> Client:
         )
     if (address or os.environ.get(ENVIRONMENT)) and "://" not in named and named != "auto":
         named = f"http://{named}"
-    os.environ[ENVIRONMENT] = named  # Ray prefers the environment to what it is given
+    os.environ[ENVIRONMENT] = named  # Ray prefers the environment to the argument
     try:
         return Client(named)
     except Failing:
@@ -145,7 +150,7 @@ def reach(address: str | None) -> Client:
     except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
         reason = one_line(error, 150)
         raise UserError(
-            f"{named} is no job server of Ray: give the address of its dashboard, as in http://HEAD:8265 ({reason})"
+            f"{named} is not a Ray job server: give the address of its dashboard, as in http://HEAD:8265 ({reason})"
         ) from None
 
 
@@ -153,12 +158,12 @@ def follow(client: Client, submission_id: str, show: Callable[[str], object]) ->
     """Hands a job's log to `show`, piece by piece from its beginning, until the job has ended; returns the ended job.
 
     Ray's server sends a log only as a whole. So it is read every 2 s while it grows and every 10 s while it does not,
-    and less often where it is long: at most a tenth of the time goes into reading. A log of 1 MB that grows all the
-    time costs 0.5 MB a second; one that takes 3 s to read is read every 30 s. Whether the job has ended is asked every
-    2 s, which costs little.
+    and less often where it is long: at most a tenth of the time goes into reading. A log of 1 MB that keeps growing
+    costs 0.5 MB a second; one that takes 3 s to read is read every 30 s. The job's state is requested every 2 s, which
+    costs little.
 
-    A lost connection loses and repeats nothing. Raises ClusterUnavailable when the cluster stays away for
-    PATIENCE_SECONDS, and UserError when it does not know the job.
+    After a lost connection no part of the log is missing or repeated. Raises ClusterUnavailable when the cluster stays
+    away for PATIENCE_SECONDS, and UserError when it does not know the job.
     """
     log, ended = _Log(client, submission_id), None
     failures, heard_at = 0, time.monotonic()
@@ -181,7 +186,7 @@ def follow(client: Client, submission_id: str, show: Callable[[str], object]) ->
                 return ended
             if away > PATIENCE_SECONDS:
                 raise ClusterUnavailable(
-                    f"{error}; the job goes on without being followed, if its cluster does"
+                    f"{error}; no longer following the job, which goes on if its cluster does"
                 ) from None
             if failures == 1:
                 note(f"{error}; the log goes on when it answers")
@@ -189,16 +194,16 @@ def follow(client: Client, submission_id: str, show: Callable[[str], object]) ->
 
 
 class _Log:
-    """A job's log, of which Ray sends the whole each time."""
+    """A job's log, which Ray sends as a whole each time."""
 
     def __init__(self, client: Client, submission_id: str) -> None:
         self._client, self._id = client, submission_id
         self._shown, self._pause = 0, POLL_SECONDS
         self.due = 0.0
-        """When to read it again, by the monotonic clock."""
+        """Time of the next reading, by the monotonic clock."""
 
     def news(self) -> str:
-        """What was added since the last call."""
+        """Returns what was added since the last call."""
         begun = time.monotonic()
         text = self._client.get_job_logs(self._id)
         ended = time.monotonic()
@@ -209,7 +214,7 @@ class _Log:
 
 
 def exit_code(job: JobDetails) -> int:
-    """The driver's exit code as a shell has it; Ray's own commands have 1 for all failures and 0 for a stopped job."""
+    """Returns the driver's exit code as a shell would; Ray's commands give 1 for any failure, 0 for a stopped job."""
     if job.status == JobStatus.SUCCEEDED:
         return 0
     if job.status == JobStatus.STOPPED:
@@ -219,7 +224,7 @@ def exit_code(job: JobDetails) -> int:
 
 
 def _last_line(answer: requests.Response) -> str:
-    """The last line of Ray's answer, in parentheses: the error where it sends a traceback."""
+    """Returns the last line of Ray's answer in parentheses: the error, where it sends a traceback."""
     if "text/plain" not in answer.headers.get("Content-Type", ""):
         return ""
     lines = [line for line in answer.text.splitlines() if re.search(r"\w", line)]
@@ -227,7 +232,7 @@ def _last_line(answer: requests.Response) -> str:
 
 
 def _cause(error: requests.exceptions.RequestException) -> str:
-    """What the system said, from beneath what libraries made of it."""
+    """Returns the operating system's own message from beneath those of the libraries."""
     if isinstance(error, requests.exceptions.ReadTimeout):
         return f"no answer within {ANSWER_SECONDS:.0f} s"
     if isinstance(error, requests.exceptions.ConnectTimeout):

@@ -1,10 +1,10 @@
-"""What the actors, tasks and metrics of a stage are called in Ray's dashboard: `calibprune:<run>:<stage>:engine-0`."""
+"""Names of a stage's actors, tasks and metrics in Ray's dashboard, such as `calibprune:<run>:<stage>:engine-0`."""
 
 from collections import Counter
 from dataclasses import dataclass
 
-_given: Counter[str] = Counter()
-"""Names that this driver has given: Ray takes each once, and frees that of a dead actor some time later."""
+_uses: Counter[str] = Counter()
+"""Number of actors that this driver has given each name: Ray takes a name once, and frees a dead actor's only later."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Label:
         return f"calibprune:{self.run}:{self.stage}:{work}"
 
     def actor(self, kind: str, number: int) -> str:
-        """A name that no other actor of this driver has or had: the second engine 3 is `engine-3.2`."""
+        """Returns a name that no other actor of this driver has or had: the second engine 3 is `engine-3.2`."""
         name = self.task(f"{kind}-{number}")
-        _given[name] += 1
-        return name if _given[name] == 1 else f"{name}.{_given[name]}"
+        _uses[name] += 1
+        return name if _uses[name] == 1 else f"{name}.{_uses[name]}"
 
 
 def label_of(stage_url: str) -> Label:
-    """The label of the stage in a folder `.../<run>/<stage>`."""
+    """Returns the label of the stage in a folder `.../<run>/<stage>`."""
     parts = stage_url.rstrip("/").split("/")
     return Label(parts[-2] if len(parts) > 1 else "", parts[-1])

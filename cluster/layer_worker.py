@@ -1,7 +1,7 @@
-"""The actor that is one of a gang: sweeps its micro-batches through a model's layers to prune them or to evaluate it.
+"""The actor that is one worker of a gang: sweeps its micro-batches through a model to prune or to evaluate it.
 
-One thread does all the work, since a paused sweep belongs to the thread that made it; a second one only answers
-where the work stands. All work is in the library.
+One thread does all the work, since a paused sweep belongs to the thread that made it; a second one only reports how
+far the work is. The work itself is in the library.
 """
 
 import datetime
@@ -45,20 +45,20 @@ class LayerWorker:
         self._at = "starting"
 
     def open_meeting(self, one_node: bool) -> tuple[str, int]:
-        """Address and port at which the others find the gang; called on the worker that becomes the first.
+        """Opens the port at which the other workers join, and returns (address, port); called on the first worker.
 
-        Workers of one node meet where no other machine can reach them.
+        Workers of one node meet at an address that no other machine can reach.
         """
         address = LOOPBACK if one_node else ray.util.get_node_ip_address()
         self._meeting = Meeting(address, self._timeout)
         return address, self._meeting.port
 
     def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> None:
-        """Takes its place in the gang. Raises UserError where the GPU that it was given cannot be used."""
+        """Joins the gang as worker `rank` of `size`. Raises UserError where its GPU cannot be used."""
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(
-                f"a worker was given a GPU on which PyTorch {torch.__version__} cannot work: mend that node's driver "
-                f"or PyTorch, or set cluster.gpus_per_worker=0"
+                f"a worker was given a GPU that PyTorch {torch.__version__} cannot use: repair the driver or the "
+                f"PyTorch of that node, or set cluster.gpus_per_worker=0"
             )
         alone = meeting is None or meeting[0] == LOOPBACK
         address = LOOPBACK if alone else ray.util.get_node_ip_address()
@@ -72,7 +72,7 @@ class LayerWorker:
     def prune(
         self, model: ModelSettings, settings: PruneSettings, pool_url: str, stage_url: str
     ) -> Iterator[Event]:
-        """Commits every layer that is missing; rows and weights stay here. Yields what `prune_layers` does."""
+        """Commits every missing layer and yields the events of `prune_layers`; tokens and weights stay here."""
         torch.set_num_threads(self._cpus)
         with listening(WorkMetrics(label_of(stage_url))):
             skeleton = build_skeleton(model, self._device)
@@ -101,7 +101,7 @@ class LayerWorker:
         stage_url: str,
         unit: str,
     ) -> Iterator[Event]:
-        """Measures the perplexity of every text, which the first worker commits as `unit`."""
+        """Measures the perplexity of every text; the first worker commits it as `unit`."""
         torch.set_num_threads(self._cpus)
         skeleton = build_skeleton(model, self._device, hashes)
         found = yield from self._watched(
@@ -112,7 +112,7 @@ class LayerWorker:
             yield emit(UnitDone(Stage(stage_url).commit(unit, None, facts)))
 
     def _watched(self, events: Iterator[Event]) -> Generator[Event, None, Any]:
-        """The same events and value; `where` answers with the last layer that was entered."""
+        """Passes events on and returns their value; remembers the last layer entered, for `where`."""
         while True:
             try:
                 event = next(events)
@@ -123,5 +123,5 @@ class LayerWorker:
             yield event
 
     def where(self) -> str:
-        """How far the work has come; answered beside the work, so that silence means a stopped process."""
+        """Reports how far the work is. A thread of its own answers, so that silence means a stopped process."""
         return self._at

@@ -1,6 +1,6 @@
-"""What happens in a run as Prometheus metrics of the Ray cluster, each with the tags `run` and `stage`.
+"""Prometheus metrics of a run, served by the Ray cluster, each with the tags `run` and `stage`.
 
-Ray's own agent on every node serves them, as `ray_calibprune_...`, counters with `_total` behind the name. Grafana's
+Ray's agent on every node serves them as `ray_calibprune_...`, counters with the suffix `_total`. The Grafana
 dashboard for them is grafana/calibprune.json.
 """
 
@@ -19,7 +19,7 @@ def _metric(label: Label, kind: type, name: str, description: str, *tags: str) -
 
 
 class WorkMetrics(EventHandler):
-    """In the process of an engine or worker: what it commits. `record` picks the metrics by the kind of unit."""
+    """Metrics of what an engine or worker commits, kept in its process."""
 
     def __init__(self, label: Label) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class WorkMetrics(EventHandler):
 
 
 class LayerMetrics:
-    """Layers that a worker committed."""
+    """Metrics of the layers that a worker commits."""
 
     def __init__(self, label: Label) -> None:
         self._layers = _metric(label, Counter, "layers_pruned", "Layers committed.")
@@ -47,8 +47,12 @@ class LayerMetrics:
         self._written = _metric(
             label, Counter, "checkpoint_written_bytes", "Bytes of shards written."
         )
-        self._seconds = _metric(label, Gauge, "layer_seconds", "By kind of work.", "layer", "work")
-        self._memory = _metric(label, Gauge, "peak_memory_bytes", "Peak of a worker.", "worker")
+        self._seconds = _metric(
+            label, Gauge, "layer_seconds", "Seconds of a layer by kind of work.", "layer", "work"
+        )
+        self._memory = _metric(
+            label, Gauge, "peak_memory_bytes", "Peak memory of a worker.", "worker"
+        )
         self._sparsity = _metric(
             label, Gauge, "sparsity", "Fraction of a linear's weights that are zero.", "layer", "linear"
         )  # fmt: skip
@@ -75,7 +79,7 @@ class LayerMetrics:
 
 
 class SampleMetrics:
-    """Shards of samples that an engine committed."""
+    """Metrics of the shards of samples that an engine commits."""
 
     def __init__(self, label: Label) -> None:
         self._shards = _metric(label, Counter, "shards_committed", "Shards of samples committed.")
@@ -92,12 +96,12 @@ class SampleMetrics:
 
 
 class QueueMetrics:
-    """State of the driver's work queue."""
+    """Metrics of the driver's work queue."""
 
     def __init__(self, label: Label) -> None:
-        self._waiting = _metric(label, Gauge, "units_waiting", "Units that no engine has yet.")
-        self._running = _metric(label, Gauge, "units_running", "Units under way on an engine.")
-        self._ready = _metric(label, Gauge, "engines_ready", "Engines that take units.")
+        self._waiting = _metric(label, Gauge, "units_waiting", "Units that wait for an engine.")
+        self._running = _metric(label, Gauge, "units_running", "Units in progress on an engine.")
+        self._ready = _metric(label, Gauge, "engines_ready", "Engines that are ready for units.")
 
     def record(self, waiting: int, running: int, ready: int) -> None:
         self._waiting.set(waiting)
@@ -106,14 +110,16 @@ class QueueMetrics:
 
 
 class StageMetrics(EventHandler):
-    """In the driver: how far a stage is, and what was lost."""
+    """Metrics of a stage's progress and losses, kept in the driver."""
 
     def __init__(self, label: Label) -> None:
         super().__init__()
         self._units = _metric(label, Gauge, "units", "Units of a stage.")
-        self._done = _metric(label, Gauge, "units_done", "Units that are committed.")
-        self._left = _metric(label, Gauge, "seconds_left", "Expected, at the recent pace.")
-        self._failures = _metric(label, Counter, "failures", "What was lost, by kind.", "kind")
+        self._done = _metric(label, Gauge, "units_done", "Committed units of a stage.")
+        self._left = _metric(
+            label, Gauge, "seconds_left", "Expected seconds until the stage is done."
+        )
+        self._failures = _metric(label, Counter, "failures", "Losses by kind.", "kind")
         self._pace = Pace(0, 0)
 
     def handle_event(self, event: Event) -> None:

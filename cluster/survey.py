@@ -1,4 +1,4 @@
-"""What the live nodes of a cluster are, and whether they agree: one small task on each, and what their answers mean."""
+"""A survey of the live nodes of a cluster: a small task on each reports what it has and reaches."""
 
 import secrets
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,11 @@ from cluster import probe
 from cluster.places import Node, nodes
 
 SURVEY_SECONDS = 60.0
-"""For all answers: starting a process on a busy machine takes its time, a store is waited for 10 s a step."""
-NAMED = 4
+"""Longest wait for all answers: processes start slowly on a busy machine, and each step may wait 10 s for a store."""
+MAX_NAMED = 4
+"""Maximum number of nodes that one message names."""
 DRIVER = "this machine"
+"""Name of the driver's machine in messages."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Surveyed:
 
     node: Node
     facts: dict[str, Any]
-    """As `cluster.probe.look` tells them."""
+    """Facts that `cluster.probe.machine_facts` returned there."""
 
     @property
     def name(self) -> str:
@@ -41,15 +43,15 @@ class Surveyed:
 class Survey:
     nodes: tuple[Surveyed, ...]
     silent: tuple[tuple[Node, str], ...]
-    """Nodes that gave no answer, and why."""
+    """Nodes that gave no answer, each with the reason."""
     driver: dict[str, Any]
 
     @property
     def has_gpus(self) -> bool:
         return any(one.node.total.get("GPU") for one in self.nodes)
 
-    def works(self, one: Surveyed) -> bool:
-        """Whether engines and workers may come to a node: not where it has no GPU beside others that have."""
+    def hosts_workers(self, one: Surveyed) -> bool:
+        """Returns whether engines and workers may run on a node: where any node has GPUs, only those that have."""
         return bool(one.node.total.get("GPU" if self.has_gpus else "CPU"))
 
 
@@ -58,20 +60,20 @@ def take_survey(
     model: Sequence[str] = (),
     timeout_seconds: float = SURVEY_SECONDS,
 ) -> Survey:
-    """Asks every live node what it is, and whether it reaches the run's folder and the model's files.
+    """Asks every live node what it has, and whether it reaches the run's folder and the model's files.
 
-    `output` is the URL of the run's folder, `model` those of the config and of the first weights. The tasks hold no
-    CPU and no GPU and need nothing of ours on the nodes. Nodes that do not answer in time are told apart.
+    `output` is the URL of the run's folder, `model` the URLs of the config and of the first weights. The tasks hold no
+    CPU and no GPU, and run where calibprune is not installed. Nodes that do not answer in time are listed as silent.
     """
     cloudpickle.register_pickle_by_value(probe)
-    look = ray.remote(num_cpus=0, max_retries=0)(probe.look)
-    ours = not client.ray.is_connected()  # a client outside the cluster does not know its folders
-    temp = ray.get_runtime_context().get_temp_dir() if ours else "/tmp"
+    facts_task = ray.remote(num_cpus=0, max_retries=0)(probe.machine_facts)
+    inside = not client.ray.is_connected()  # a client outside the cluster does not know its folders
+    temp = ray.get_runtime_context().get_temp_dir() if inside else "/tmp"
     cluster = nodes()
-    with _seen_by_all(output) as seen:
+    with _shared_file(output) as seen:
         wanted = {"output": output, "seen": seen, "model": tuple(model)}
         asked = {
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
+            facts_task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
             .remote(temp, wanted): node
             for node in cluster
         }  # fmt: skip
@@ -87,12 +89,12 @@ def take_survey(
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             silent.append((asked[task], one_line(lines[-1], 200)))
     answered.sort(key=lambda one: one.name)
-    return Survey(tuple(answered), tuple(silent), probe.look(temp, {}))
+    return Survey(tuple(answered), tuple(silent), probe.machine_facts(temp, {}))
 
 
 @contextmanager
-def _seen_by_all(output: str | None) -> Iterator[tuple[str, str] | None]:
-    """A file in the run's folder that every node should see, as (URL, content)."""
+def _shared_file(output: str | None) -> Iterator[tuple[str, str] | None]:
+    """Writes a file that every node should see in the run's folder; yields (URL, content)."""
     if output is None:
         yield None
         return
@@ -107,20 +109,20 @@ def _seen_by_all(output: str | None) -> Iterator[tuple[str, str] | None]:
 
 def check_survey(survey: Survey) -> None:
     """Raises UserError where versions differ, or a node does not reach the run's folder or the model; StoreUnavailable
-    where only that is wrong which passes."""
+    where all that is wrong is transient trouble of a store."""
     if found := problems(survey):
-        raise (StoreUnavailable if only_passing(survey) else UserError)("; ".join(found))
+        raise (StoreUnavailable if only_transient(survey) else UserError)("; ".join(found))
 
 
 def problems(survey: Survey) -> list[str]:
-    """Versions that differ, then what nodes do not reach, one line each."""
+    """Lists the versions that differ, then what nodes do not reach, one line each."""
     return [skew for skew in (version_skew(survey),) if skew] + unreachable(survey)
 
 
-def only_passing(survey: Survey) -> bool:
-    """Whether nothing is wrong, or only what a store fails at in passing."""
+def only_transient(survey: Survey) -> bool:
+    """Returns whether nothing is wrong beyond transient trouble of a store."""
     return version_skew(survey) is None and all(
-        one.facts[f"{what}_passes"]
+        one.facts[f"{what}_transient"]
         for one in survey.nodes
         for what in ("output", "model")
         if one.facts[f"{what}_error"]
@@ -128,40 +130,42 @@ def only_passing(survey: Survey) -> bool:
 
 
 def version_skew(survey: Survey) -> str | None:
-    """Which versions differ between the nodes, and where, in one line; None where all agree."""
-    told = []
+    """Describes which versions differ between the machines, and where, in one line; None where all agree."""
+    different = []
     for what, groups in _versions(survey).items():
-        if len(groups) > 1:  # that of most machines first
+        if len(groups) > 1:  # the most common version first
             ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
             places = " and ".join(f"{version} on {_names(names)}" for version, names in ordered)
-            told.append(f"{what} is {places}")
-    if not told:
+            different.append(f"{what} is {places}")
+    if not different:
         return None
-    return f"versions differ: {', '.join(told)}: give every machine the same, such as one image"
+    return f"versions differ: {', '.join(different)}: install the same on every machine, such as from one image"
 
 
 def _versions(survey: Survey) -> dict[str, dict[str, list[str]]]:
-    """Names of machines by version, by package.
+    """Returns the names of machines by version, by package.
 
-    A machine that has no GPU beside others that have is no worker's: it needs no vLLM, and its torch may be the
-    build for CPUs.
+    A machine without a GPU hosts no workers where others have GPUs: it needs no vLLM, and its torch may be the build
+    for CPUs.
     """
     found: dict[str, dict[str, list[str]]] = {}
 
-    def add(name: str, facts: dict[str, Any], works: bool) -> None:
-        told = dict(facts["versions"])
-        told["Python"] = ".".join(facts["python"].split(".")[:2])
-        told["calibprune (hash of its source)"] = facts["source"]
-        for what, version in told.items():
-            if version is None and not works and what == "vllm":
+    def add(name: str, facts: dict[str, Any], hosts_workers: bool) -> None:
+        installed = dict(facts["versions"])
+        installed["Python"] = ".".join(facts["python"].split(".")[:2])
+        installed["calibprune (hash of its source)"] = facts["source"]
+        for what, version in installed.items():
+            if version is None and not hosts_workers and what == "vllm":
                 continue
-            if works and survey.has_gpus and what == "torch":  # builds for other CUDAs differ too
+            if (
+                hosts_workers and survey.has_gpus and what == "torch"
+            ):  # builds for other CUDAs differ too
                 found.setdefault("torch's build", {}).setdefault(str(version), []).append(name)
             public = "not installed" if version is None else version.split("+")[0]
             found.setdefault(what, {}).setdefault(public, []).append(name)
 
     for one in survey.nodes:
-        add(one.name, one.facts, survey.works(one))
+        add(one.name, one.facts, survey.hosts_workers(one))
     add(DRIVER, survey.driver, False)
     if len(found.get("torch", {})) > 1:
         found.pop("torch's build", None)
@@ -169,18 +173,18 @@ def _versions(survey: Survey) -> dict[str, dict[str, list[str]]]:
 
 
 def unreachable(survey: Survey) -> list[str]:
-    """The run's folder or the model out of reach of nodes: one line for every reason, naming the nodes."""
-    told: dict[tuple[str, str], list[str]] = {}
+    """Lists why nodes do not reach the run's folder or the model, one line for every reason with its nodes."""
+    reasons: dict[tuple[str, str], list[str]] = {}
     for one in survey.nodes:
         for what, key in (("output", "output_error"), ("the model", "model_error")):
             if one.facts[key]:
-                told.setdefault((what, one.facts[key]), []).append(one.name)
+                reasons.setdefault((what, one.facts[key]), []).append(one.name)
     return [
         f"{what} cannot be {'written' if what == 'output' else 'read'} from {_names(names)}: {reason}"
-        for (what, reason), names in told.items()
+        for (what, reason), names in reasons.items()
     ]
 
 
 def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

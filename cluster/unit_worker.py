@@ -1,4 +1,4 @@
-"""The actor that makes units of a stage one after another; what it makes is up to the function that it is given."""
+"""The actor that makes units of a stage one after another, with the function that it is given."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,6 +20,6 @@ class UnitWorker:
         return node()
 
     def make(self, units: Sequence[str]) -> Iterator[Event]:
-        """Yields UnitDone for every unit, and Tick now and then while a unit takes long."""
+        """Yields UnitDone for every unit, and Tick from time to time while a unit takes long."""
         with listening(WorkMetrics(self._label)):
             yield from self._function(units)

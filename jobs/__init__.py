@@ -1,1 +1,1 @@
-"""The drivers of the five stages and the command line. Read `pipeline.py` first."""
+"""The drivers of the five stages, and the command line. Read `pipeline.py` first."""

@@ -1,4 +1,4 @@
-"""The command line. Imports of the stages happen inside the commands, so that --help answers at once."""
+"""The command line. The commands import the stages only when they run, so that --help answers at once."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
-        """Runs a command. An EOFError gets another name, for Typer would say "Aborted." of it and no more."""
+        """Runs a command. An EOFError is renamed, since Typer would print "Aborted." for it and nothing else."""
         try:
             return super().invoke(ctx)
         except EOFError as error:
@@ -41,8 +41,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Prune a large language model with calibration text that it wrote itself.
 
-    A run is one YAML file. Its five stages are generate, curate, prune, evaluate and report; every stage keeps its
-    results in a folder of the run's output, and the same command resumes after any crash.
+    A run is described by one YAML file. Its five stages are generate, curate, prune, evaluate and report; each stage
+    keeps its results in a folder of the run's output, and the same command resumes after any crash.
 
     Start with:
     calibprune demo-model .cache/demo-model
@@ -62,7 +62,7 @@ Overrides = Annotated[
     typer.Argument(
         metavar="[key.path=value]...",
         help="Settings that replace the file's, such as prune.sparsity=0.6 or prune.method=wanda; "
-        "preset=NAME puts one of `calibprune presets` under them.",
+        "preset=NAME takes one of `calibprune presets` as their base.",
     ),
 ]
 Address = Annotated[
@@ -70,15 +70,15 @@ Address = Annotated[
     typer.Option(
         "--address",
         metavar="URL",
-        help="Ray's dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS or RAY_ADDRESS. A cluster with tokens: "
-        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
+        help="Ray's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS. For a "
+        "cluster with tokens set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
     ),
 ]
 
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
-    """All stages. Those that are done already are passed over."""
+    """Run all stages; those that are already done are skipped."""
     finished = _run(config, overrides, COMMANDS)
     from jobs.report import show_result
 
@@ -106,15 +106,15 @@ def check(
         bool | None,
         typer.Option(
             "--cluster/--local",
-            help="Look at the Ray cluster, also at one that merely runs on this machine; or at none. "
-            "Else at the one that cluster.address or RAY_ADDRESS names.",
+            help="Check the Ray cluster too, even one that merely runs on this machine; or check no cluster. "
+            "Default: check the cluster that cluster.address or RAY_ADDRESS names, if any.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Validate a configuration and its inputs, and say what the run will need and what the cluster lacks for it.
+    """Validate a configuration and its inputs; print what the run will need, and what the cluster lacks for it.
 
-    Starts no work. Exit code 2 where something is missing."""
+    Starts no work. The exit code is 2 where something is missing."""
     from calibprune.config.load import load_config
 
     settings = load_config(config, overrides or ())  # before the imports, which take seconds
@@ -125,7 +125,7 @@ def check(
         requirements,
         unmeasured,
     )
-    from jobs.preflight import check_cluster, cluster_to_look_at
+    from jobs.preflight import check_cluster, cluster_to_check
     from jobs.run import Run
 
     checked = Run(settings, COMMANDS)
@@ -134,14 +134,14 @@ def check(
         print(f"{name:<26} {value}")
     for line in memory_in_lines(checked):
         print(line)
-    cluster_settings = cluster_to_look_at(checked.config.cluster, cluster)
+    cluster_settings = cluster_to_check(checked.config.cluster, cluster)
     if cluster_settings is not None:
         answered, notes = check_cluster(checked, cluster_settings)
         print(f"the configuration is fine, and the cluster has what it needs: {answered}")
     else:
         notes = advice(checked)
         print("the configuration is fine")
-        print("no cluster was looked at: --cluster does, and so do cluster.address and RAY_ADDRESS")
+        print("no cluster was checked: give --cluster, or set cluster.address or RAY_ADDRESS")
     for line in [*notes, *unmeasured(checked)]:
         typer.echo(f"note: {plain(line)}", err=True)
 
@@ -150,14 +150,17 @@ def check(
 def status(
     run_url: Annotated[str, typer.Argument(metavar="RUN_URL")],
     watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Look repeatedly until all stages are done.")
+        bool, typer.Option("--watch", "-w", help="Repeat until all stages are done.")
     ] = False,
     every: Annotated[
-        float, typer.Option("--every", metavar="SECONDS", min=0.2, help="Pause between two looks.")
+        float,
+        typer.Option("--every", metavar="SECONDS", min=0.2, help="Pause between two reports."),
     ] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every report as one JSON object.")
+    ] = False,
 ) -> None:
-    """What a run has done, its pace, the time left, who works on it and what failed. Reads only the run's folder."""
+    """Show what a run has done, its pace, the time left, its driver and what failed. Reads only the run's folder."""
     from jobs.status import show
 
     try:
@@ -173,12 +176,12 @@ def submit(
     address: Address = None,
     no_wait: Annotated[
         bool,
-        typer.Option("--no-wait", help="Print the job's id and leave; else its log is followed."),
+        typer.Option("--no-wait", help="Print the job's id and exit instead of following its log."),
     ] = False,
 ) -> None:
-    """Run all stages as a job of a Ray cluster, with the source of the checkout that this is called in.
+    """Run all stages as a job of a Ray cluster, with the source of the checkout in the current folder.
 
-    The exit code is the driver's. Ctrl-C leaves the job alone: the same command follows it again, or resumes the run.
+    The exit code is the driver's. Ctrl-C leaves the job running: the same command follows it again, or resumes the run.
     """
     from jobs.submit import submit as submit_job
 
@@ -187,7 +190,7 @@ def submit(
 
 @app.command("jobs")
 def list_jobs(address: Address = None) -> None:
-    """The jobs of calibprune on a Ray cluster: id, state, exit code, age, output."""
+    """List calibprune's jobs on a Ray cluster: id, state, exit code, age, output."""
     from jobs.submitted import list_jobs as lines_of_jobs
 
     for line in lines_of_jobs(address):
@@ -198,7 +201,7 @@ def list_jobs(address: Address = None) -> None:
 def stop_job(
     job: Annotated[str, typer.Argument(metavar="ID_OR_RUN_URL")], address: Address = None
 ) -> None:
-    """Stop a job of calibprune, by its id or by the URL of its run, and say how to resume it."""
+    """Stop a job of calibprune, by its id or by the URL of its run, and print how to resume it."""
     from jobs.submitted import stop
 
     print(plain(stop(job, address)))
@@ -206,7 +209,7 @@ def stop_job(
 
 @app.command()
 def presets() -> None:
-    """Ready settings of generate and curate, taken with preset=NAME or `preset: NAME` in the file."""
+    """List ready-made settings of generate and curate, to be used with preset=NAME or `preset: NAME` in the file."""
     from calibprune.config.load import presets
 
     for name, line in presets().items():
@@ -225,17 +228,17 @@ def publish(
         ),
     ],
 ) -> None:
-    """Copy a finished stage, verified, to a folder, a bucket or the Hugging Face hub; of prune, the checkpoint."""
+    """Copy a finished stage, verified, to a folder, a bucket or the Hugging Face hub; for prune, its checkpoint."""
     from calibprune import storage
     from calibprune.publish import publish as publish_stage
-    from calibprune.retry import shown
+    from calibprune.retry import redacted_url
     from jobs.stages import module
 
     if stage not in COMMANDS:
         raise UserError(f"there is no stage {stage}: it is one of {', '.join(COMMANDS)}")
     done = publish_stage(storage.join(run_url, stage), target, **module(stage).PUBLISHED)
     print(
-        f"{shown(target)}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
+        f"{redacted_url(target)}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
     )
 
 
@@ -266,7 +269,7 @@ def options(
         typer.Option(
             "--log-format",
             envvar="CALIBPRUNE_LOG_FORMAT",
-            help="json: one object a line, with one for every unit and every failure.",
+            help="json: one JSON object per line, with one for every unit and every failure.",
         ),
     ] = LogFormat.text,
 ) -> None:
@@ -293,7 +296,7 @@ def _stop(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    """Entry point: errors in one line; exit code 2 for what the user can mend, 1 for what failed, 130 for Ctrl-C."""
+    """Runs the command line. An error is one line; exit codes: 2 if the user can fix it, 1 if not, 130 for Ctrl-C."""
     keep_compiled_code_private()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
@@ -311,7 +314,7 @@ def main() -> None:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    """Ends at once: Ray gives a job that it stops 3 s, and the interpreter may take 2 to put libraries away."""
+    """Exits at once: Ray kills a job 3 s after stopping it, and the interpreter may take 2 s to shut libraries down."""
     if is_json():
         logging.getLogger("calibprune").info("%s", message)
     else:

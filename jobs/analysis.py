@@ -1,6 +1,6 @@
-"""curate/analysis: the sources beside the reference corpora: how alike they are, and how familiar to the model.
+"""curate/analysis: compares the sources with the reference corpora: how alike they are, and how familiar to the model.
 
-A small stage of its own inside curate's folder, so that other references can be asked for at any time.
+It is a small stage of its own inside curate's folder, so that references can be changed at any time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,17 +38,17 @@ def skip(run: Run) -> str | None:
 
 
 def check(run: Run) -> None:
-    """The references are checked with curate's other texts."""
+    """Does nothing: curate checks the references with its other texts."""
 
 
 def needs(run: Run) -> Iterator[Need]:
     if skip(run) is None and not run.stage(NAME).finished:
-        work = f"sources beside {len(run.config.curate.references)} texts"
+        work = f"sources compared with {len(run.config.curate.references)} texts"
         yield Need("curate", "task", 1, 1, _bundle(run), work)
 
 
 def plan(run: Run) -> Plan:
-    """What was compared with other references before is removed."""
+    """Plans the comparison; removes one that was made with other references."""
     stage = run.stage(NAME)
     identity = _compared(run) | {"samples": run.stage("curate").content_id()}
     if stage.planned and stage.read_plan()["identity"] != flat(identity):
@@ -74,7 +74,7 @@ def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
 
 
 def facts(run: Run) -> dict[str, Any] | None:
-    """The comparison with the references that are configured, if it is done."""
+    """Returns the comparison with the configured references, if it is done."""
     stage = run.stage(NAME)
     if (
         not stage.finished
@@ -85,13 +85,13 @@ def facts(run: Run) -> dict[str, Any] | None:
 
 
 def _bundle(run: Run) -> Bundle:
-    """A worker's place where the model is asked, else a core."""
+    """Returns the resources of a worker where the model is needed, else one core."""
     needs_model = run.config.curate.analysis.min_k is not None
     return worker_bundle(run.config.cluster) if needs_model else Bundle(1, 0)
 
 
 def _compared(run: Run) -> dict[str, Any]:
-    """What the configuration asks to be compared."""
+    """Returns the settings of the comparison."""
     return run.config.curate.model_dump(mode="json", include={"references", "analysis"})
 
 
@@ -113,7 +113,7 @@ def _analyse(
 
 
 def _documents(curation: Curation, source: int) -> list[np.ndarray]:
-    """The first documents of a source, whether kept or dropped."""
+    """Returns the first documents of a source, kept and dropped ones alike."""
     found: list[np.ndarray] = []
     for shard in (s for one in curation.portions if one.source == source for s in one.shards):
         table = read_shard(shard)

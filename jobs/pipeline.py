@@ -11,38 +11,38 @@ from calibprune.config import Config
 from calibprune.lease import Lease
 from cluster.session import connect
 from jobs.check import check_before_work
-from jobs.preflight import check_room, look_before_work
+from jobs.preflight import check_cluster_before_work, check_room
 from jobs.run import Run
 from jobs.stage_runner import run_stage
 from jobs.stages import modules
 from jobs.tracking import tracking
 
 LEASE_SECONDS, REMOTE_LEASE_SECONDS = 30.0, 120.0
-"""Time without a sign of life after which another driver may take over; on a store, as long as it is tried again."""
+"""Time without a sign of life after which another driver may take over; longer on a store, where writes are retried."""
 
 
 def run_stages(config: Config, commands: Sequence[str]) -> Run:
-    """Runs the stages of these commands in order; stages that are finished already are passed over.
+    """Runs the stages of these commands in order; finished stages are skipped.
 
-    Raises UserError for bad input and for a run that another driver is working on before any work starts, DriftError
+    Raises UserError, before any work starts, for bad input and for a run that another driver is working on; DriftError
     when the folder holds a run with other settings.
     """
     run = Run(config, commands)
     check_before_work(run)
-    working = set(commands) != {"report"}  # a report may be made beside a driver that works
+    working = set(commands) != {"report"}  # a report may be made while another driver works
     with (
         only_driver(run) if working else nullcontext(),
         connect(config.cluster) if working else nullcontext(False) as started_here,
     ):
         if working and not started_here:
-            look_before_work(run)
+            check_cluster_before_work(run)
         if working:
-            if not run.begun:  # a resumed run waits: a node that was lost may be on its way back
+            if not run.begun:  # a resumed run waits: a lost node may come back
                 check_room(run)
             run.open()
         with tracking(run) if working else nullcontext(lambda: None) as track:
             for module in modules(commands):
-                run.go_on()
+                run.check_may_continue()
                 run_stage(module, run)
                 track()
     return run
@@ -50,7 +50,7 @@ def run_stages(config: Config, commands: Sequence[str]) -> Run:
 
 @contextmanager
 def only_driver(run: Run) -> Iterator[None]:
-    """Keeps other drivers away from the run."""
+    """Holds the run's lease, so that no other driver works on it."""
     expire = LEASE_SECONDS if storage.is_local(run.config.output) else REMOTE_LEASE_SECONDS
     with Lease(run.config.output, expire_seconds=expire) as lease:
         run.lease = lease

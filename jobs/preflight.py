@@ -1,4 +1,4 @@
-"""Before work starts: what the cluster has, what the run needs of it stage by stage, and what is missing."""
+"""Compares the cluster with what the run needs of it, stage by stage, before work starts."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,33 +14,34 @@ from calibprune.config.model import ClusterSettings
 from calibprune.errors import StoreUnavailable, UserError
 from calibprune.events import note
 from calibprune.text import size
-from cluster.places import Need, never_fits, nodes, shown, wanted
+from cluster.places import Need, in_words, never_fits, nodes, request_in_words
 from cluster.session import connect
-from cluster.survey import Survey, Surveyed, check_survey, only_passing, problems, take_survey
+from cluster.survey import Survey, Surveyed, check_survey, only_transient, problems, take_survey
 from jobs.run import Run
 from jobs.stages import module, modules
 
 PIPELINE_SECONDS = 30.0
-"""Time for the nodes to answer when a run starts: one that is slower is passed over with a note."""
-MIN_SHARED_MEMORY, MIN_TEMP = 1 << 30, 5 << 30
+"""Time in which the nodes must answer when a run starts, in seconds; slower ones are noted and ignored."""
+MIN_SHARED_MEMORY_BYTES, MIN_TEMP_BYTES = 1 << 30, 5 << 30
+"""Free bytes of /dev/shm and of Ray's temporary folder below which a node gets a note."""
 TOKEN_BYTES = 4
 LOG_WIDTH = 180
-SHOWN = ("torch", "vllm", "transformers", "ray")
+"""Width of the tables where stdout is not a terminal, in characters."""
+PACKAGES_SHOWN = ("torch", "vllm", "transformers", "ray")
 
 
 def needs(run: Run) -> list[Need]:
-    """What the stages of the run's commands that still have work to do ask for, in order.
+    """Lists what the run's unfinished stages ask of the cluster, in order.
 
-    Needs a connection to Ray: some settings follow the cluster.
+    Needs a connection to Ray, since the defaults of some settings depend on the cluster.
     """
     return [need for stage in modules(run.commands) for need in stage.needs(run)]
 
 
-def look_before_work(run: Run) -> None:
-    """Refuses a cluster whose nodes differ in versions, or do not reach the run's folder or the model.
+def check_cluster_before_work(run: Run) -> None:
+    """Raises UserError where the versions on the nodes differ, or nodes do not reach the run's folder or the model.
 
-    Raises UserError naming nodes and versions. Notes say which nodes do not answer, and where there is too little
-    memory for a stage.
+    Logs which nodes do not answer, and what may be missing for a stage, such as memory.
     """
     survey = _surveyed(run, PIPELINE_SECONDS)
     for node, reason in survey.silent:
@@ -48,13 +49,13 @@ def look_before_work(run: Run) -> None:
     check_survey(survey)
     cluster = nodes()
     for need in needs(run):
-        if never_fits(need.least, need.bundle, cluster) is None:  # else `check_room` refuses
-            for line in judged(need, survey)[0]:
+        if never_fits(need.least, need.bundle, cluster) is None:  # otherwise `check_room` raises
+            for line in assess(need, survey)[0]:
                 note(f"note: {line}")
 
 
 def check_room(run: Run) -> None:
-    """Raises UserError where the places that a stage asks for would not be there were the whole cluster idle."""
+    """Raises UserError where a stage asks for more than even the idle cluster has room for."""
     cluster = nodes()
     for need in needs(run):
         never = never_fits(need.least, need.bundle, cluster)
@@ -62,10 +63,11 @@ def check_room(run: Run) -> None:
             raise UserError(f"{need.stage}: {never}")
 
 
-def cluster_to_look_at(settings: ClusterSettings, wanted: bool | None) -> ClusterSettings | None:
-    """The settings to join with; None where no cluster is to be looked at.
+def cluster_to_check(settings: ClusterSettings, wanted: bool | None) -> ClusterSettings | None:
+    """Returns the settings to join the cluster with that is to be checked; None where there is none.
 
-    `wanted` None: where one is named, by cluster.address or RAY_ADDRESS. True: else one that runs on this machine.
+    With `wanted` None that is the cluster that cluster.address or RAY_ADDRESS names, if any; with True also one that
+    runs on this machine; with False none.
     """
     if wanted is False:
         return None
@@ -75,18 +77,18 @@ def cluster_to_look_at(settings: ClusterSettings, wanted: bool | None) -> Cluste
 
 
 def check_cluster(run: Run, settings: ClusterSettings) -> tuple[str, list[str]]:
-    """Joins the cluster, prints what it is and what the run needs of it; returns how many nodes answered, in words, and
-    what may turn out badly.
+    """Joins the cluster, and prints what it has and what the run needs of it; returns how many nodes answered, in
+    words, and notes on what may go wrong.
 
-    Raises UserError naming all that is missing, such as answers of nodes, or StoreUnavailable where that is all and
-    may pass.
+    Raises UserError naming everything that is missing, such as answers of nodes, or StoreUnavailable where that is
+    only a store's transient trouble.
     """
     with _joined(settings):
         survey, needed = _surveyed(run), needs(run)
         _show(run, survey, needed)
     missing, notes = problems(survey), []
     for need in needed:
-        lacking, remarks = judged(need, survey)
+        lacking, remarks = assess(need, survey)
         missing += lacking
         notes += remarks
     missing += _disks(run, survey)
@@ -98,7 +100,7 @@ def check_cluster(run: Run, settings: ClusterSettings) -> tuple[str, list[str]]:
         )
     notes += _small_disks(needed, survey)
     if missing:
-        passing = missing == problems(survey) and only_passing(survey)
+        passing = missing == problems(survey) and only_transient(survey)
         raise (StoreUnavailable if passing else UserError)("; ".join(missing))
     return f"all {len(survey.nodes)} nodes answered", notes
 
@@ -109,12 +111,12 @@ def _joined(settings: ClusterSettings) -> Iterator[None]:
         try:
             stack.enter_context(connect(settings))
         except UserError as error:
-            raise UserError(f"{error} (check --local looks at no cluster)") from None
+            raise UserError(f"{error} (check --local connects to no cluster)") from None
         yield
 
 
-def judged(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
-    """(what is missing for a stage, what may turn out badly), one line each."""
+def assess(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
+    """Returns (what is missing for a stage, what may go wrong), one line each."""
     missing, notes = [], []
     cluster = [*(one.node for one in survey.nodes), *(node for node, _ in survey.silent)]
     never = never_fits(need.least, need.bundle, cluster)
@@ -128,8 +130,8 @@ def judged(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
         )
     if free < min(need.count, room):
         notes.append(
-            f"{need.stage}: {wanted(need.count, need.bundle)} find {free} places free and {room - free} busy now; "
-            f"it waits for up to cluster.start_timeout_seconds"
+            f"{need.stage}: {request_in_words(need.count, need.bundle)} find {free} places free and {room - free} busy "
+            f"now; it waits for up to cluster.start_timeout_seconds"
         )
     host_bytes = need.host_bytes
     smallest = _smallest_gpu(survey)
@@ -147,7 +149,7 @@ def judged(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
             min(need.bundle.fits_in(one.node.total), int(one.facts["memory_bytes"] // host_bytes))
             for one in survey.nodes
         )
-        # those that gave no answer may have the memory
+        # nodes that gave no answer may have the memory
         placed += sum(need.bundle.fits_in(node.total) for node, _ in survey.silent)
         if placed < need.least:
             each = ", ".join(
@@ -171,7 +173,7 @@ def _n(noun: str) -> str:
 
 
 def _smallest_gpu(survey: Survey) -> int | None:
-    """Of those that Ray gives out: where a machine has more, its largest."""
+    """Returns the bytes of the smallest GPU in use; a machine with more GPUs than Ray uses counts with its largest."""
     sizes = []
     for one in survey.nodes:
         here = sorted((gpu["bytes"] for gpu in one.facts["gpus"] or ()), reverse=True)
@@ -180,34 +182,34 @@ def _smallest_gpu(survey: Survey) -> int | None:
 
 
 def _disks(run: Run, survey: Survey) -> list[str]:
-    """Nodes whose disk has no room for what the run will write, where its folder is on a disk."""
+    """Describes the first node whose disk has too little room for the run, where its folder is on a disk."""
     stored = bytes_stored(run)
-    told = []
+    found = []
     for one in survey.nodes:
         free = one.facts["output_free_bytes"]
         if free is not None and free < stored:
-            told.append(
+            found.append(
                 f"output {run.config.output} takes up to {size(stored)}, {one.name} has {size(free)} of disk free"
             )
-    return told[:1]
+    return found[:1]
 
 
 def _small_disks(needed: Sequence[Need], survey: Survey) -> Iterator[str]:
     several = any(need.actor == "engine" and need.bundle.gpus > 1 for need in needed)
     for one in survey.nodes:
         shared, temp = one.facts["shared_memory_free_bytes"], one.facts["temp_free_bytes"]
-        if several and shared is not None and shared < MIN_SHARED_MEMORY:
+        if several and shared is not None and shared < MIN_SHARED_MEMORY_BYTES:
             yield (
-                f"{one.name} has {size(shared)} of /dev/shm, where the GPUs of one engine meet: "
+                f"{one.name} has {size(shared)} of /dev/shm, through which the GPUs of one engine communicate: "
                 f"give its container more shared memory"
             )
-        if temp is not None and temp < MIN_TEMP:
+        if temp is not None and temp < MIN_TEMP_BYTES:
             yield f"{one.name} has {size(temp)} free for Ray's temporary files"
 
 
 def bytes_read(run: Run, engines: int) -> int:
-    """Most bytes of the model that the whole cluster reads: by every engine, by prune once more where the allocation
-    is measured, by the comparison, and by evaluate of the dense and the pruned model."""
+    """Returns the maximum bytes of the model that the whole cluster reads: once by every engine and by prune, and once
+    more where the allocation is measured, for the comparison, and for evaluating the dense and the pruned model."""
     config = run.config
     measured = config.prune.allocation.type in ("owl", "alphapruning")
     compared = bool(config.curate.references) and config.curate.analysis.min_k is not None
@@ -216,7 +218,7 @@ def bytes_read(run: Run, engines: int) -> int:
 
 
 def bytes_stored(run: Run) -> int:
-    """Most bytes in the run's folder: samples, pool, snapshots and the pruned checkpoint, if they are not there yet."""
+    """Returns the maximum bytes still to be stored for the run: samples, pool, snapshots and pruned checkpoint."""
     sequences, tokens = run.pool_shape
     generate = run.config.generate
     samples = 0
@@ -227,7 +229,7 @@ def bytes_stored(run: Run) -> int:
     return (
         run.skeleton.checkpoint.bytes * (not run.stage("prune").finished)
         + TOKEN_BYTES
-        * (2 * samples + sequences * tokens)  # what is dropped is kept with its reason
+        * (2 * samples + sequences * tokens)  # dropped samples are stored too, with the reason
         + snapshots * sequences * tokens * hidden * run.skeleton.dtype.itemsize
     )
 
@@ -255,7 +257,16 @@ def _show(run: Run, survey: Survey, needed: Sequence[Need]) -> None:
 
 
 def _nodes_table(survey: Survey) -> Table:
-    columns = ("node", "CPU", "GPU", "free memory", "free disk", "Python", *SHOWN, "calibprune")
+    columns = (
+        "node",
+        "CPU",
+        "GPU",
+        "free memory",
+        "free disk",
+        "Python",
+        *PACKAGES_SHOWN,
+        "calibprune",
+    )
     table = Table(*columns, title="the cluster", title_justify="left")
     for one in survey.nodes:
         versions = one.facts["versions"]
@@ -263,10 +274,10 @@ def _nodes_table(survey: Survey) -> Table:
             Text(one.name), _free_of(one, "CPU"), _gpus(one),
             f"{size(one.facts['free_memory_bytes'])} of {size(one.facts['memory_bytes'])}",
             size(one.facts["temp_free_bytes"]), one.facts["python"],
-            *(versions[name] or "none" for name in SHOWN), one.facts["source"] or "none",
+            *(versions[name] or "none" for name in PACKAGES_SHOWN), one.facts["source"] or "none",
         )  # fmt: skip
     for node, reason in survey.silent:
-        table.add_row(Text(node.name), shown(node.total), Text(f"no answer: {reason}"))
+        table.add_row(Text(node.name), in_words(node.total), Text(f"no answer: {reason}"))
     return table
 
 
@@ -289,7 +300,7 @@ def _needs_table(needed: Sequence[Need]) -> Table:
         many = "tasks" if need.actor == "task" else f"{need.count} x {need.actor}"
         table.add_row(
             need.stage,
-            f"{many} ({shown(need.bundle.as_resources())})",
+            f"{many} ({in_words(need.bundle.as_resources())})",
             "" if need.host_bytes is None else size(need.host_bytes),
             size(need.gpu_bytes) if need.gpu_bytes else "",
             need.work,

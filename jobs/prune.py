@@ -37,8 +37,9 @@ from jobs.stages import Plan
 NAME = "prune"
 PUBLISHED: dict[str, Any] = {"folder": "checkpoint", "closing": (INDEX,)}
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
-"""Settings that do not change the result: they may differ when a run is taken up again."""
-SHOWN_OF_LINEARS = ("relative_error", "unrefined_error", "parameters")
+"""Settings that do not change the result: a resumed run may have others."""
+LINEAR_FACTS = ("relative_error", "unrefined_error", "parameters")
+"""Facts of a linear that the report shows."""
 
 
 def skip(run: Run) -> str | None:
@@ -88,7 +89,7 @@ def needs(run: Run) -> Iterator[Need]:
     gpu = pruning_memory(run, count, on_gpu=True)
     yield Need(
         NAME, "worker", count, count, bundle, work,
-        # the layer that is read ahead, and the one being written with its serialised copy
+        # the layer that is read ahead, and the layer being written with its serialised copy
         host_bytes=host.process + max(host.layers * 3 // 5, host.outside),
         gpu_bytes=gpu.bytes,
         movable_bytes=0 if run.config.prune.offload is False else gpu.paused,
@@ -97,7 +98,7 @@ def needs(run: Run) -> Iterator[Need]:
 
 
 def pruning_memory(run: Run, workers: int, on_gpu: bool) -> WorkerMemory:
-    """Memory of one of that many workers; on a GPU what lies there."""
+    """Returns the memory of one of `workers` pruning workers: on its GPU, or on the host."""
     sequences, tokens = run.pool_shape
     skeleton = replace(run.skeleton, device=torch.device("cuda" if on_gpu else "cpu"))
     return worker_memory(skeleton, run.config.prune, sequences, tokens, workers, host_memory())
@@ -118,7 +119,7 @@ def plan(run: Run) -> Plan:
 
 
 def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
-    """Has the missing layers committed, then makes the folder a checkpoint."""
+    """Has the missing layers committed, then completes the folder to a checkpoint."""
     settings = run.config.prune
     if missing:
         yield from _prune(run, stage)
@@ -145,7 +146,7 @@ def _prune(run: Run, stage: Stage) -> Iterator[Event]:
     ):  # fmt: skip
         yield event
         if isinstance(event, UnitDone) and event.record.unit == ALLOCATION:
-            note(f"{settings.allocation.type} takes {in_words(event.record.facts)}")
+            note(f"{settings.allocation.type} removes {in_words(event.record.facts)}")
             _note_if_missed(run, event.record.facts)
 
 
@@ -155,7 +156,7 @@ def _note_if_missed(run: Run, allocation: Mapping[str, Any]) -> None:
 
 
 def usable_workers(run: Run) -> int:
-    """The workers asked for, but no more than there are micro-batches to sweep."""
+    """Returns the number of configured workers, but no more than there are micro-batches to sweep."""
     wanted, (sequences, _) = run.config.cluster.worker_count, run.pool_shape
     batches = -(-sequences // run.config.prune.batch_sequences)
     if batches < wanted:
@@ -169,7 +170,7 @@ def usable_workers(run: Run) -> int:
 def _intent(
     run: Run, workers: int, chosen: Sequence[tuple[str, ...]], removal: Mapping[str, Any]
 ) -> str:
-    """What is about to be done, in one line."""
+    """Describes what is about to be done in one line."""
     settings = run.config.prune
     total = sum(len(run.skeleton.linears(index)) for index in range(len(chosen)))
     picked = sum(map(len, chosen))
@@ -177,9 +178,9 @@ def _intent(
     workers_named = f"{workers} worker{'s' if workers > 1 else ''}"
     removed = in_words(removal)
     if is_measured(settings):
-        removed += f", shared out by {settings.allocation.type}"
+        removed += f", allocated by {settings.allocation.type}"
     method = settings.method.type + (f" and {settings.refine.type}" if settings.refine else "")
-    return f"{method} takes {removed}: {picked} linears in {len(chosen)} layers on {workers_named}{dense}"
+    return f"{method} removes {removed}: {picked} linears in {len(chosen)} layers on {workers_named}{dense}"
 
 
 def facts(run: Run) -> PruneFacts:
@@ -192,7 +193,7 @@ def facts(run: Run) -> PruneFacts:
         layer["linears"] = {
             name: {
                 "sparsity": linear["zeros"] / linear["parameters"],
-                **{shown: linear[shown] for shown in SHOWN_OF_LINEARS if shown in linear},
+                **{fact: linear[fact] for fact in LINEAR_FACTS if fact in linear},
             }
             for name, linear in record.facts["linears"].items()
         }

@@ -1,6 +1,6 @@
 """report: gathers what the stages recorded into report.json and one self-contained page.
 
-Everything comes from the run's own folder: the report can be drawn on any machine, also when the model has moved.
+Everything comes from the run's own folder, so that the report can be drawn on any machine and without the model.
 """
 
 import datetime
@@ -18,7 +18,7 @@ from calibprune.events import Event, Tick, note
 from calibprune.pruning.export import FOLDER as CHECKPOINT
 from calibprune.reporting.facts import PruneFacts, Report, SampleText, StageFacts
 from calibprune.reporting.page import render_page
-from calibprune.stage import Stage, flat, told_apart
+from calibprune.stage import Stage, describe_differences, flat
 from calibprune.text import change, duration
 from calibprune.text import perplexity as perplexity_in_words
 from cluster.places import Need
@@ -29,7 +29,7 @@ NAME = "report"
 PUBLISHED: dict[str, Any] = {"recorded": False, "closing": ("report.json", "index.html")}
 OTHERS = tuple(name for name in STAGES if name != NAME)
 SAMPLE_CHARACTERS = 4000
-"""Most characters that are shown of one sample."""
+"""Maximum characters that are shown of one sample."""
 
 
 def skip(run: Run) -> str | None:
@@ -51,8 +51,8 @@ def check(run: Run) -> None:
         changed = [key for key in settings if key in made and made[key] != settings[key]]
         if changed:
             raise DriftError(
-                f"{stage.url} was made with other settings: {told_apart(made, settings, changed)}. "
-                f"Give the same to report on it"
+                f"{stage.url} was made with other settings: {describe_differences(made, settings, changed)}. "
+                f"Use the same settings to report on it"
             )
 
 
@@ -61,7 +61,7 @@ def needs(run: Run) -> Iterator[Need]:
 
 
 def plan(run: Run) -> None:
-    """There is none: the report is made each time."""
+    """Returns no plan: the report is made each time."""
 
 
 def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
@@ -75,20 +75,20 @@ def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
 
 
 def facts(run: Run) -> None:
-    """The report shows the other stages."""
+    """Returns no facts: the report shows those of the other stages."""
 
 
 def collect(run: Run) -> Report:
-    """Everything the report shows. Stages that are not finished are left out."""
+    """Collects everything that the report shows. Unfinished stages are left out."""
     finished = [name for name in OTHERS if run.stage(name).finished]
     recorded, found = run.read(), dict[str, Any]()
     for name in finished:
         parent, _, inside = name.partition("/")
-        shown = module(name).facts(run)
+        facts = module(name).facts(run)
         if not inside:
-            found[name] = shown
-        elif shown is not None and found.get(parent):
-            found[parent] = found[parent] | {inside: shown}
+            found[name] = facts
+        elif facts is not None and found.get(parent):
+            found[parent] = found[parent] | {inside: facts}
     return {
         "calibprune": __version__,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -115,14 +115,14 @@ def _stage_facts(run: Run, name: str) -> StageFacts:
 
 
 def _sparsity(prune: PruneFacts) -> float:
-    """Share of zeros among the weights of all pruned linears."""
+    """Returns the share of zeros among the weights of all pruned linears."""
     linears = [linear for layer in prune["layers"] for linear in layer["linears"].values()]
     zeros = sum(round(linear["sparsity"] * linear["parameters"]) for linear in linears)
     return zeros / max(1, prune["parameters"])
 
 
 def _sample_texts(run: Run) -> list[SampleText]:
-    """A few samples of the first shard: the likeliest, the median and the least likely, by perplexity."""
+    """Returns a few samples of the first shard, evenly spaced from the likeliest to the least likely by perplexity."""
     stage = run.stage("generate")
     shards, tokenizer = sample_records(stage), _tokenizer(run)
     if not shards or tokenizer is None:
@@ -149,7 +149,7 @@ def _sample_texts(run: Run) -> list[SampleText]:
 
 
 def _tokenizer(run: Run) -> Any:
-    """The one that was copied to the pruned checkpoint, else the model's; None where the model has moved."""
+    """Loads the tokenizer copied to the pruned checkpoint, else the model's; None where neither can be read."""
     from calibprune.model import load_tokenizer
 
     checkpoint = storage.join(run.stage("prune").url, CHECKPOINT)
@@ -163,7 +163,7 @@ def _tokenizer(run: Run) -> Any:
 
 
 def show_result(run: Run) -> None:
-    """Prints the result in a few lines on the terminal."""
+    """Prints the result on the terminal in a few lines."""
     import logging
 
     from rich.table import Table

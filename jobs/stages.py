@@ -1,14 +1,14 @@
-"""The stages of a run, in order: a module each, which knows everything about its stage and nothing about any other.
+"""The stages of a run, in order: one module each, which knows everything about its stage and nothing about any other.
 
 A stage module has
-    NAME          folder of the stage inside the run's
-    PUBLISHED     what is special about publishing it, as options of `calibprune.publish.publish`
-    skip(run)     why this run does not need the stage, such as "prune.pool is given"; None where it does
+    NAME          folder of the stage inside the run's folder
+    PUBLISHED     options of `calibprune.publish.publish` for this stage
+    skip(run)     returns why this run does not need the stage, such as "prune.pool is given"; None where it does
     check(run)    raises UserError for bad input, before any work
-    needs(run)    the actors that the stage asks the cluster for
-    plan(run)     what determines the result, and the units of work; None for a stage that is done each time
+    needs(run)    yields the actors that the stage asks the cluster for
+    plan(run)     returns what determines the result, and the units of work; None for a stage that always runs
     work(run, stage, missing)   has the missing units committed; yields events
-    facts(run)    what the report shows, from the records of the run alone
+    facts(run)    returns what the report shows, from the records of the run alone
 """
 
 import importlib
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 
 STAGES = {
     "generate": "Let the model write samples with vLLM, with their exact token ids and log-probabilities.",
-    "curate": "Bring samples and other texts through the filters, pack what is kept into a calibration pool, and "
-    "compare it with reference corpora.",
+    "curate": "Filter samples and other texts, pack what is kept into a calibration pool, and compare the texts with "
+    "reference corpora.",
     "curate/analysis": "",
-    "prune": "Prune layer by layer with the pool; writes a Hugging Face checkpoint.",
-    "evaluate": "Held-out perplexity of the dense and the pruned model.",
+    "prune": "Prune layer by layer with the pool; write a Hugging Face checkpoint.",
+    "evaluate": "Measure the held-out perplexity of the dense and the pruned model.",
     "report": "Gather what the stages recorded into report/index.html and report/report.json.",
 }
-"""Folder of each stage inside the run's, and what its command does. A stage inside another belongs to its command."""
+"""Help text of each stage's command, by the stage's folder. A stage inside another one runs with its command."""
 COMMANDS = tuple(name for name in STAGES if "/" not in name)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage is to do."""
+    """The work of a stage."""
 
     identity: Mapping[str, Any]
-    """Settings, inputs and versions that determine the result: a resume must have the same."""
+    """Settings, inputs and versions that determine the result; a resumed run must have the same."""
     units: Sequence[str]
-    """Units of work, which commit one by one."""
+    """Units of work, each committed on its own."""
     noun: str = "units"
-    """What the units are called in progress lines."""
+    """Name of the units in progress lines."""
     layers: int | None = None
-    """Layers to sweep through, where progress is counted in these; None counts units."""
+    """Number of layers to sweep through, where progress is counted in layers; None: it is counted in units."""
 
 
 class StageModule(Protocol):
@@ -68,10 +68,10 @@ class StageModule(Protocol):
 
 
 def module(name: str) -> StageModule:
-    """The module of a stage; imported here, since most take seconds."""
+    """Imports the module of a stage, which takes seconds for most."""
     return cast(StageModule, importlib.import_module(f"jobs.{name.rsplit('/', 1)[-1]}"))
 
 
 def modules(commands: Collection[str]) -> list[StageModule]:
-    """The modules of these commands, in the order of work."""
+    """Imports the stage modules of these commands, in the order of work."""
     return [module(name) for name in STAGES if name.split("/")[0] in commands]

@@ -1,7 +1,7 @@
-"""status: how a run stands, read from its folder alone, which may be damaged, half-written, or somebody else's.
+"""status: the state of a run, read from its folder alone, which may be damaged, half-written, or not a run at all.
 
-Of a stage with many units only the names of the done records are listed, with the times at which they were written:
-none is read. What is read are run.json, the plans, a few failures and the lease.
+Only run.json, the plans, a few failures and the lease are read. Done records are not read but listed, with the times
+at which they were written, since a stage may have very many.
 """
 
 import json
@@ -19,7 +19,7 @@ from calibprune.errors import UserError
 from calibprune.events import SET_ASIDE
 from calibprune.failures import read_failures
 from calibprune.redact import one_line
-from calibprune.retry import shown
+from calibprune.retry import redacted_url
 from calibprune.stage import Stage
 from calibprune.text import duration, pace
 from jobs.stages import STAGES
@@ -28,26 +28,28 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WINDOW_SECONDS, WINDOW_UNITS = 600.0, 20
-"""The pace is that of the commits of the last ten minutes of work, or of the last 20 where they took longer."""
+"""The pace is that of the commits in the last ten minutes of work, or of the last 20 where these took longer."""
 PAUSE_FACTOR, PAUSE_SECONDS = 10.0, 60.0
-"""Between two commits that are this many times the usual distance apart, and this long, nobody worked."""
+"""Times the usual gap between two commits, and seconds, above both of which no driver worked in between."""
 FAILURES_READ = 50
 MAX_NAMED = 5
+"""Maximum number of units that a line names."""
 MAX_CHARACTERS = 300
+"""Maximum characters of the last failure."""
 Status = dict[str, Any]
 
 
 class NoRun(UserError):
-    """There is no run at a URL, or not yet."""
+    """There is no run at a URL, or there is none yet."""
 
 
 def run_status(url: str) -> Status:
-    """How the run stands. Raises NoRun when there is none; what cannot be read of it is named in its place."""
+    """Reads the state of a run. Raises NoRun when there is none; what cannot be read becomes a message in its place."""
     url = url.rstrip("/")
     if not storage.exists(storage.join(url, "run.json")):
         raise NoRun(f"there is no run at {url}")
     opened, unneeded = _opened(url)
-    driver = _guarded(lambda: lease.look(url))
+    driver = _guarded(lambda: lease.read_holder(url))
     alive = driver is not None and not isinstance(driver, str) and driver.alive
     stages: dict[str, Status] = {}
     for name in STAGES:
@@ -72,7 +74,7 @@ def run_status(url: str) -> Status:
     moved = max((s["last_at"] for s in stages.values() if s.get("last_at")), default=None)
     end = time.time() if alive and not finished else moved
     return {
-        "run": shown(url),
+        "run": redacted_url(url),
         "finished": finished,
         "elapsed_seconds": max(0.0, end - begun) if begun and end else None,
         "driver": {"trouble": driver} if isinstance(driver, str) else driver and asdict(driver),
@@ -82,9 +84,10 @@ def run_status(url: str) -> Status:
 
 
 def stage_status(stage: Stage, opened_at: float | None = None, alive: bool = False) -> Status:
-    """State, units, pace, time left, failures. `opened_at` is when the last driver began; `alive`: it is at work.
+    """Reads the state of a stage: units, pace, time left, failures.
 
-    Durations are in seconds, `..._at` in seconds since the epoch. Raises CorruptionError for a damaged plan.
+    `opened_at` is when the last driver began, `alive` whether it still works. Durations are in seconds, `..._at` in
+    seconds since the epoch. Raises CorruptionError for a damaged plan.
     """
     if not stage.planned:
         return {"state": "not started"} | _failures(stage)
@@ -113,10 +116,10 @@ def stage_status(stage: Stage, opened_at: float | None = None, alive: bool = Fal
 def seconds_each(
     times: list[float], opened_at: float | None = None, now: float | None = None
 ) -> float | None:
-    """The distance of two commits in the recent past, pauses between two drivers left out; `times` are sorted.
+    """Returns the recent seconds between two commits, without the pauses between two drivers; `times` are sorted.
 
-    Takes the commits of the present driver where there are two of them, else those of the drivers before. While a
-    driver is at work (`now`), silence since the last commit counts too, for units often come in bursts.
+    Uses the commits of the current driver where it has two or more, else those of earlier drivers. While a driver
+    works (`now` is given), silence since the last commit counts too, since units often come in bursts.
     """
     present = [at for at in times if opened_at is not None and at >= opened_at]
     own = len(present) > 1
@@ -138,7 +141,7 @@ def seconds_each(
 
 
 def _failures(stage: Stage, done: dict[str, Any] | None = None) -> Status:
-    """How many there were, the last one, and the units that are set aside now, if any."""
+    """Returns how many failures there were, the last one, and the units that are still set aside, if any."""
     count, failures = read_failures(stage.url, FAILURES_READ)
     if not count:
         return {"failures": 0}
@@ -153,7 +156,7 @@ def _failures(stage: Stage, done: dict[str, Any] | None = None) -> Status:
 
 
 def _left_out(stage: Stage, unit: str) -> bool:
-    """Whether a unit was committed without data since it had failed too often."""
+    """Returns whether a unit was committed without data because it had failed too often."""
     try:
         return "set_aside" in stage.record(unit).facts
     except (UserError, FileNotFoundError):
@@ -161,7 +164,7 @@ def _left_out(stage: Stage, unit: str) -> bool:
 
 
 def _opened(url: str) -> tuple[float | None, set[str]]:
-    """When the present driver, or the last one, began; and the stages that the run does without."""
+    """Returns (when the current or last driver began, stages that the run does not need)."""
     try:
         content = storage.read_json(storage.join(url, "run.json"))
         opened, unneeded = content.get("opened_at"), set(map(str, content.get("unneeded", ())))
@@ -170,10 +173,10 @@ def _opened(url: str) -> tuple[float | None, set[str]]:
     return (opened if isinstance(opened, int | float) else None), unneeded
 
 
-def _guarded(look: Any) -> Any:
-    """What `look` finds, or in words why it cannot. Raises UserError where access is denied."""
+def _guarded(read: Any) -> Any:
+    """Returns what `read` does, or a message where it fails. Raises UserError where access is denied."""
     try:
-        return look()
+        return read()
     except UserError as error:
         if "access denied" in str(error):
             raise
@@ -191,24 +194,24 @@ def _guarded(look: Any) -> Any:
 
 
 def show(url: str, every: float | None, as_json: bool) -> None:
-    """Prints how the run stands; with `every` repeatedly, with that many seconds between, until all stages are done.
+    """Prints the state of a run; with `every` repeatedly, with that many seconds between, until all stages are done.
 
-    On a terminal it is a table in place, else lines, or JSON. Raises NoRun where there is no run, unless it is waited
-    for, and UserError for what is no run's URL.
+    Repeatedly on a terminal, it is a table that is redrawn in place; otherwise lines or JSON. Raises NoRun where there
+    is no run, unless `every` is given, which waits for one, and UserError for a URL that cannot be a run's.
     """
     if every is not None and sys.stdout.isatty() and not as_json:
         _show_in_place(url, every)
         return
-    for status, trouble in _looks(url, every):
+    for status, trouble in _statuses(url, every):
         if as_json:
             print(json.dumps(status), flush=True)
         else:
             print("\n".join([*describe(status), *filter(None, [trouble])]), flush=True)
 
 
-def _looks(url: str, every: float | None) -> Iterator[tuple[Status, str]]:
-    """What is seen, and why it is no longer the latest while a store gives trouble."""
-    status, trouble = _first_look(url, every), ""
+def _statuses(url: str, every: float | None) -> Iterator[tuple[Status, str]]:
+    """Yields (status, trouble), where `trouble` is why the status could not be refreshed, if so."""
+    status, trouble = _first_status(url, every), ""
     while True:
         yield status, trouble
         if every is None or status["finished"]:
@@ -217,11 +220,11 @@ def _looks(url: str, every: float | None) -> Iterator[tuple[Status, str]]:
         try:
             status, trouble = run_status(url), ""
         except (OSError, UserError) as error:
-            trouble = f"cannot look: {one_line(error)}"
+            trouble = f"cannot read the run: {one_line(error)}"
 
 
-def _first_look(url: str, every: float | None) -> Status:
-    """Waits for a run that is still to come, such as that of a job just submitted, where the run is to be watched."""
+def _first_status(url: str, every: float | None) -> Status:
+    """Reads the state of a run; with `every` it waits for a run that does not exist yet, such as that of a new job."""
     waiting = False
     while True:
         try:
@@ -240,20 +243,20 @@ def _show_in_place(url: str, every: float) -> None:
     from rich.live import Live
 
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
-        for status, trouble in _looks(url, every):
+        for status, trouble in _statuses(url, every):
             below = [*_below(status), trouble]
             live.update(Group(_table(status), *map(escape, below)), refresh=True)
 
 
 def describe(status: Status) -> list[str]:
-    """One line a stage, then the driver, the last failure, the time taken and the report."""
+    """Describes a run: one line per stage, then the report, the driver, the last failure and the time taken."""
     stages = {name: one for name, one in status["stages"].items() if name != "report"}
     lines = [_printable(f"{name:<9} {_stage_line(one)}") for name, one in stages.items()]
     return [*lines, f"report    {status['report'] or 'not made yet'}", *_below(status)]
 
 
 def _below(status: Status) -> list[str]:
-    """What there is to say beside the stages."""
+    """Describes what a status has besides the stages."""
     lines = [f"driver    {_driver(status)}"]
     last = [one["last_failure"] for one in status["stages"].values() if "last_failure" in one]
     if last:
@@ -299,8 +302,8 @@ def _driver(status: Status) -> str:
         return driver["trouble"]
     silent = driver["silent_seconds"]
     sign = "" if silent is None else f", last sign of life {duration(silent)} ago"
-    who = f"process {driver['pid']} on {driver['host']} since {driver['since']}{sign}"
-    return who if driver["alive"] else f"gone: {who}; the same command resumes the run"
+    process = f"process {driver['pid']} on {driver['host']} since {driver['since']}{sign}"
+    return process if driver["alive"] else f"gone: {process}; the same command resumes the run"
 
 
 def _table(status: Status) -> "Table":

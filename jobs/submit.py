@@ -1,6 +1,6 @@
-"""submit: a run as a job of a Ray cluster, from any machine that reaches the cluster's dashboard.
+"""submit: starts a run as a job of a Ray cluster, from any machine that reaches the cluster's dashboard.
 
-The job is `python -m jobs run CONFIG` and nothing more, so that every other way to start one gives the same run.
+The job is `python -m jobs run CONFIG` and nothing more, so that every other way of starting it gives the same run.
 """
 
 import json
@@ -21,31 +21,34 @@ from calibprune.config.load import dump_config, load_config
 from calibprune.errors import UserError
 from calibprune.events import note
 from calibprune.redact import HIDDEN, holds_credential, one_line
-from calibprune.retry import shown
+from calibprune.retry import redacted_url
 from calibprune.stage import flat
 from cluster.jobs_api import Client, exit_code, follow, patiently, reach
 from jobs.output import is_json
 from jobs.packing import CONFIG, Tree, source_tree, write_package
-from jobs.submitted import age, at, attempts, job_name, outcome, parted
+from jobs.submitted import address_option, age, attempts, job_name, outcome, split_scheme
 
 ENTRYPOINT = f"python -m jobs run {CONFIG}"
 DETACHED = 130
+"""Exit code after Ctrl-C, which leaves the job running."""
 NAMED_FILES, NAMED_SETTINGS = 20, 3
-"""Most files that are named because they stay behind, and settings because they differ."""
+"""Maximum number of files that are named as not sent, and of settings that are named as different."""
 
 
 def submit(path: str, overrides: Sequence[str], address: str | None, wait: bool) -> int:
-    """Starts the run as a job, or finds the job that works on it; follows its log. Returns the driver's exit code.
+    """Starts the run as a job, or finds the job that works on it, and follows its log; returns the driver's exit code.
 
-    Raises UserError before anything is sent for a bad configuration, for paths that mean nothing on a cluster, for a
-    tree that is too large, and where the job that works on the run has other settings.
+    Raises UserError, before anything is sent, for a bad configuration, for paths that do not exist on the cluster, for
+    a tree that is too large, and where the job that works on the run has other settings.
     """
     config = load_config(path, overrides)
     tree = source_tree(Path.cwd())
     check_paths(config, tree)
     client = patiently(lambda: reach(address))
-    job_id = _start(client, config, tree, metadata(config, path, overrides), at(address))
-    stop_it = f"calibprune stop {job_id}{at(address)}"
+    job_id = _start(
+        client, config, tree, metadata(config, path, overrides), address_option(address)
+    )
+    stop_it = f"calibprune stop {job_id}{address_option(address)}"
     if not wait:
         print(job_id)
         note(f"submit: the same command without --no-wait follows it, `{stop_it}` stops it")
@@ -67,9 +70,9 @@ def submit(path: str, overrides: Sequence[str], address: str | None, wait: bool)
 
 
 def check_paths(config: Config, tree: Tree | None) -> None:
-    """Raises UserError for local paths that mean something here and something else, or nothing, on a cluster."""
+    """Raises UserError for local paths that would be missing on the cluster, or would be other files there."""
     storage.resolve(config.output)
-    scheme, path = parted(config.output)
+    scheme, path = split_scheme(config.output)
     if scheme == "hf":
         storage.check_writable(config.output)
     if scheme == "memory" or (scheme == "file" and not path.startswith("/")):
@@ -78,7 +81,7 @@ def check_paths(config: Config, tree: Tree | None) -> None:
             f"URL, or, where all nodes share a file system, an absolute path on it, such as output={_absolute(path)}"
         )
     for key, url in _inputs(config.model_dump(mode="json")):
-        scheme, path = parted(url)
+        scheme, path = split_scheme(url)
         if scheme != "file" or path.startswith("/") or not Path(path).expanduser().exists():
             continue
         if tree is None or path.startswith("~") or not tree.holds(path):
@@ -89,14 +92,14 @@ def check_paths(config: Config, tree: Tree | None) -> None:
 
 
 def metadata(config: Config, path: str, overrides: Sequence[str]) -> dict[str, str]:
-    """What a job carries for later commands. Everybody on the cluster can read it."""
+    """Returns what later commands need to know of a job. Everybody on the cluster can read it."""
     return {
         "calibprune": __version__,
-        "config": posixpath.basename(shown(path)),
+        "config": posixpath.basename(redacted_url(path)),
         "output": config.output,
         "settings": json.dumps(_settings(config), separators=(",", ":")),
         "command": shlex.join(
-            ["calibprune", "submit", shown(path), *map(_without_credentials, overrides)]
+            ["calibprune", "submit", redacted_url(path), *map(_without_credentials, overrides)]
         ),
     }
 
@@ -104,13 +107,13 @@ def metadata(config: Config, path: str, overrides: Sequence[str]) -> dict[str, s
 def _start(
     client: Client, config: Config, tree: Tree | None, about: dict[str, str], option: str
 ) -> str:
-    """Submits the next attempt, unless a job works on the run; returns the id of the one that now does."""
+    """Submits a job unless one works on the run already; returns the id of the job that now does."""
     name = job_name(config.output)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package.zip"
 
         def adopt_or_send() -> str:
-            """Asks for the jobs each time: another submit may have been quicker, or the answer to this one lost."""
+            """Lists the jobs in every try: another submit may have been quicker, or the last answer was lost."""
             earlier = attempts(client, config.output)
             if earlier and not earlier[-1].status.is_terminal():
                 return _adopt(earlier[-1], config, option)
@@ -135,22 +138,24 @@ def _start(
 
 
 def _adopt(job: JobDetails, config: Config, option: str) -> str:
-    """The id of a job that works on the same run. Raises UserError where it has other settings."""
+    """Returns the id of a job that works on the same run. Raises UserError where it has other settings."""
     different = _differences(job, config)
     if different is None:
-        note(f"submit: job {job.submission_id} does not say with which settings it works")
+        note(f"submit: job {job.submission_id} does not record its settings, which may differ")
     elif different:
         raise UserError(
             f"job {job.submission_id} works on {config.output} with other settings: "
             f"{_listed(different, NAMED_SETTINGS)}; stop it first "
             f"(`calibprune stop {job.submission_id}{option}`), or choose another output"
         )
-    note(f"submit: job {job.submission_id} has worked on it for {age(job)}; following it")
+    note(
+        f"submit: job {job.submission_id} has been working on this run for {age(job)}; following it"
+    )
     return str(job.submission_id)
 
 
 def _differences(job: JobDetails, config: Config) -> list[str] | None:
-    """The settings in which a job and a configuration differ, in words; None where the job does not say."""
+    """Describes the settings in which a job and a configuration differ; None where the job does not record them."""
     try:
         theirs = dict(json.loads((job.metadata or {})["settings"]))
     except (KeyError, ValueError, TypeError):
@@ -168,7 +173,7 @@ def _differences(job: JobDetails, config: Config) -> list[str] | None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """By dotted key, what is not as by default; without the address, for a job works on the cluster that it is on."""
+    """Returns the settings that differ from the defaults, by dotted key; without the address, which no job uses."""
     default = _default_settings()
     found = flat(_without_address(config).model_dump(mode="json"))
     return {
@@ -187,7 +192,7 @@ def _without_address(config: Config) -> Config:
 
 
 def _log_variables() -> dict[str, str]:
-    """Makes the driver log as this command does."""
+    """Returns environment variables that make the driver log as this command does."""
     names = ("CALIBPRUNE_LOG_FORMAT", "CALIBPRUNE_TRACEBACK")
     asked = {name: os.environ[name] for name in names if os.environ.get(name)}
     return asked | ({"CALIBPRUNE_LOG_FORMAT": "json"} if is_json() else {})
@@ -209,7 +214,7 @@ def _note_what_travels(tree: Tree | None, config: Config) -> None:
     )
     if tree.withheld:
         note(
-            f"submit: {len(tree.withheld)} files stay here because their names are those of credentials: "
+            f"submit: {len(tree.withheld)} files are not sent because their names are typical of credentials: "
             f"{_listed(tree.withheld, NAMED_FILES)}"
         )
 
@@ -220,7 +225,7 @@ def _listed(names: Sequence[str], most: int) -> str:
 
 
 def _without_credentials(override: str) -> str:
-    """The key alone of one that holds a credential, which a later override may have replaced."""
+    """Returns the override with its value hidden where it holds a credential, which a later override may replace."""
     return f"{override.partition('=')[0]}={HIDDEN}" if holds_credential(override) else override
 
 
@@ -229,7 +234,7 @@ def _absolute(path: str) -> str:
 
 
 def _inputs(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """What a run reads: every `path` and the `pool` of the settings, by dotted key."""
+    """Yields (dotted key, URL) of everything that a run reads: every `path`, and the `pool`."""
     entries = content.items() if isinstance(content, dict) else enumerate(content)
     for name, value in entries:
         here = f"{key}.{name}".lstrip(".")

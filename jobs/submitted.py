@@ -1,4 +1,4 @@
-"""jobs, stop: the jobs of calibprune that a Ray cluster knows, and which of them work on a run."""
+"""jobs, stop: calibprune's jobs on a Ray cluster, and which of them work on a run."""
 
 import hashlib
 import posixpath
@@ -17,9 +17,9 @@ ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file"}
 
 
 def list_jobs(address: str | None) -> Iterator[str]:
-    """A line for each of calibprune's jobs that the cluster remembers, the latest last."""
+    """Yields a line for each of calibprune's jobs that the cluster remembers, the latest last."""
     client = patiently(lambda: reach(address))
-    found = patiently(lambda: _ours(client))
+    found = patiently(lambda: _calibprune_jobs(client))
     width = max((len(job.submission_id or "") for job in found), default=0)
     if not found:
         yield "no jobs of calibprune"
@@ -30,21 +30,21 @@ def list_jobs(address: str | None) -> Iterator[str]:
 
 
 def stop(target: str, address: str | None) -> str:
-    """Stops the job of that id, or the one that works on that run, and waits until it has ended.
+    """Stops the job with the id `target`, or the job that works on the run `target`, and waits until it has ended.
 
-    Returns a line that says how to resume. Raises UserError where there is no such job.
+    Returns a line with the command that resumes the run. Raises UserError where there is no such job.
     """
     client = patiently(lambda: reach(address))
     found = patiently(lambda: _working_on(client, target))
     if not found:
         raise UserError(
             f"the cluster knows no job of calibprune named {target}, nor one that works on a run there: "
-            f"`calibprune jobs{at(address)}` lists their ids"
+            f"`calibprune jobs{address_option(address)}` lists their ids"
         )
     job = found[-1]
     job_id = str(job.submission_id)
     if job.status.is_terminal():
-        return f"job {job_id} has ended before: it {outcome(job)}"
+        return f"job {job_id} has already ended: it {outcome(job)}"
     patiently(lambda: client.stop_job(job_id))
     deadline = time.monotonic() + STOP_SECONDS
     while not (job := patiently(lambda: client.job(job_id))).status.is_terminal():
@@ -52,13 +52,13 @@ def stop(target: str, address: str | None) -> str:
             raise UserError(f"job {job_id} did not stop within {STOP_SECONDS:.0f} s: try again")
         time.sleep(0.2)
     command = (job.metadata or {}).get("command")
-    resume = f"{command}{at(address)}" if command else "the command that started it"
+    resume = f"{command}{address_option(address)}" if command else "the command that started it"
     return f"job {job_id} {outcome(job)}; what is committed is kept, resume with: {resume}"
 
 
 def job_name(output: str) -> str:
-    """The submission id of the first job that works on a run: the same for every way to write the run's URL."""
-    scheme, path = parted(output)
+    """Returns the submission id of a run's first job, which is the same for every way to write the run's URL."""
+    scheme, path = split_scheme(output)
     path = posixpath.normpath(re.sub(r"^/+", "/", path))  # POSIX keeps two slashes apart
     readable = re.sub(r"[^a-z0-9]+", "-", posixpath.basename(path).lower()).strip("-")[:40]
     digest = hashlib.sha256(f"{ALIASES.get(scheme, scheme)}://{path}".encode()).hexdigest()[:8]
@@ -66,7 +66,7 @@ def job_name(output: str) -> str:
 
 
 def attempts(client: Client, output: str) -> list[JobDetails]:
-    """The jobs that worked on a run, in the order of their numbers."""
+    """Returns the jobs that worked on a run, in the order of their numbers."""
     name = job_name(output)
     numbered = []
     for job in client.list_jobs():
@@ -77,11 +77,11 @@ def attempts(client: Client, output: str) -> list[JobDetails]:
 
 
 def _working_on(client: Client, target: str) -> list[JobDetails]:
-    """The jobs of that id, or those that work on that run, the latest last.
+    """Returns the job with the id `target`, or the jobs of the run `target`, the active ones last.
 
-    Among them are those that `ray job submit` started, if their command names the run's URL.
+    Jobs that `ray job submit` started are found if their command contains the run's URL.
     """
-    ours = _ours(client)
+    ours = _calibprune_jobs(client)
     if named := [job for job in ours if job.submission_id == target]:
         return named
     ids = {job.submission_id for job in attempts(client, target)}
@@ -90,13 +90,13 @@ def _working_on(client: Client, target: str) -> list[JobDetails]:
 
 
 def _names(entrypoint: str, output: str) -> bool:
-    """Whether a command gives a run that output."""
+    """Returns whether a command sets a run's output to that URL."""
     given = re.findall(r"\boutput=(?:'([^']*)'|\"([^\"]*)\"|(\S+))", entrypoint)
     return any(job_name("".join(one)) == job_name(output) for one in given)
 
 
-def _ours(client: Client) -> list[JobDetails]:
-    """Jobs of calibprune, also those that `ray job submit` started, by the time of their start."""
+def _calibprune_jobs(client: Client) -> list[JobDetails]:
+    """Returns calibprune's jobs, including those that `ray job submit` started, in the order of their start."""
 
     def is_ours(job: JobDetails) -> bool:
         started = re.search(
@@ -110,24 +110,24 @@ def _ours(client: Client) -> list[JobDetails]:
 
 
 def outcome(job: JobDetails) -> str:
-    """How an ended job ended."""
+    """Describes how a job ended, such as "is done"."""
     if job.status == JobStatus.FAILED:
         return f"failed with exit code {exit_code(job)}"
     return {JobStatus.SUCCEEDED: "is done", JobStatus.STOPPED: "is stopped"}[job.status]
 
 
 def age(job: JobDetails) -> str:
-    """The time since a job's start in words."""
+    """Describes the time since a job's start."""
     now = time.time()
     return duration(now - (job.start_time / 1000 if job.start_time else now))
 
 
-def at(address: str | None) -> str:
-    """The option by which a command that is shown reaches the same cluster."""
+def address_option(address: str | None) -> str:
+    """Returns the option with which a displayed command reaches the same cluster."""
     return "" if address is None else f" --address {address}"
 
 
-def parted(url: str) -> tuple[str, str]:
-    """Scheme and path of a URL; a path alone is a file."""
+def split_scheme(url: str) -> tuple[str, str]:
+    """Returns scheme and path of a URL; a path without a scheme has the scheme `file`."""
     scheme, separator, path = url.partition("://")
     return (scheme, path) if separator else ("file", url)

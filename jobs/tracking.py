@@ -1,7 +1,8 @@
-"""Experiment tracking by MLflow, Weights & Biases or Trackio, where `report.tracking` asks for it.
+"""Experiment tracking with MLflow, Weights & Biases or Trackio, where `report.tracking` asks for it.
 
-One run here is one run there: its id lies in the run's folder, and a resumed run continues it. Logged are the settings,
-the seconds of each stage, and what the report found. A tracker that fails after the start costs a line in the log.
+A run is one run of the tracker, whose id is kept in the run's folder, so that a resumed run continues it. It gets the
+settings, the seconds of each stage, and the figures of the report. A tracker that fails after its start only costs a
+line in the log.
 """
 
 import contextlib
@@ -24,23 +25,23 @@ from jobs.stages import COMMANDS
 
 FILE = "_tracking.json"
 PARAMETERS_AT_ONCE, PARAMETER_CHARACTERS = 100, 500
-"""Limits of MLflow."""
+"""MLflow's limits on the parameters of one call, and on the characters of a value."""
 
 
 def check_tracking(settings: TrackingSettings | None) -> None:
-    """Raises UserError where the library that is asked for is not installed."""
+    """Raises UserError where the configured library is not installed."""
     if settings is not None and importlib.util.find_spec(settings.type) is None:
         raise UserError(
             f"report.tracking.type is {settings.type}, which is not installed: "
-            f"pip install 'calibprune[{settings.type}]', or report.tracking=null"
+            f"pip install 'calibprune[{settings.type}]', or set report.tracking=null"
         )
 
 
 @contextlib.contextmanager
 def tracking(run: Run) -> Iterator[Callable[[], None]]:
-    """Yields a function that logs whatever has been finished since its last call.
+    """Yields a function that logs what has been finished since its last call.
 
-    Raises UserError when the tracker cannot even be started and never was for this run.
+    Raises UserError when the tracker cannot be started and never was for this run.
     """
     settings, url = run.config.report.tracking, run.url(FILE)
     known = _known(url, settings)
@@ -67,13 +68,13 @@ def tracking(run: Run) -> Iterator[Callable[[], None]]:
         with _forgiven("close"):
             tracker.close(False)
         raise
-    # a driver that has to stop has no time to wait for a server: the resumed run goes on with this one there
+    # not after an interrupt: a driver that must stop has no time to wait for a server, and the resumed run continues
     with _forgiven("close"):
         tracker.close(True)
 
 
 def results(run: Run) -> tuple[dict[str, float], dict[str, str]]:
-    """The figures of the stages that are finished, and where the report is."""
+    """Returns (figures of the finished stages, URLs of the run and its report)."""
     values: dict[str, float] = {}
     for name in COMMANDS:
         stage = run.stage(name)
@@ -95,7 +96,7 @@ def results(run: Run) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def _known(url: str, settings: TrackingSettings | None) -> dict[str, Any] | None:
-    """The run that is to be continued, if there is one of this kind."""
+    """Returns the tracker's run to continue, if there is one in the same library and project."""
     if settings is None:
         return None
     try:
@@ -113,13 +114,13 @@ def _start(
     kind = Mlflow if settings.type == "mlflow" else Wandb
     config = flat(run.config.model_dump(mode="json"))
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what a command prints is its result
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the command's result
             return kind(settings, name, config, known["id"] if known else None)
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         if known is None:
             raise UserError(
-                f"{settings.type} cannot be started: {reason}; report.tracking=null goes without"
+                f"{settings.type} cannot be started: {reason}; report.tracking=null turns tracking off"
             ) from None
         note(f"tracking: {settings.type} cannot be started, going on without: {reason}")
         return None
@@ -127,7 +128,7 @@ def _start(
 
 @contextlib.contextmanager
 def _forgiven(verb: str) -> Iterator[None]:
-    """Logs what a tracker raises, and goes on."""
+    """Logs what a tracker raises inside the block, and continues."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -136,12 +137,12 @@ def _forgiven(verb: str) -> Iterator[None]:
 
 
 class Mlflow:
-    """Finds its server by MLFLOW_TRACKING_URI."""
+    """MLflow, which finds its server by MLFLOW_TRACKING_URI."""
 
     def __init__(
         self, settings: TrackingSettings, name: str, config: dict[str, Any], known: str | None
     ) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own would hold
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its defaults would hold
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # the run up for many minutes
         from mlflow import MlflowClient
         from mlflow.entities import Param
@@ -174,10 +175,10 @@ class Mlflow:
 
 
 class Wandb:
-    """Weights & Biases, or Trackio, which has the same interface but knows a run by its name.
+    """Weights & Biases, or Trackio, which has the same interface but identifies a run by its name.
 
-    The first finds server and key by WANDB_BASE_URL, WANDB_API_KEY and the like, and works with WANDB_MODE=offline;
-    the second stays on this machine (TRACKIO_DIR) or uses a space of the hub (TRACKIO_SPACE_ID).
+    Weights & Biases finds server and key by WANDB_BASE_URL, WANDB_API_KEY and the like, and respects
+    WANDB_MODE=offline. Trackio stays on this machine (TRACKIO_DIR) or uses a space of the hub (TRACKIO_SPACE_ID).
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from calibprune import storage
 from calibprune.config.evaluate import HeldOutText
 from calibprune.errors import StoreUnavailable, UserError
 from calibprune.redact import one_line
-from calibprune.retry import denied, passes, retrying, shown, status
+from calibprune.retry import denied, is_transient, redacted_url, retrying, status
 
 PYTHON_DOCS = "python-docs"
 _LINES = (".jsonl", ".json", ".ndjson")
@@ -124,10 +124,12 @@ def _files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
                 f", though there is a folder {path.split('/', 1)[0]}: for the Hugging Face hub's dataset of that name "
                 f"give hf://datasets/{path}"
             )
-        raise UserError(f"no file or folder at {shown(path)}{hint}")
+        raise UserError(f"no file or folder at {redacted_url(path)}{hint}")
     if storage.is_file(url):
         if not _extension(root):
-            raise UserError(f"{shown(path)} is of an unknown kind: {_CAN_BE_READ} can be read")
+            raise UserError(
+                f"{redacted_url(path)} is of an unknown kind: {_CAN_BE_READ} can be read"
+            )
         return fs, [root]
     found = [
         posixpath.join(root, file)
@@ -135,7 +137,7 @@ def _files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
         if _extension(file) and not posixpath.basename(file).startswith((".", "_"))
     ]
     if not found:
-        raise UserError(f"no text in the folder {shown(path)}: {_CAN_BE_READ} can be read")
+        raise UserError(f"no text in the folder {redacted_url(path)}: {_CAN_BE_READ} can be read")
     return fs, found
 
 
@@ -159,7 +161,7 @@ def _resumed(
         try:
             row = list(islice(rows, 1))
         except Exception as error:
-            if not passes(error) and not denied(error):
+            if not is_transient(error) and not denied(error):
                 raise
             row = retrying(url, "read", again, 0.0 if local else None)
         if not row:
@@ -232,7 +234,7 @@ def _parquet_rows(stream: BinaryIO, file: str, column: str) -> Iterator[Row]:
             for value in batch.column(0).to_pylist():
                 yield value, file
     except (ArrowException, OSError, ValueError) as error:
-        if passes(error) or denied(error):
+        if is_transient(error) or denied(error):
             raise
         raise UserError(f"{file} is not a parquet file, or damaged: {one_line(error)}") from None
 

@@ -15,7 +15,7 @@ from calibprune import storage
 from calibprune.calibration.texts import documents
 from calibprune.errors import LeaseExpired, StoreUnavailable, UserError
 from calibprune.lease import Lease
-from calibprune.retry import passes, retrying, shown
+from calibprune.retry import is_transient, redacted_url, retrying
 from calibprune.stage import Stage
 from cluster import probe
 from tests.servers import Fault, faulty_proxy, make_bucket, moto, s3_at, web_server
@@ -125,9 +125,9 @@ def test_an_outage_is_nobodys_bad_input(proxy, url, monkeypatch):
     with pytest.raises(StoreUnavailable, match="SlowDown") as trouble:
         storage.check_writable(url)
     assert not isinstance(trouble.value, UserError)
-    assert probe.storage_errors(url)["output_passes"]
+    assert probe.storage_errors(url)["output_transient"]
     proxy.faults[:] = [Fault("PUT", "run-", 9999, 403)]
-    assert not probe.storage_errors(url)["output_passes"]
+    assert not probe.storage_errors(url)["output_transient"]
 
 
 @pytest.mark.slow
@@ -189,7 +189,9 @@ def test_errors_of_the_libraries_are_told_apart():
         FileNotFoundError("x"), FileExistsError("x"), PermissionError("x"), ValueError("x"),
         OfflineModeIsEnabled("x"), KeyboardInterrupt(),
     ]  # fmt: skip
-    assert [e for e in passing if not passes(e)] == [] and [e for e in final if passes(e)] == []
+    assert [e for e in passing if not is_transient(e)] == [] and [
+        e for e in final if is_transient(e)
+    ] == []
 
 
 @pytest.mark.parametrize("error", [OSError("Forbidden: bucket/o"), PermissionError("secret")])
@@ -203,7 +205,7 @@ def test_a_denial_of_any_store_is_the_users_to_mend(error):
 
 
 def test_a_signed_address_is_not_shown():
-    assert shown("https://user:pw@host/a/b?X-Signature=1") == "https://host/a/b"
+    assert redacted_url("https://user:pw@host/a/b?X-Signature=1") == "https://host/a/b"
 
 
 def test_patience_is_bounded():

@@ -265,7 +265,7 @@ def test_places_that_others_hold_are_told_waited_for_and_given_up(nodes, monkeyp
     with pytest.raises(
         NoRoom,
         match=r"4 x \(1 CPU\) did not become free within 6 s; the cluster has 4 CPU, free now 2 CPU, "
-        r"busy 2 CPU \(2 CPU on [\d.]+ \(\w{8}\)\): others hold them",
+        r"busy 2 CPU \(2 CPU on [\d.]+ \(\w{8}\)\): other work holds them",
     ):
         Actors(Idle, 4, BUNDLE, [], timeout_seconds=6)
     said = r"waiting for 4 x \(1 CPU\): 2 free, 2 busy \(.*\), [0-6] of 6 s"

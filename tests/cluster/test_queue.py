@@ -153,7 +153,7 @@ def test_units_that_went_down_together_are_tried_alone_at_once_and_the_deadly_on
 def test_too_many_failures_in_a_row_end_the_work_sooner_while_nothing_succeeded(
     cluster, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("cluster.queue.IN_A_ROW", 3)
+    monkeypatch.setattr("cluster.queue.MAX_FAILING_UNITS", 3)
     always = {str(unit): "raise always" for unit in range(1, 9)}
     for folder, trouble, attempts in (("never", {"0": "raise always"}, 6), ("once", {}, 8)):
         (tmp_path / folder).mkdir()
@@ -269,7 +269,7 @@ def test_a_place_that_others_hold_is_told_while_waiting_and_after(
             pytest.raises(
                 NoRoom,
                 match=rf"1 x \({cpus} CPU\) did not become free within 6 s; the cluster has {cpus} CPU, "
-                rf"free now 0 CPU, busy {cpus} CPU {busy}: others hold them",
+                rf"free now 0 CPU, busy {cpus} CPU {busy}: other work holds them",
             ),
         ):  # fmt: skip
             list(work_through(crew, "work", [["0"]]))
@@ -371,7 +371,7 @@ def test_what_the_user_can_mend_ends_a_batch(cluster, tmp_path):
 
 def test_work_of_which_nothing_is_heard_any_more_ends(cluster, tmp_path):
     since = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"nothing was heard of the work for 2 s"):
+    with pytest.raises(TimeoutError, match=r"the work has been silent for 2 s"):
         make(tmp_path, [("a", "b", "c")], {"b": "silent"}, patience=Patience(2.5, final=True))
     assert list(Stage(str(tmp_path)).done()) == ["a"]
     assert time.monotonic() - since > 6  # it was heard of for four seconds
@@ -386,7 +386,7 @@ def test_workers_without_a_core_work_beside_others_that_hold_all(cluster, tmp_pa
     other = ray.remote(num_cpus=cpus)(Holder).remote()
     ray.get(other.__ray_ready__.remote())
     with pytest.raises(
-        NoRoom, match=r"1 x \(1 CPU\) did not become free within 4 s; .*others hold"
+        NoRoom, match=r"1 x \(1 CPU\) did not become free within 4 s; .*other work holds"
     ):
         make(tmp_path, [("a",)], start_seconds=4)
     assert make(tmp_path, [("a",), ("b", "c")], {"b": "die"}, cpus=0) == ["a", "b", "c"]

@@ -98,7 +98,7 @@ def test_what_only_the_user_can_mend_is_not_tried_again(run, tmp_path):
     done = slurm_job(tmp_path, config, output)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "prune.sparsity" in done.stderr
-    assert "nothing to try again" in done.stderr
+    assert "a retry would not help" in done.stderr
 
 
 def test_driver_that_dies_fails_the_job(run, tmp_path):
@@ -108,7 +108,9 @@ def test_driver_that_dies_fails_the_job(run, tmp_path):
     killer = f"(until kill -KILL $({pid} 2>/dev/null) 2>/dev/null; do sleep 0.2; done) &"
     done = slurm_job(tmp_path, config, output, before=killer)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "the run ended with 247: given up after 1 tries" in done.stderr  # 256 - SIGKILL
+    assert (
+        "the run ended with exit code 247: giving up after 1 tries" in done.stderr
+    )  # 256 - SIGKILL
     assert not (output / "report").exists()
 
 
@@ -123,5 +125,5 @@ def test_ray_that_does_not_start_fails_the_job(run, tmp_path):
     done = slurm_job(tmp_path, config, output, before=taken)
     assert "Failed to start Ray" in done.stderr, done.stdout + done.stderr
     assert done.returncode == 1
-    assert "the run is not finished, though Ray ended with 0: given up" in done.stderr
+    assert "the run is not finished, though Ray ended with exit code 0: giving up" in done.stderr
     assert not output.exists()

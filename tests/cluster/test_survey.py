@@ -78,7 +78,7 @@ def test_a_folder_that_is_another_one_there_is_refused(tmp_path):
     seen = str(tmp_path / "here" / "seen.tmp"), "what the driver wrote"
     (tmp_path / "here").mkdir()
     error = probe.storage_errors(str(tmp_path / "there"), seen)["output_error"]
-    assert error.startswith("it is another folder there than here")
+    assert error.startswith("it is a different folder there than here")
     Path(seen[0]).write_text(seen[1])
     assert probe.storage_errors(str(tmp_path / "there"), seen)["output_error"] is None
 

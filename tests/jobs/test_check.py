@@ -21,7 +21,7 @@ from cluster.places import Bundle, NoRoom
 from cluster.session import needs_gpus
 from cluster.survey import take_survey
 from jobs.pipeline import run_stages
-from jobs.preflight import look_before_work
+from jobs.preflight import check_cluster_before_work
 from jobs.run import Run
 from tests.cluster.nodes import Nodes
 from tests.jobs.command import ENVIRONMENT, calibprune_here
@@ -82,16 +82,16 @@ def test_the_cluster_and_the_needs_of_every_stage_are_told(check, tmp_path):
 
 
 def test_a_cluster_of_which_nobody_answers_is_not_fine(check, monkeypatch):
-    look = probe.look
+    machine_facts = probe.machine_facts
 
     def slowly(temp_folder: str, storage_wanted: dict[str, Any]) -> dict[str, Any]:
         if storage_wanted:  # nothing is wanted of the driver itself
             time.sleep(600)
-        return look(temp_folder, storage_wanted)
+        return machine_facts(temp_folder, storage_wanted)
 
     at_once = partial(take_survey, timeout_seconds=0)
     monkeypatch.setattr("jobs.preflight.take_survey", at_once)
-    monkeypatch.setattr(probe, "look", slowly)
+    monkeypatch.setattr(probe, "machine_facts", slowly)
     code, out, errors = check("--cluster")
     assert code == 2 and "2 of 2 nodes did not answer, the first: " in errors
     assert "has what it needs" not in out and len(errors.splitlines()) == 1
@@ -101,7 +101,7 @@ def test_no_cluster_is_looked_at_unless_asked(check, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for arguments in ([], ["--local"], ["--local", "cluster.address=127.0.0.1:1"]):
         code, out, _ = check(*arguments)
-        assert code == 0 and "no cluster was looked at" in out
+        assert code == 0 and "no cluster was checked" in out
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_run_is_told_of_memory_that_will_not_do_and_goes_on(cluster, tmp_path,
     config = yaml.safe_load(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
     config["cluster"]["gpus_per_worker"] = 0
     config["curate"]["sequences"] = 1_000_000_000
-    look_before_work(Run(Config.model_validate(config), ["prune"]))
+    check_cluster_before_work(Run(Config.model_validate(config), ["prune"]))
     assert "note: prune: 2 workers of" in heard.text
 
 
@@ -187,7 +187,7 @@ def test_actors_see_the_gpus_that_they_asked_for_and_no_others(cluster):
 
 def test_a_worker_whose_gpu_pytorch_cannot_use_says_so(cluster):
     worker: Any = ray.remote(LayerWorker).options(**actor_options(Bundle(1, 1))).remote(1, 10.0)
-    with pytest.raises(UserError, match="a GPU on which PyTorch"):
+    with pytest.raises(UserError, match="a GPU that PyTorch"):
         ray.get(worker.join.remote(0, 1, None))
 
 

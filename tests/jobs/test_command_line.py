@@ -106,7 +106,7 @@ def test_check_tells_sizes_alike_and_the_memory_where_it_is_needed(
     assert code == 0, errors
     assert told["sparsity of prunable"].strip() == "0.9702"
     assert told["pruned checkpoint"].split() == told["checkpoint"].split()
-    assert "not all at the same time" in told[label]
+    assert "not all held at the same time" in told[label]
 
 
 def test_check_notes_that_nothing_will_be_measured(capsys, config):

@@ -203,7 +203,7 @@ def test_a_source_of_prefixes_that_stalls_ends_the_cutting(
         given = filter(None, cutting.ready(["00000", "00001"]))
         assert list(islice(given, 2)) == [["00000"]]
     assert isinstance(cutting.trouble, TimeoutError)
-    assert "nothing was heard of the work for 3 s" in heard.text
+    assert "the work has been silent for 3 s" in heard.text
 
 
 @pytest.mark.parametrize(

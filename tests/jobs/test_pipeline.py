@@ -218,14 +218,16 @@ def test_a_sparsity_shared_out_over_layers_is_told_kept_and_reported(finished, f
     ]  # fmt: skip
     result = calibprune("prune", *settings)
     assert result.returncode == 0, result.stderr
-    assert "ria and swaps takes 60.00% of the weights, shared out by owl" in result.stderr
-    assert re.search(r"owl takes 60\.0\d% of the weights, from \d+\.\d% in layer \d", result.stderr)
+    assert "ria and swaps removes 60.00% of the weights, allocated by owl" in result.stderr
+    assert re.search(
+        r"owl removes 60\.0\d% of the weights, from \d+\.\d% in layer \d", result.stderr
+    )
     facts = json.loads((run / "prune" / "checkpoint" / "pruning.json").read_text())
     assert facts["sparsity"] == pytest.approx(0.6, abs=1e-3)
     assert facts["allocation"]["sparsity"] == pytest.approx(0.6, abs=1e-3)
     assert calibprune("report", *settings).returncode == 0
     page = (run / "report" / "index.html").read_text()
-    assert "ria and swaps" in page and "shared out by owl" in page
+    assert "ria and swaps" in page and "allocated by owl" in page
 
 
 @pytest.fixture(scope="module")

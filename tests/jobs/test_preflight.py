@@ -1,4 +1,4 @@
-"""What is judged of clusters that this machine is not: GPUs of some size, builds for some CUDA, heads without vLLM."""
+"""What is assess of clusters that this machine is not: GPUs of some size, builds for some CUDA, heads without vLLM."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from cluster import probe
 from cluster.places import Bundle, Need, Node
 from cluster.survey import Survey, Surveyed, version_skew
-from jobs.preflight import judged
+from jobs.preflight import assess
 
 ROOT, PACKAGES = Path(__file__).parents[2], ("calibprune", "cluster", "jobs")
 GIB = 1 << 30
@@ -60,7 +60,7 @@ TWO = survey(node("1", gpus=2), node("2", gpus=2))
     ],
 )
 def test_what_a_stage_needs_is_held_against_the_nodes(changes, missing, note):
-    problems, notes = judged(need(**changes), TWO)
+    problems, notes = assess(need(**changes), TWO)
     assert bool(problems) == (missing is not None) and bool(notes) == (note is not None)
     assert (missing or "") in " ".join(problems) and (note or "") in " ".join(notes)
 
@@ -68,14 +68,14 @@ def test_what_a_stage_needs_is_held_against_the_nodes(changes, missing, note):
 def test_a_node_that_gave_no_answer_may_have_the_memory():
     bare = Node("3" * 8, "10.0.0.3", {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0})
     silent = Survey(TWO.nodes[:1], ((bare, "no answer within 60 s"),), TWO.driver)
-    assert judged(need(host_bytes=30 * GIB), silent) == ([], [])
-    (missing,), _ = judged(need(host_bytes=33 * GIB), silent)  # the one that answered has not
+    assert assess(need(host_bytes=30 * GIB), silent) == ([], [])
+    (missing,), _ = assess(need(host_bytes=33 * GIB), silent)  # the one that answered has not
     assert "4 workers of 33.0 GiB of host memory do not fit" in missing
 
 
 def test_busy_places_are_no_reason_to_refuse():
     busy = survey(node("1", gpus=2, free={"CPU": 8.0}), node("2", gpus=2))
-    problems, (note,) = judged(need(), busy)
+    problems, (note,) = assess(need(), busy)
     assert not problems and "find 2 places free and 2 busy now" in note
 
 

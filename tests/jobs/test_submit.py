@@ -103,7 +103,7 @@ def test_two_submits_at_once_start_one_job_which_a_third_follows_to_its_end(
 
     followed = command(head, checkout, *line)
     assert followed.returncode == 0, followed
-    assert "prune: magnitude takes 50.00%" in followed.stdout
+    assert "prune: magnitude removes 50.00%" in followed.stdout
     assert str(tmp_path / "out" / "report" / "index.html") in followed.stdout
     assert Stage(str(tmp_path / "out" / "prune")).finished
     assert '"calibprune": "0.0.0+submitted"' in (tmp_path / "out" / "run.json").read_text()
@@ -252,7 +252,7 @@ def test_a_running_job_is_followed_with_its_own_settings_alone(head, pool, tiny_
     same = (*line, "cluster.address=1.2.3.4:6379", f"output={config.output}/", "prune.sparsity=0.5")
     same = command(head, HERE, *same)
     assert same.returncode == 0 and same.stdout.strip() == job_id, same
-    assert f"job {job_id} has worked on it for" in same.stderr
+    assert f"job {job_id} has been working on this run for" in same.stderr
 
     others = ("prune.sparsity=0.6", "prune.method=wanda")
     for count, told in (
@@ -277,7 +277,7 @@ def test_a_job_whose_answer_was_lost_is_found_and_what_stayed_is_named(
         assert done.returncode == 0, done
         assert done.stdout.strip() == job_name(str(tmp_path / "out"))
         assert proxy.count("POST", "/api/jobs/") == 1
-    assert "25 files stay here" in done.stderr and "and 5 more" in done.stderr
+    assert "25 files are not sent" in done.stderr and "and 5 more" in done.stderr
     assert all(name in done.stderr for name in (".env", ".netrc", "0.pem", "7.pem"))
     stopped = command(head, checkout, "stop", tmp_path / "out", "--address", head.address)
     assert stopped.returncode == 0, stopped
@@ -297,7 +297,7 @@ def test_without_a_token_or_with_a_wrong_one_the_error_says_what_to_set(head, tm
     nobody = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}
     refused = command(head, HERE, "jobs", "--address", head.address, **nobody)
     assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
-    assert "wants a token: set RAY_AUTH_MODE=token" in refused.stderr
+    assert "requires a token: set RAY_AUTH_MODE=token" in refused.stderr
     with pytest.raises(UserError, match="refuses the token"):
         Client(head.address, headers={"Authorization": f"Bearer {'x' * 64}"})
 
@@ -308,7 +308,7 @@ def test_an_address_that_is_no_job_server_is_refused_in_one_line(head, monkeypat
     for address, told in (
         (f"http://127.0.0.1:{nobody}", "connection refused"),
         (f"127.0.0.1:{head.port}", "does not speak HTTP"),
-        ("nosuch://head:1", "is no job server of Ray"),
+        ("nosuch://head:1", "is not a Ray job server"),
         (None, "--address http://HEAD:8265"),
     ):
         for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
