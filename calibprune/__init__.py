@@ -1,3 +1,3 @@
-"""Prune a causal language model with calibration text that it wrote itself: the library, free of Ray."""
+"""The library, without Ray: prunes a causal language model with calibration text that the model wrote itself."""
 
 __version__ = "0.1.0"

@@ -29,6 +29,7 @@ from calibprune.retry import is_transient
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PIECE_BYTES, WAVE_BYTES = 64 << 20, 512 << 20
+"""Bytes of one read, and of all reads at the same time."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -36,7 +37,9 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NOT_READ = (OSError, HTTPError, HfUriError)
-_NO_PICKLE = "save it as safetensors first (model.save_pretrained does), calibprune opens no pickle"
+_NO_PICKLE = (
+    "save it as safetensors first (as model.save_pretrained does), calibprune opens no pickles"
+)
 _SIDE_FILE = re.compile(r".+\.(json|jinja|txt|model|tiktoken|py)|LICENSE.*|NOTICE.*|USE_POLICY.*")
 _NOT_A_SIDE_FILE = re.compile(r".+\.index\.json|pruning\.json")
 
@@ -61,7 +64,7 @@ class Checkpoint:
 
     Opening reads the headers and compares them with the sizes of the files. Raises UserError when the folder is
     missing, gated, holds no safetensors or lacks a file that its index names, CorruptionError for a damaged file,
-    StoreUnavailable when the store fails in passing for long.
+    StoreUnavailable when a store's transient errors last too long.
     """
 
     def __init__(self, path: str, hashes: Mapping[str, str] | None = None) -> None:
@@ -125,7 +128,7 @@ class Checkpoint:
                 self.bytes_read += len(chunk)
 
     def identity(self) -> str:
-        """Hashes the config, the headers and a probe of every file's weights, which is cheap for any size of model."""
+        """Hashes the config, the headers and a sample of every file's weights, which is cheap for any size of model."""
         parts = [storage.read_bytes(storage.join(self.url, "config.json"))]
         for file in sorted(self._headers):
             parts.append(json.dumps([file, self._headers[file]], sort_keys=True).encode())
@@ -137,7 +140,7 @@ class Checkpoint:
         return storage.sha256(b"".join(sorted(storage.sha256(part).encode() for part in parts)))
 
     def _verified(self, file: str) -> memoryview:
-        """All of a file that has the hash it should have."""
+        """Reads a whole file and verifies its hash."""
         expected, data = self._unverified.pop(file), storage.read_bytes(f"{self.url}/{file}")
         self.bytes_read += len(data)
         if storage.sha256(data) != expected:
@@ -223,8 +226,8 @@ def _check_whole(
         end = location.stop
     if size is not None and size != end:
         raise CorruptionError(
-            f"{url} is damaged: it has {size:,} bytes, its header describes {end:,}: copy it again from where it is "
-            f"whole"
+            f"{url} is damaged: it has {size:,} bytes, its header describes {end:,}: copy it again from an intact "
+            f"source"
         )
 
 
@@ -315,7 +318,7 @@ def index_bytes(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
 
 
 def check_reachable(path: str, patience_seconds: float) -> None:
-    """Lists a model's folder once. Raises StoreUnavailable after that much patience, UserError for lasting trouble."""
+    """Lists a model's folder once. Raises StoreUnavailable after `patience_seconds`, UserError for lasting errors."""
     try:
         storage.names(model_url(path), patience_seconds)
     except _NOT_READ as error:

@@ -1,9 +1,9 @@
-"""What happens while a run works, as typed events that travel through Python's logging.
+"""The progress of a run as typed events that travel through Python's logging.
 
 `emit` logs an event where it happens; the log record carries it as `record.event`. The terminal, JSON lines, failure
 files and metrics are logging handlers, and `logging.basicConfig(level=logging.INFO)` shows everything in a notebook.
-A generator yields what it emits, for callers that act on it. The driver emits the events of its workers again, so that
-the handlers of every process see each event once.
+Generators also yield what they emit, for callers that act on it. The driver re-emits the events of its workers, so
+that the handlers of every process see each event once.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 SET_ASIDE = "set aside"
 MAX_CHARACTERS = 500
-"""Longest message that is kept of a loss."""
+"""Maximum length of a loss's message."""
 RECENT_STEPS = 50
-"""Number of steps that the pace is taken from."""
+"""Number of recent steps from which the pace is computed."""
 _log = logging.getLogger("calibprune")
 Value = TypeVar("Value")
 
@@ -58,7 +58,7 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class StageBegun(Event):
-    """A driver begins to work on a stage, or goes on with it."""
+    """A driver begins to work on a stage, or resumes it."""
 
     run: str
     """Last part of the run folder's URL."""
@@ -68,7 +68,7 @@ class StageBegun(Event):
     done: int
     """Units that were committed before."""
     noun: str = "units"
-    """What the units are called in progress lines."""
+    """Name of the units in progress lines."""
     layers: int | None = None
     """Decoder layers to sweep through, for a stage whose progress is counted in them; None counts units."""
 
@@ -78,12 +78,12 @@ class StageBegun(Event):
 
 @dataclass(frozen=True)
 class StageEnded(Event):
-    """The driver has left the stage that began last."""
+    """The driver has left the stage that began most recently."""
 
     stage: str
     seconds: float
     finished: bool
-    """False where something ended it early."""
+    """Whether the stage is complete; False where an error or the user ended it early."""
 
     def __str__(self) -> str:
         return f"{self.stage}: {'done' if self.finished else 'stopped'} after {self.seconds:.0f} s"
@@ -106,7 +106,7 @@ class UnitDone(Event):
 
     record: "Record"
     seconds: float | None = None
-    """Time that the unit took, where its record does not say."""
+    """Time that the unit took, where its record does not have it."""
 
     def __str__(self) -> str:
         return f"{self.record.unit} is committed"
@@ -119,15 +119,15 @@ class LayerEntered(Event):
     layer: int
     layers: int
     work: str = ""
-    """What the sweep is for, such as `measuring the allocation`."""
+    """Purpose of the sweep, such as `measuring the allocation`."""
     order: int = 1
-    """Place of this sweep among those that the work takes: 0 for what is measured first, 1 for the work itself."""
+    """Position among the sweeps of the work: 0 for a measurement that comes first, 1 for the work itself."""
     full: bool = True
-    """False where the layer is merely swept through, because it is done already."""
+    """Whether the layer is worked on; False where it is done already and merely swept through."""
 
     @property
     def position(self) -> tuple[int, int]:
-        """Grows as the work goes on."""
+        """Position in the work, which grows as the work proceeds."""
         return self.order, self.layer
 
     def __str__(self) -> str:
@@ -136,23 +136,23 @@ class LayerEntered(Event):
 
 @dataclass(frozen=True)
 class Lost(Event):
-    """An engine, worker, node, task or unit was lost, to be made again or not; or the driver failed."""
+    """An engine, worker, node, task or unit was lost, whether it is retried or not; or the driver failed."""
 
     kind: str
-    """What was lost: unit, engine, worker, node, driver; or `set aside`, for a unit that failed too often."""
+    """Kind of thing that was lost: unit, engine, worker, node, driver; or `set aside`: a unit that failed too often."""
     message: str
     units: tuple[str, ...] = ()
-    """Units that were under way there."""
+    """Units that were in progress there."""
     attempt: int | None = None
     node: str | None = None
     name: str = ""
-    """Which one of its kind, such as `worker 3`."""
+    """Name of the thing that was lost, such as `worker 3`."""
     at: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
     @property
     def in_words(self) -> str:
-        """What was lost and why, in one line without credentials."""
+        """Description of the loss and its cause, in one line without credentials."""
         alone = self.kind in ("unit", SET_ASIDE)
         units = f"{'' if alone else ' with'} {', '.join(self.units)}" if self.units else ""
         place = f" on {self.node}" if self.node and self.node not in self.message else ""
@@ -166,11 +166,11 @@ class Lost(Event):
 
 @dataclass(frozen=True)
 class Tick(Event):
-    """Nothing new, but the work goes on: a chance for the caller to stop. It is yielded, never logged."""
+    """Nothing new, but the work continues: a chance for the caller to stop it. It is yielded, never logged."""
 
 
 def event_of(record: logging.LogRecord) -> Any:
-    """The event that a log record carries; None for any other log line."""
+    """Returns the event that a log record carries; None for any other log line."""
     return getattr(record, "event", None)
 
 
@@ -187,11 +187,11 @@ class EventHandler(logging.Handler):
             self.handleError(record)
 
     def handle_event(self, event: Event) -> None:
-        """What a handler does with an event."""
+        """Handles an event; overridden by each handler."""
 
 
 class Pace:
-    """How fast steps are done at present, and how long the rest will take."""
+    """The current pace of a series of steps, and the time that the rest will take."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done = total, done
@@ -201,7 +201,7 @@ class Pace:
         self.to(self.done + 1)
 
     def to(self, done: int) -> None:
-        """`done` steps are done now."""
+        """Records that `done` steps are done by now."""
         for _ in range(min(done - self.done, RECENT_STEPS)):
             self._times.append(time.monotonic())
         self.done = done

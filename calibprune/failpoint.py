@@ -1,4 +1,4 @@
-"""Named places at which the tests stop a process dead: how it is shown that nothing is lost there."""
+"""Named points at which tests kill a process, to show that nothing is lost there."""
 
 import os
 import signal
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def failpoint(name: str) -> None:
-    """Sends this process the signal that file `name` in the folder CALIBPRUNE_FAILPOINTS holds, once: the file goes.
+    """Sends this process the signal whose number is in the file `name` of the folder CALIBPRUNE_FAILPOINTS.
 
-    Does nothing where the variable is not set.
+    Removes the file first, so that it happens once. Does nothing where the variable is not set.
     """
     folder = os.environ.get("CALIBPRUNE_FAILPOINTS")
     if folder is None:

@@ -1,7 +1,7 @@
-"""What a stage lost, one small file a loss, `<stage>/_failures/<milliseconds>-<n>.json`, for whoever watches the run.
+"""The losses of a stage, one small file each, `<stage>/_failures/<milliseconds>-<n>.json`, for users who watch a run.
 
-Object stores cannot append, hence the files; their names sort by time. Only the driver writes them. A run never
-depends on them and never fails over them.
+They are separate files because object stores cannot append; their names sort by time. Only the driver writes them. A
+run never depends on them, and never fails because of them.
 """
 
 import time
@@ -14,14 +14,15 @@ from calibprune.redact import one_line
 
 FOLDER = "_failures"
 MAX_FAILURES = 2000
-"""Failures that are kept of a stage; older ones are removed."""
+"""Maximum number of files kept for a stage; older ones are removed."""
 PATIENCE_SECONDS = 5.0
+"""Longest time in which one file is written."""
 REST_SECONDS = 60.0
-"""Pause after a store refused a file; what is lost meanwhile is not written down."""
+"""Pause after a store refused a file, in seconds; losses in the meantime are not written."""
 
 
 class FailureFiles(EventHandler):
-    """Writes every Lost event down. Raises nothing, and gives up within seconds."""
+    """Writes a file for every Lost event. Raises nothing, and gives up within seconds."""
 
     def __init__(self, stage_url: str) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class FailureFiles(EventHandler):
             return
         try:
             self._write(event)
-        except Exception as error:  # whatever it is, the run is worth more than this file
+        except Exception as error:  # a run must not fail because of this file
             self._rest_until = time.monotonic() + REST_SECONDS
             note(f"cannot write to {self.url}: {one_line(error, 200)}")
 
@@ -52,7 +53,7 @@ class FailureFiles(EventHandler):
 
 
 def read_failures(stage_url: str, last: int = 1) -> tuple[int, list[Lost]]:
-    """How many there are, and the last ones, the latest first; a damaged file is skipped."""
+    """Returns the number of losses, and the last ones of them, the latest first; a damaged file is skipped."""
     url = storage.join(stage_url, FOLDER)
     names = [name for name in storage.names(url) if name.endswith(".json")]
     wanted = names[: -last - 1 : -1]

@@ -1,7 +1,7 @@
-"""Workers that do one job together: who they are to one another, and what they exchange.
+"""A gang of workers that do one job together: their ranks, and what they exchange.
 
-Everything exchanged is exact whatever the number of workers: bytes are copied, integers are added. Knows nothing of
-Ray: `join` needs no more than an address that all workers can reach.
+Everything exchanged is exact for any number of workers: bytes are copied, integers are added. Knows nothing of Ray:
+`join` needs no more than an address that all workers can reach.
 """
 
 import datetime
@@ -19,30 +19,30 @@ from torch import Tensor
 from calibprune.redact import one_line
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
-"""Hangs are for the driver to see and end: it alone knows how long a layer may take."""
+"""Practically no limit: the driver detects and ends hangs, since only it knows how long a layer may take."""
 
 
 class PeerLost(RuntimeError):
-    """Another worker of the gang is gone, or cannot be reached any more."""
+    """Another worker of the gang is gone or can no longer be reached."""
 
 
 class Gang:
-    """`size` workers, of which this is number `rank`. A gang of one exchanges nothing."""
+    """`size` workers, of which this process is number `rank`. A gang of one exchanges nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
         self.rank, self.size = rank, size
         self.device = torch.device(device)
 
     def owns(self, index: int) -> bool:
-        """Whether unit number `index` is this worker's: they are dealt round the gang."""
+        """Returns whether unit number `index` is this worker's: units are dealt round-robin."""
         return index % self.size == self.rank
 
     def dealt(self, units: Iterable[Any]) -> list[Any]:
-        """This worker's share of the units."""
+        """Returns this worker's share of the units."""
         return [unit for index, unit in enumerate(units) if self.owns(index)]
 
     def broadcast(self, pieces: Iterable[tuple[Tensor, int]]) -> None:
-        """Fills every tensor with what worker `source` holds in it. Contiguous tensors on the gang's device."""
+        """Fills each tensor, contiguous and on the gang's device, with what worker `source` holds in it."""
         if self.size == 1:
             return
         with _peers():
@@ -55,16 +55,18 @@ class Gang:
                 work.wait()  # type: ignore[union-attr]
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Adds up all workers' integers in place; returns the tensor."""
+        """Adds up all workers' int64 tensors in place; returns the tensor. Raises ValueError for another dtype."""
         if tensor.dtype != torch.int64:
-            raise ValueError(f"only int64 sums do not depend on their order, not {tensor.dtype}")
+            raise ValueError(
+                f"only sums of int64 are independent of their order, not those of {tensor.dtype}"
+            )
         if self.size > 1:
             with _peers():
                 dist.all_reduce(tensor)
         return tensor
 
     def collect(self, values: Tensor, mine: Iterable[int]) -> Tensor:
-        """Fills in, over all workers, the rows of a float64 matrix of which each has its own; bits are kept.
+        """Returns a float64 matrix with the rows `mine` of every worker, bit for bit.
 
         On the CPU, for facts rather than for weights.
         """
@@ -74,7 +76,7 @@ class Gang:
         return self.add(bits.to(self.device)).cpu().view(torch.float64)
 
     def largest(self, value: float) -> float:
-        """The largest of all workers' values."""
+        """Returns the largest of all workers' values."""
         if self.size == 1:
             return value
         with _peers():
@@ -91,8 +93,8 @@ def join(
 ) -> Gang:
     """Makes this process worker `rank` of `size`: over NCCL on GPUs, over gloo on CPUs.
 
-    `address` is this machine's own, as the others reach it: traffic goes over the network interface that has it.
-    Raises PeerLost when the others do not come.
+    `address` is the one at which the others reach this machine: traffic uses the network interface that has it.
+    Raises PeerLost when the others do not join.
     """
     leave()
     if size == 1:
@@ -100,9 +102,7 @@ def join(
     interface = _interface_of(address)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault(
-            "NCCL_SOCKET_IFNAME", f"={interface}"
-        )  # without "=": all that begin so
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without "=" it is a prefix
     with _peers():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -124,7 +124,7 @@ def leave() -> None:
 
 
 class Meeting:
-    """The place where a gang's workers find one another, held open by one of them on its own address only."""
+    """The port at which a gang's workers find each other, opened by one of them on its own address only."""
 
     def __init__(self, address: str, timeout: datetime.timedelta) -> None:
         self._socket = socket.create_server(
@@ -142,13 +142,13 @@ class Meeting:
 
 
 def meet(address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
-    """Reaches a meeting that another worker holds open."""
+    """Connects to a meeting that another worker has opened."""
     with _peers():
         return dist.TCPStore(address, port, is_master=False, timeout=timeout)
 
 
 def _interface_of(address: str) -> str | None:
-    """The name of the network interface with this IPv4 address; None where it cannot be told."""
+    """Returns the name of the network interface with this IPv4 address; None where it cannot be found."""
     import fcntl
     import struct
 
@@ -165,7 +165,7 @@ def _interface_of(address: str) -> str | None:
 
 
 class _peers:
-    """Turns what torch.distributed raises into PeerLost."""
+    """Turns the errors of torch.distributed into PeerLost."""
 
     def __enter__(self) -> None:
         return None

@@ -1,6 +1,6 @@
 """Brings a model's weights to every worker of a gang, module by module: each byte is read once, by one worker.
 
-Layer number i is owned by worker i mod size: it alone reads it, ahead of time, and broadcasts it.
+Worker i mod size owns layer number i: it alone reads the layer, ahead of time, and broadcasts it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from calibprune.offload import Parking
 from calibprune.sweep import Sweep
 
 ALIGNMENT = 64
-"""Bytes to which tensors are aligned on every worker, since it may decide the last bits of a product."""
+"""Bytes to which tensors are aligned on every worker, since alignment may decide the last bits of a product."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Loaded:
 
     tensors: dict[str, Tensor]
     bytes_read: int
-    """Bytes that this worker read; 0 if another one owns the layer."""
+    """Bytes that this worker read; 0 if another worker owns the layer."""
 
 
 class LayerReader:
-    """Reads layers [first, stop) of a model, to be taken in order; a context manager. Collective.
+    """Reads layers [first, stop) of a model, which are taken in order; a context manager. Collective.
 
-    `committed(index)`, which only the owner calls, returns tensors by name in place of the checkpoint's own, or None.
+    `committed(index)`, which only the owner calls, returns tensors by name that replace the checkpoint's own, or None.
     Raises UserError naming a weight of the checkpoint that is not finite.
     """
 
@@ -51,7 +51,7 @@ class LayerReader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: Future[tuple[Tensor, int]] | None = None
         self.outer_held: dict[str, Tensor] = {}
-        """Tensors from outside the layers that the first worker has read already."""
+        """Tensors from outside the layers that the first worker has already read."""
         for index in range(first, self._stop):
             if gang.owns(index):
                 self._ahead = self._pool.submit(self._read, index)
@@ -82,7 +82,7 @@ class LayerReader:
         return Loaded(self._views(index, buffer, places), size)
 
     def place_outer(self, name: str) -> None:
-        """Puts a module from outside the layers in place, which the first worker reads and broadcasts."""
+        """Fills a module outside the layers with weights, which the first worker reads and broadcasts."""
         skeleton, module = self._skeleton, self._skeleton.outer_modules[name]
         prefix = f"{name}." if name else ""
         wanted = {
@@ -144,9 +144,10 @@ def paused_sweep(
     hidden: Callable[[int], Tensor] | None = None,
     offload: bool = False,
 ) -> Sweep:
-    """A sweep of this worker's share of the gang's micro-batches of token ids up to the last hidden states, modules
-    outside the layers put in place by themselves. `first`, `hidden`: as `Sweep` has them; `offload`: what paused
-    forwards hold is kept in host memory, if it is not there anyway.
+    """Returns a sweep of this worker's share of the gang's micro-batches of token ids, up to the last hidden states.
+
+    Modules outside the layers are filled automatically. `first` and `hidden` are those of `Sweep`; with `offload`,
+    what paused forwards hold on a GPU is kept in host memory.
     """
     parks = offload and skeleton.device.type != "cpu"
 

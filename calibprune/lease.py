@@ -1,8 +1,9 @@
-"""One driver for one run: a lease file that its holder keeps rewriting, `<run>/_lease.json`.
+"""Keeps a run to one driver: a lease file, `<run>/_lease.json`, that its holder keeps rewriting.
 
-What a lease guards is work done twice and settings mixed, not the data: units commit safely without it. So it is
-enough that of two drivers one stops soon, on stores that ignore conditional writes too.
-No clocks are compared. A holder whose count does not grow for `expire_seconds` by the watcher's own clock is gone.
+A lease prevents work from being done twice and settings from being mixed; it does not protect the data, since units
+commit safely without it. So it is enough that one of two drivers stops soon, even on stores that ignore conditional
+writes. No clocks are compared: a holder whose count does not grow for `expire_seconds` by the watcher's own clock is
+gone.
 """
 
 import contextlib
@@ -24,26 +25,26 @@ from calibprune.redact import one_line
 
 FILE = "_lease.json"
 MAX_EXPIRE_SECONDS = 3600.0
-"""Waited for a holder, whatever its lease asks for."""
-LOOK_SECONDS = 5.0
-"""For a last look at who holds the lease now, when it was not renewed in time."""
+"""Longest wait for a holder, whatever its lease asks for."""
+LAST_READ_SECONDS = 5.0
+"""Time for a last reading of the lease, when it was not renewed in time, to find its new holder."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The driver that a lease names, for who looks on. No proof of life: clocks are compared here."""
+    """The driver that a lease names, for display only: `alive` is an estimate, since it compares clocks."""
 
     host: str
     pid: int | None
     since: str
     """ISO time."""
     silent_seconds: float | None
-    """Since it last renewed the lease, by the store's clock and this machine's; None where the store does not say."""
+    """Time since the last renewal, by the store's clock and this machine's; None where the store does not give it."""
     alive: bool
 
 
 def read_holder(run_url: str) -> Holder | None:
-    """Who holds a run, if anybody says so. Reads only."""
+    """Reads which driver holds a run; None where there is no lease. Changes nothing."""
     url = storage.join(run_url, FILE)
     try:
         holder, written = _parse(storage.read_bytes(url)), storage.written_at(url)
@@ -60,9 +61,9 @@ def read_holder(run_url: str) -> Holder | None:
 class Lease:
     """A context manager: inside, this process is the run's only driver, for as long as `check()` raises nothing.
 
-    A daemon thread keeps the lease. It needs the interpreter now and then: C code that holds the GIL, or a stopped
-    process, for longer than `expire_seconds` lets the lease go to whoever asks; `check()` tells afterwards. A fork
-    does not carry the thread along: the child must not use the lease.
+    A daemon thread renews the lease. It needs the interpreter from time to time: after `expire_seconds` in a stopped
+    process, or in C code that holds the GIL, another driver may take the lease; `check()` then raises. The thread does
+    not survive a fork: the child must not use the lease.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        """Raises UserError when another driver holds the run. Waits `expire_seconds` for one that may be gone."""
+        """Takes the lease; waits `expire_seconds` for a holder that may be gone. Raises UserError where it is alive."""
         self._acquire()
         self._thread.start()
         return self
@@ -105,20 +106,20 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether another driver holds the run now, or may: the lease was not renewed for `expire_seconds`."""
+        """Whether another driver holds the run, or may, since the lease was not renewed for `expire_seconds`."""
         if not self._leaving.is_set() and time.monotonic() - self._alive_at > self._expire:
             self._lost.set()
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raises LeaseLost when another driver took over, LeaseExpired when it merely may: the lease ran out."""
+        """Raises LeaseLost when another driver took over, LeaseExpired when one may because the lease ran out."""
         if not self.lost:
             return
-        self._thread.join(self._heartbeat + LOOK_SECONDS)
+        self._thread.join(self._heartbeat + LAST_READ_SECONDS)
         if self._successor is not None:
             raise LeaseLost(
-                f"another driver took over {self._run_url}: {_named(self._successor)} holds it now; this one stops, "
-                f"nothing committed is lost"
+                f"another driver took over {self._run_url}: {_described(self._successor)} holds it now; this one "
+                f"stops, nothing committed is lost"
             )
         raise LeaseExpired(
             f"the lease {self.url} could not be renewed for {self._expire:.0f} s{self._trouble}, so that another "
@@ -136,7 +137,7 @@ class Lease:
                     found = self._watch(found)
                     if found is None:
                         continue
-                if self._read() != found:  # somebody was quicker
+                if self._read() != found:  # another driver was quicker
                     continue
                 self._superseded = _owner(found)
                 self._write()
@@ -149,11 +150,12 @@ class Lease:
                 raise self._refusal(_parse(winner))
 
     def _watch(self, found: bytes) -> bytes | None:
-        """Waits until a lease has expired; None if it went away meanwhile. Raises UserError if it is renewed."""
+        """Waits until a lease has expired; None if it is removed meanwhile. Raises UserError if it is renewed."""
         holder = _parse(found)
         expire = min(max(self._expire, _number(holder, "expire_seconds")), MAX_EXPIRE_SECONDS)
         note(
-            f"{_named(holder)} holds {self._run_url}: taking over unless it shows life within {expire:.0f} s"
+            f"{_described(holder)} holds {self._run_url}: taking over unless it shows signs of life within "
+            f"{expire:.0f} s"
         )
         waited_since = time.monotonic()
         while time.monotonic() - waited_since < expire:
@@ -166,9 +168,10 @@ class Lease:
         return found
 
     def _keep(self) -> None:
-        """The heartbeat: reads before it writes, so that a holder that slept does not overwrite its successor."""
+        """Renews the lease at every heartbeat. Reads before it writes, so that a holder that slept does not overwrite
+        its successor."""
         while not self._leaving.wait(self._heartbeat):
-            expired = self.lost  # then this is the last look, at who took over
+            expired = self.lost  # then this is the last reading, to find who took over
             try:
                 found = self._read()
                 owner = _owner(found)
@@ -182,9 +185,9 @@ class Lease:
                 elif found is None:
                     self._create()
                 else:
-                    # woke up between its reading and its writing; or emptied or damaged, which no driver does
+                    # the superseded holder woke up between its read and its write; or the file is damaged
                     self._write()
-            except (OSError, UserError) as error:  # tried again at the next beat, until it expired
+            except (OSError, UserError) as error:  # retried at the next heartbeat, until it expires
                 self._trouble = f": {one_line(getattr(error, 'strerror', None) or error)}"
             if expired or self._successor:
                 return
@@ -204,7 +207,7 @@ class Lease:
         return made
 
     def _renewed(self, started: float) -> None:
-        """Counted from before the write: a watcher saw the file change after that, never earlier."""
+        """Records a renewal as of `started`, before the write: a watcher saw the file change later, never earlier."""
         if self._alive_at and time.monotonic() - self._alive_at > self._expire:
             self._lost.set()
         self._alive_at, self._trouble = started, ""
@@ -217,13 +220,13 @@ class Lease:
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         return UserError(
-            f"{_named(holder)} is working on {self._run_url}: a second run on the same output is refused while it "
+            f"{_described(holder)} is working on {self._run_url}: a second run on the same output is refused while it "
             f"lives; wait for it, stop it, or choose another output"
         )
 
 
 def _this_process() -> dict[str, Any]:
-    """Who holds a lease: enough to tell on the same machine, and in the same container, whether he lives."""
+    """Returns what identifies this process as a holder, so that its machine or container can check that it lives."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -234,7 +237,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _boot() -> str | None:
-    """The boot and the process namespace in which a process id means something; None where that cannot be known."""
+    """Returns the boot and the process namespace in which a process id is valid; None where they cannot be found."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -243,7 +246,7 @@ def _boot() -> str | None:
 
 
 def _state_and_start(pid: int) -> tuple[str, str] | None:
-    """State and start time, in ticks since boot, of a process; None if there is none (proc(5), stat)."""
+    """Returns a process's state and its start in ticks since boot (proc(5), stat); None if there is no process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -252,7 +255,7 @@ def _state_and_start(pid: int) -> tuple[str, str] | None:
 
 
 def _is_dead_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder ran on this machine since its last boot, and does no more."""
+    """Returns whether the holder ran on this machine since its last boot, and no longer does."""
     here = _this_process()
     if not here["boot"] or (holder.get("host"), holder.get("boot")) != (here["host"], here["boot"]):
         return False
@@ -261,7 +264,7 @@ def _is_dead_here(holder: dict[str, Any]) -> bool:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
-    """An unreadable lease is nobody's: it is watched by its bytes."""
+    """Parses a lease. An unreadable one has no holder: it is watched by its bytes."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
@@ -275,12 +278,12 @@ def _owner(data: bytes | None) -> str | None:
 
 
 def _number(holder: dict[str, Any], key: str) -> float:
-    """A finite number of zero or more; 0 for anything else."""
+    """Returns a value that is a finite number of zero or more; 0 for anything else."""
     value = holder.get(key)
     return float(value) if isinstance(value, int | float) and 0 <= value < 1 << 53 else 0.0
 
 
-def _named(holder: dict[str, Any]) -> str:
+def _described(holder: dict[str, Any]) -> str:
     if not holder.keys() >= {"owner", "pid", "host", "at"}:
         return "another driver"
     return f"the driver with process id {holder['pid']} on {holder['host']}, at it since {holder['at']},"

@@ -1,7 +1,7 @@
 """A causal language model without its weights: built on the meta device, filled and emptied module by module.
 
-There is no table of architectures: the decoder layers are the one list of modules with the length that the config
-gives, and the `torch.nn.Linear`s inside them are pruned.
+There is no table of architectures: the decoder layers are the only list of modules whose length is the config's
+number of layers, and the `torch.nn.Linear`s inside them are pruned.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ _TORCH_DTYPES = {
 
 MAX_LAYERS = 10_000
 MAX_BUFFER_BYTES = 1 << 30
-"""Size of rotary tables and masks that are accepted beside a checkpoint's own size."""
+"""Bytes of rotary tables and masks that a model may have beyond the size of its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Skeleton:
 
     @cached_property
     def outer_modules(self) -> dict[str, nn.Module]:
-        """The modules outside the decoder layers that hold parameters themselves: embedding, norm, head."""
+        """Modules outside the decoder layers that hold parameters themselves: embedding, norm, head."""
         return {
             name: module
             for name, module in self.model.named_modules()
@@ -59,7 +59,7 @@ class Skeleton:
 
     @cached_property
     def _alias(self) -> dict[str, str]:
-        """The name under which the checkpoint stores a tied parameter, by the names that it does not store."""
+        """Name under which the checkpoint stores a tied parameter, by each name that it does not store."""
         first: dict[int, str] = {}
         named = list(self.model.named_parameters(remove_duplicate=False))
         for name, parameter in named:
@@ -73,11 +73,12 @@ class Skeleton:
 
     @cached_property
     def parameters(self) -> set[str]:
-        """The checkpoint names of the model's parameters."""
+        """Checkpoint names of the model's parameters."""
         named = self.model.named_parameters(remove_duplicate=False)
         return {self.stored_name(name) for name, _ in named}
 
     def stored_name(self, name: str) -> str:
+        """Returns the name under which the checkpoint stores a parameter, which differs for a tied one."""
         return self._alias.get(name, name)
 
     def layer_prefix(self, index: int) -> str:
@@ -115,7 +116,7 @@ class Skeleton:
     def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises UserError naming a weight, among tensors by checkpoint name, that holds a NaN or an infinity.
 
-        Buffers may: a mask is made of infinities.
+        Buffers may hold infinities, as masks do.
         """
         for name in sorted(tensors.keys() & self.parameters):
             tensor = tensors[name]
@@ -124,7 +125,7 @@ class Skeleton:
             if not torch.stack(torch.aminmax(tensor)).isfinite().all():
                 raise UserError(
                     f"{self.checkpoint.url}: the weights of {name} are not finite: they hold a NaN or an infinity; "
-                    f"take a checkpoint that is whole"
+                    f"use an intact checkpoint"
                 )
 
     def place_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
@@ -200,18 +201,18 @@ def build_skeleton(
             model.tie_weights()
             return Skeleton(model, checkpoint, _layers_path(model, config), dtype, device)
 
-        # The outline takes no memory. Only a model that fits its checkpoint gets buffers and, for a moment, norms.
+        # The outline takes no memory. Only a model that matches its checkpoint gets buffers and, for a moment, norms.
         outline = build(torch.device("meta"))
         _check_tensors(outline, settings.path)
         _check_buffers(outline, settings.path)
         skeleton = build(init_empty_weights(include_buffers=False))
     _place_buffers(skeleton.model, checkpoint, device)
-    _ = skeleton.parameters  # which weights are tied shows only before any is put in place
+    _ = skeleton.parameters  # tied weights can be recognised only before any weight is put in place
     return skeleton
 
 
 def _check_buffers(skeleton: Skeleton, path: str) -> None:
-    """Raises UserError where a config asks for tables that are large beside the weights themselves."""
+    """Raises UserError where a config asks for buffers that are large compared to the weights."""
     size = sum(buffer.nbytes for buffer in skeleton.model.buffers())
     most = skeleton.checkpoint.bytes + MAX_BUFFER_BYTES
     if size > most:
@@ -222,13 +223,13 @@ def _check_buffers(skeleton: Skeleton, path: str) -> None:
 
 
 def _one_device(device: torch.device | str) -> torch.device:
-    """Adds the number of a GPU, since PyTorch takes "cuda" and "cuda:0" for different devices."""
+    """Adds the number of a GPU, since PyTorch treats "cuda" and "cuda:0" as different devices."""
     device = torch.device(device)
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def _place_buffers(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Puts rotary tables and the like on the device, with the checkpoint's values for those that it stores."""
+    """Moves rotary tables and other buffers to the device, with the checkpoint's values where it stores them."""
     persistent = model.state_dict(keep_vars=True)
     buffers = [name for name, _ in model.named_buffers() if name in persistent]
     learned = checkpoint.read([name for name in buffers if name in checkpoint.locations])
@@ -244,9 +245,11 @@ def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> An
         AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
     )
     try:
-        return build(attn_implementation="sdpa")  # an implicit causal mask: none in memory
+        return build(attn_implementation="sdpa")  # its causal mask is implicit and takes no memory
     except ValueError:
-        return build(attn_implementation="eager")  # the few that have no other, such as gpt-oss
+        return build(
+            attn_implementation="eager"
+        )  # for the few models that have no other, such as gpt-oss
 
 
 def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) -> torch.dtype:
@@ -280,8 +283,8 @@ def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
 def check_tokenizer(tokenizer: Any, skeleton: Skeleton, path: str) -> None:
     """Raises UserError where texts may become token ids that the model has no embedding for.
 
-    A special token beyond them is accepted, as a text model made of a multimodal one has for its images, unless texts
-    begin or end with it.
+    A special token without an embedding is accepted, such as the image token of a text model that was made from a
+    multimodal one, unless texts begin or end with it.
     """
     rows = skeleton.model.get_input_embeddings().num_embeddings
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
@@ -351,7 +354,7 @@ def _check_tensors(skeleton: Skeleton, path: str) -> None:
         if location.shape != tuple(parameter.shape):
             raise UserError(
                 f"tensor {name} of {path} has shape {location.shape}, "
-                f"its config says {tuple(parameter.shape)}"
+                f"its config gives {tuple(parameter.shape)}"
             )
     for index in range(len(skeleton.layers)):
         for name in skeleton.linears(index):

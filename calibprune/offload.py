@@ -1,7 +1,7 @@
-"""Moves what paused forwards hold on a GPU to pinned host memory, and back before they go on.
+"""Moves what paused forwards hold on a GPU to pinned host memory, and back before they continue.
 
-The tensors are found in the frames of the paused forward and swapped in place, so that whoever else holds them there
-sees the same: the model's own code stays as it is.
+The tensors are found in the frames of the paused forward and swapped in place, so that everything else that refers to
+them sees the same, and the model's own code stays as it is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 MIN_BYTES = 1 << 20
+"""Size below which a tensor stays on the GPU."""
 
 
 class Parking:
-    """`device` is where forwards run; `to_host` makes a copy elsewhere. Smaller tensors stay where they are."""
+    """Parks the activations of paused forwards that run on `device`.
+
+    `to_host` copies a tensor to the host. Tensors of fewer than `least_bytes` stay on the device.
+    """
 
     def __init__(
         self,
@@ -27,7 +31,7 @@ class Parking:
         self._to_host = to_host or _pinned
 
     def park(self, frame: FrameType | None) -> list[Tensor]:
-        """Moves the activations that this frame and its callers name; returns them."""
+        """Moves the activations that this frame and its callers refer to; returns them."""
         parked: dict[int, Tensor] = {}
         while frame is not None:
             for value in tree_leaves(list(frame.f_locals.values())):  # args and kwargs too
@@ -39,12 +43,13 @@ class Parking:
         return list(parked.values())
 
     def fetch(self, parked: Sequence[Tensor]) -> None:
+        """Moves parked activations back to the device."""
         for tensor in parked:
             tensor.data = tensor.data.to(self.device)
 
     def _is_activation(self, tensor: Tensor) -> bool:
         return (
-            tensor.device.type == self.device.type  # of which a process sees one
+            tensor.device.type == self.device.type  # a process sees only one of its type
             and tensor.is_floating_point()
             and not isinstance(tensor, nn.Parameter)
             and tensor.nbytes >= self._least_bytes
@@ -52,7 +57,7 @@ class Parking:
 
 
 class Fetched(Sequence[Tensor]):
-    """Tensors that are brought to the device one at a time, each only while it is looked at."""
+    """A sequence of tensors that moves each to the device only when it is accessed, one at a time."""
 
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         self._tensors, self._device = tensors, device

@@ -1,4 +1,4 @@
-"""This process: where it runs, where it keeps compiled code, how much memory it has, and how to give that back."""
+"""This process: the machine it runs on, where it keeps compiled code, and how much memory it uses and gives back."""
 
 import contextlib
 import ctypes
@@ -9,15 +9,16 @@ from pathlib import Path
 
 
 def node() -> str:
-    """The name of this machine, or of its container: what the records of the work done here say."""
+    """Returns the name of this machine or container, which is recorded with the work done here."""
     return socket.gethostname()
 
 
 def keep_compiled_code_private() -> None:
-    """Has PyTorch, and what this process starts, keep compiled code with the user's other caches.
+    """Makes PyTorch, here and in child processes, keep compiled code with the user's other caches.
 
-    A part of it makes a folder for that as soon as it is imported, by itself in the one for temporary files: under a
-    name that everybody knows, and for good. Nothing is changed where a folder was chosen, or where the user has none.
+    By default a part of PyTorch creates a folder for it on import, in the shared folder for temporary files, under a
+    name that other users can guess, and never removes it. Changes nothing where the variable is set already, or where
+    the user has no home folder.
     """
     name = "TORCHINDUCTOR_CACHE_DIR"
     if name in os.environ:
@@ -31,9 +32,9 @@ def keep_compiled_code_private() -> None:
 
 
 def host_memory(field: str = "VmRSS") -> int:
-    """Bytes of this process: resident now (VmRSS), or at most since it began (VmHWM).
+    """Returns this process's memory in bytes: resident now (VmRSS), or at its peak so far (VmHWM).
 
-    Not getrusage's maximum where that can be helped: it starts from what the parent process held.
+    getrusage's maximum is only the fallback, since it starts from what the parent process held.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -44,9 +45,10 @@ def host_memory(field: str = "VmRSS") -> int:
 
 
 def return_free_memory() -> None:
-    """Gives what is freed but scattered back to the system, where the C library is glibc.
+    """Returns freed but scattered memory to the system, where the C library is glibc.
 
-    Else it would grow from layer to layer: buffers come and go on several threads, each with a heap of its own.
+    Otherwise the process would grow from layer to layer, since buffers come and go on several threads, each with a
+    heap of its own.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

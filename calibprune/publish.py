@@ -1,7 +1,7 @@
-"""A finished stage copied to where others look for it: a bucket, a folder, or a repository of the Hugging Face hub.
+"""Copies a finished stage to where others look for it: a bucket, a folder, or a repository of the Hugging Face hub.
 
-What travels are the committed files and what lies beside them, verified, and the closing files last: readers take data
-for complete when those are there. Plans, done records and the files of attempts that lost a race stay behind.
+The committed files are verified and copied with the files beside them, the closing files last: readers take data for
+complete when those are there. Plans, done records and the files of attempts that lost a race are left out.
 """
 
 import contextlib
@@ -20,19 +20,20 @@ from calibprune.retry import retrying
 from calibprune.stage import Record, Stage
 
 BATCH_FILES, BATCH_BYTES = 50, 1 << 30
-"""Most files, and bytes of more than one file, that are in memory at a time on the way to a folder or bucket."""
+"""Maximum number of files, and of their bytes if several, in memory at a time on the way to a folder or bucket."""
 COMMIT_FILES = 100
-"""Most files of a commit, as the hub recommends; a folder full of files is then within the commits of an hour."""
+"""Maximum number of files of a commit, as the hub recommends; a full folder then stays within the hub's hourly limit."""
 HUB_FOLDER_ENTRIES = 10_000
+"""Maximum number of entries that the hub accepts in a folder."""
 READ_BYTES = 1 << 20
-"""Read ahead of each file that is on its way from a bucket to the hub."""
+"""Bytes read ahead of each file on the way from a bucket to the hub."""
 _DATA = (".parquet", ".safetensors")
 _CARD = b"---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n---\n"
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file to publish: where it is, its path in the target, and its hash where the stage recorded one."""
+    """A file to publish: its URL, its path in the target, and its hash where the stage recorded one."""
 
     source: str
     path: str
@@ -56,12 +57,12 @@ def publish(
     recorded: bool = True,
     card: bool = False,
 ) -> Outcome:
-    """Copies a finished stage; may be called again after a crash, and passes over what is there already.
+    """Copies a finished stage; may be called again after a crash, and skips what is there already.
 
-    folder:   only the files below this folder of the stage are published, at the top of the target
-    closing:  files that must be there, paths relative to `folder`; they are written last, in this order
-    recorded: the stage has done records, which vouch for its files; False for a folder of plain files
-    card:     a repository of the hub that has no README.md gets one that names the parquet files in data/
+    folder:   publishes only the files below this folder of the stage, at the top of the target
+    closing:  files that must be there, by paths relative to `folder`; written last, in this order
+    recorded: whether the stage has done records to verify its files with; False for a folder of plain files
+    card:     whether a repository of the hub without a README.md gets one that names the parquet files in data/
 
     Raises UserError when the stage is not finished, when the target holds other data, or access is denied;
     CorruptionError for damaged data.
@@ -77,7 +78,7 @@ def publish(
 def listing(
     stage_url: str, folder: str, closing: Sequence[str], recorded: bool
 ) -> tuple[list[Item], list[Item]]:
-    """What is to be published of a stage: the files in any order, then the closing files in theirs."""
+    """Lists what to publish of a stage: the files in any order, and the closing files in theirs."""
     records = Stage(stage_url).records() if recorded else []
     named = {record.file: record for record in records if record.file}
     sizes = storage.tree(stage_url)
@@ -105,13 +106,13 @@ def listing(
 
 
 def _check_no_links(url: str, paths: Iterable[str]) -> None:
-    """Raises UserError for a link: it would carry a file from elsewhere on this machine into what others read."""
+    """Raises UserError for a link, which would publish a file from elsewhere on this machine."""
     if storage.is_local(url):
         folder = Path(storage.resolve(url)[1]).resolve()
         for path in paths:
             if (folder / path).resolve() != folder / path:
                 raise UserError(
-                    f"{url}/{path} is a link: only what the run itself made is published"
+                    f"{url}/{path} is a link: only files that the run itself made are published"
                 )
 
 
@@ -126,31 +127,31 @@ def _check_sizes(url: str, named: Mapping[str, Record], sizes: Mapping[str, int]
 
 
 def _lost_races(recorded: Iterable[str], present: Iterable[str]) -> set[str]:
-    """Data files beside committed ones of the same kind that no record names."""
+    """Returns the data files that no record names, beside committed files of the same kind."""
     named = set(recorded)
     kinds = {_kind(path) for path in named}
     return {path for path in present if path not in named and _kind(path) in kinds}
 
 
 def _kind(path: str) -> tuple[str, str]:
-    """Folder and extension: a reader takes files that share both together."""
+    """Returns folder and extension, since a reader takes files that share both together."""
     return posixpath.dirname(path), posixpath.splitext(path)[1]
 
 
 def check_nothing_else(items: Iterable[Item], present: Iterable[str], target: str) -> None:
-    """Raises UserError where data of something else lies beside what is published: a reader would take both."""
+    """Raises UserError where the target has other data of the same kind, since a reader would take both together."""
     ours = {item.path for item in items}
     kinds = {_kind(path) for path in ours}
     for path in present:
         if path not in ours and _kind(path) in kinds and path.endswith(_DATA):
             raise UserError(
-                f"{target} holds {path}, which is not of this stage, and would be read with it: choose another "
+                f"{target} holds {path}, which is not part of this stage and would be read with it: choose another "
                 f"target, or remove it there"
             )
 
 
 def check_folders(paths: Iterable[str], most: int = HUB_FOLDER_ENTRIES) -> None:
-    """Raises UserError where a folder would hold more entries than the hub takes."""
+    """Raises UserError where a folder would hold more entries than the hub accepts."""
     entries: dict[str, set[str]] = {}
     for path in paths:
         parts = path.split("/")
@@ -159,13 +160,13 @@ def check_folders(paths: Iterable[str], most: int = HUB_FOLDER_ENTRIES) -> None:
     for folder, found in entries.items():
         if len(found) > most:
             raise UserError(
-                f"the folder {folder or 'at the top'} would hold {len(found)} files, the hub takes {most}: make the "
+                f"the folder {folder or 'at the top'} would hold {len(found)} files, the hub accepts {most}: make the "
                 f"stage with fewer, larger files (generate.shard_rows), or publish to a bucket"
             )
 
 
 def batches(items: Sequence[Item], most_files: int, most_bytes: float) -> list[list[Item]]:
-    """Cuts a list into runs of at most that many files and bytes; a larger file is a run of its own."""
+    """Cuts a list into batches of at most that many files and bytes; a larger file is a batch of its own."""
     cut: list[list[Item]] = []
     held = 0
     for item in items:
@@ -185,7 +186,7 @@ def _check_hash(item: Item, digest: str) -> None:
 
 
 def _read(batch: Sequence[Item]) -> list[bytes]:
-    """The verified contents of a batch."""
+    """Reads and verifies the contents of a batch."""
     contents = storage.read_many([item.source for item in batch])
     for item, data in zip(batch, contents, strict=True):
         _check_hash(item, storage.sha256(data))
@@ -208,8 +209,8 @@ def _to_folder(body: list[Item], last: list[Item], target: str) -> Outcome:
     for item in body:
         if arrived.get(item.path) != item.bytes:
             raise UserError(
-                f"{storage.join(target, item.path)} has {arrived.get(item.path)} bytes, not {item.bytes}: somebody "
-                f"else writes there; publish again, or choose another target"
+                f"{storage.join(target, item.path)} has {arrived.get(item.path)} bytes, not {item.bytes}: another "
+                f"process writes there; publish again, or choose another target"
             )
     for item, data in zip(last, _read(last), strict=True):
         storage.write(storage.join(target, item.path), data)
@@ -217,7 +218,7 @@ def _to_folder(body: list[Item], last: list[Item], target: str) -> Outcome:
 
 
 def _is_there(item: Item, target: str, present: Mapping[str, int]) -> bool:
-    """By size and hash: a name that holds the hash vouches for it, a local file is read."""
+    """Returns whether the target has the file, by size and hash: the hash in its name, or that of a local file."""
     if present.get(item.path) != item.bytes:
         return False
     if item.sha256 and f"-{item.sha256[:8]}." in item.path:
@@ -229,7 +230,7 @@ def _is_there(item: Item, target: str, present: Mapping[str, int]) -> bool:
 
 
 def _to_hub(body: list[Item], last: list[Item], target: str, stage: str, card: bool) -> Outcome:
-    """A few commits, the closing files in the last one, since a commit appears as a whole."""
+    """Publishes to the hub in a few commits. The closing files are all in the last one, which appears as a whole."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -306,7 +307,7 @@ def _to_hub(body: list[Item], last: list[Item], target: str, stage: str, card: b
 
 
 def _content(item: Item, files: contextlib.ExitStack) -> str | io.BufferedReader:
-    """What the hub's library reads a file from, piece by piece: a local path, or a file opened where it lies."""
+    """Returns what the hub's library can read a file from in pieces: a local path, or an opened remote file."""
     filesystem, path = storage.resolve(item.source)
     if storage.is_local(item.source):
         return path

@@ -1,7 +1,7 @@
-"""Text that others wrote, made fit for a terminal, a log or a record: one line, no secrets, no control characters.
+"""Makes untrusted text fit for a terminal, a log or a record: one line, no secrets, no control characters.
 
-Error messages come from storage libraries, servers, models and files of strangers. They may hold signed addresses,
-and escape sequences that would move a terminal's cursor.
+Error messages come from storage libraries, servers, models and untrusted files. They may contain signed addresses,
+and escape sequences that would control a terminal.
 """
 
 import os
@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 HIDDEN = "***"
 MIN_SECRET_CHARACTERS = 8
-"""Characters of a secret; a shorter value of the environment would be found in words."""
+"""Shortest value of an environment variable that is hidden; a shorter one may be part of ordinary words."""
 
 SECRET_NAME = re.compile(
     r"SECRET|TOKEN(?!IZ|S\b|S_)|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SIGNATURE|CONNECTION_STRING", re.I
@@ -20,7 +20,8 @@ SECRET_NAME = re.compile(
 _USER = re.compile(
     r"(?<=://)[^/@:\s'\"<>]*:[^/@\s'\"<>]+@|(?:(?<=http://)|(?<=https://))[^/@\s'\"<>]+@"
 )
-"""With a password, or to a web server, where a name alone may be a token; in others it is a container or a user."""
+"""User part of an address: with a password, or of a web address, where a name alone may be a token. Elsewhere a name
+alone is a container or a user."""
 _PARAMETER = re.compile(
     r"([?&;][^=&;?\s'\"<>]{0,100}"
     r"(?:sig|token|key|secret|credential|password)[^=&;?\s'\"<>]{0,100}=)[^&;\s'\"<>)]+", re.I
@@ -48,9 +49,8 @@ _CONTROL_IN_LINES = re.compile(_CONTROL.pattern.replace("\x00-\x1f", "\x00-\x09\
 
 
 def without_secrets(text: str) -> str:
-    """The text with `***` for passwords and signatures in addresses, for what a message says a key or password to be,
-    for what has the shape of a well-known kind of token, and for the values of this process's environment variables
-    whose names say that they are secret."""
+    """Returns the text with `***` in place of passwords and signatures in addresses, values that are assigned to a key
+    or password, well-known kinds of tokens, and values of environment variables with the name of a secret."""
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
     text = _USER.sub(f"{HIDDEN}@", text)
@@ -63,39 +63,39 @@ def without_secrets(text: str) -> str:
 
 
 def holds_credential(text: str) -> bool:
-    """Whether there is a password or signature in an address, a token of a well-known kind, or a secret variable's
-    value in it; what merely reads as if a key were named is let pass."""
+    """Returns whether a text contains a password or signature in an address, a well-known kind of token, or the value
+    of a secret environment variable. Text that merely looks like an assignment to a key is allowed."""
     return shaped_as_credential(text) or any(one in text for one in _secrets())
 
 
 def shaped_as_credential(text: str) -> bool:
-    """The same, but for the values of this process's variables."""
+    """Returns the same as `holds_credential`, but without looking for the values of environment variables."""
     patterns = (_USER, _PARAMETER, _BEARER, _KNOWN_SHAPE, _PRIVATE_KEY)
     return any(one.search(text) for one in patterns)
 
 
 def plain(text: str) -> str:
-    """One line without secrets; control characters, and those that turn the direction of writing, are written out."""
-    return _written_out(_CONTROL, without_secrets(text))
+    """Returns the text as one line without secrets, with control and writing-direction characters escaped."""
+    return _escaped(_CONTROL, without_secrets(text))
 
 
 def plain_lines(text: str) -> str:
-    """The same of several lines, such as a traceback."""
-    return _written_out(_CONTROL_IN_LINES, without_secrets(text))
+    """Returns several lines, such as a traceback, made safe like `plain`."""
+    return _escaped(_CONTROL_IN_LINES, without_secrets(text))
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """What an error says, in at most so many characters; its kind where it says nothing."""
+    """Returns an error's message in at most `most` characters, or its kind where the message is empty."""
     text = " ".join(without_secrets(str(error)).split()) or type(error).__name__
     return plain(text)[:most]
 
 
-def _written_out(control: re.Pattern[str], text: str) -> str:
+def _escaped(control: re.Pattern[str], text: str) -> str:
     return control.sub(lambda found: ascii(found[0])[1:-1], _COLOUR.sub("", text))
 
 
 def _secrets() -> Iterator[str]:
-    """Longest first: one may be part of another."""
+    """Yields the values to hide, the longest first, since one may be part of another."""
     found = {
         value
         for name, value in os.environ.items()
@@ -105,5 +105,5 @@ def _secrets() -> Iterator[str]:
 
 
 def _is_path(value: str) -> bool:
-    """Where a secret lies is none."""
+    """Returns whether a value is an existing path: the place of a secret is not a secret."""
     return value.startswith(("/", "~")) and Path(value).expanduser().exists()

@@ -1,8 +1,8 @@
-"""What an error of a store means, and the waiting between attempts: passing trouble is sat out, a refusal is final.
+"""Retries calls to a store after transient errors, and tells those from refusals, which are final.
 
-The stores' own libraries try a request a few times within seconds by themselves (botocore, gcsfs, huggingface_hub);
-here the same call is made again for up to two minutes. Messages hold the URL and the kind of error only, never a
-library's own text: an address may be signed.
+The stores' own libraries (botocore, gcsfs, huggingface_hub) retry a request a few times within seconds; this module
+retries for up to two minutes. Its messages contain only the URL and the kind of error, never a library's own text,
+which may contain a signed address.
 """
 
 import http.client
@@ -18,9 +18,9 @@ from calibprune.errors import StoreUnavailable, UserError
 from calibprune.redact import without_secrets
 
 RETRY_SECONDS = 120.0
-"""No attempt starts later than this after the first one."""
+"""Time after the first attempt in which further ones may start."""
 QUIET_SECONDS = 5.0
-"""From then on every wait is logged."""
+"""Time after the first attempt from which on every wait is logged."""
 
 _TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)} - {501, 505}
 _TRANSIENT_CODES = {
@@ -39,24 +39,24 @@ T = TypeVar("T")
 def retrying(
     url: str, verb: str, operation: Callable[[], T], patience_seconds: float | None = None
 ) -> T:
-    """What `operation` returns; while a store fails in passing it is called again, with growing and jittered waits.
+    """Returns what `operation` does, with retries after transient errors, at growing and jittered intervals.
 
     Raises UserError at once where access is denied, StoreUnavailable when the trouble outlasts `patience_seconds`
     (default RETRY_SECONDS), and every other error as it is.
     """
     patience = RETRY_SECONDS if patience_seconds is None else patience_seconds
 
-    def tell(state: tenacity.RetryCallState) -> None:
+    def log_wait(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         waited = state.seconds_since_start or 0.0
         if error and waited > QUIET_SECONDS:
-            _log.warning("cannot %s %s: %s; trying on", verb, redacted_url(url), reason(error))
+            _log.warning("cannot %s %s: %s; retrying", verb, redacted_url(url), reason(error))
 
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
         wait=tenacity.wait_exponential_jitter(initial=0.25, max=20, jitter=0.5),
         stop=tenacity.stop_before_delay(patience),
-        before_sleep=tell,
+        before_sleep=log_wait,
         reraise=True,
     )
     try:
@@ -72,7 +72,7 @@ def retrying(
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: 429, 5xx, throttling, timeouts, dropped connections."""
+    """Returns whether the same request may succeed soon: after 429, 5xx, throttling, timeouts, dropped connections."""
     for link in _chain(error):
         if _status(link) in _TRANSIENT_STATUS or _code(link) in _TRANSIENT_CODES:
             return True
@@ -85,7 +85,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def denied(error: BaseException) -> bool:
-    """Whether the store refuses these credentials, or there are none."""
+    """Returns whether the store refuses the credentials, or there are none."""
     if isinstance(error, FileNotFoundError | FileExistsError):
         return False
     return any(
@@ -97,12 +97,12 @@ def denied(error: BaseException) -> bool:
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of any of the stores' libraries."""
+    """Returns the HTTP status behind an error of any of the stores' libraries; None where there is none."""
     return next((found for link in _chain(error) if (found := _status(link))), None)
 
 
 def _status(error: BaseException) -> int | None:
-    """As botocore, gcsfs, huggingface_hub, requests and aiohttp tell it."""
+    """Returns an error's HTTP status, where botocore, gcsfs, huggingface_hub, requests or aiohttp store it."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -114,7 +114,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def reason(error: BaseException) -> str:
-    """The kind of an error in a word or two, without a library's own text."""
+    """Returns the kind of an error in a word or two, without a library's own text."""
     for link in _chain(error):
         if name := _code(link) or _status(link):
             return f"the store answers {name}"
@@ -122,7 +122,7 @@ def reason(error: BaseException) -> str:
 
 
 def redacted_url(url: str) -> str:
-    """A URL without the password or signature it may hold."""
+    """Returns a URL without any password or signature in it."""
     if not url.startswith(("http://", "https://")):
         return without_secrets(url)
     parts = urlsplit(url)
@@ -153,7 +153,7 @@ def _code(error: BaseException) -> str | None:
 
 @cache
 def _dropped() -> tuple[type[BaseException], ...]:
-    """Timeouts and dropped connections, as each library calls them. Imported late: only an error needs them."""
+    """Returns the classes of timeouts and dropped connections of each library, imported only when there is an error."""
     import aiohttp
     import botocore.exceptions
     import botocore.parsers
@@ -175,7 +175,7 @@ def _dropped() -> tuple[type[BaseException], ...]:
 
 @cache
 def _refused() -> tuple[type[BaseException], ...]:
-    from huggingface_hub.errors import OfflineModeIsEnabled  # a ConnectionError, by choice
+    from huggingface_hub.errors import OfflineModeIsEnabled  # its base class is ConnectionError
 
     return (OfflineModeIsEnabled,)
 

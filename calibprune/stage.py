@@ -1,12 +1,12 @@
 """One stage of a run as a folder: its plan, its units of work, their done records, the manifest.
 
-_plan.json           once: the settings and inputs that determine the result, and the units
-data/<unit>-<sha8>…  one file per unit, named by content: a race of two attempts is harmless
+_plan.json           written once: the settings and inputs that determine the result, and the units
+data/<unit>-<sha8>…  one file per unit, named by content, so that a race of two attempts is harmless
 _done/<unit>.json    the commit point of a unit: file name, bytes, sha256, facts
-_drivers/<time>.json when a driver began to work here
-_failures/           what was lost on the way (failures.py)
-manifest.json        after the last unit: every record in order. Readers trust only this
-_SUCCESS             last
+_drivers/<time>.json the time at which a driver began to work here
+_failures/           losses (failures.py)
+manifest.json        written after the last unit: every record in order. Readers trust only this
+_SUCCESS             written last
 """
 
 import json
@@ -28,11 +28,11 @@ from calibprune.failpoint import failpoint
 from calibprune.process import node
 
 DRIVERS = "_drivers"
-SHOWN = 60
-"""Most characters of a value in a message."""
+MAX_SHOWN = 60
+"""Maximum characters of a value in a message."""
 
 Unit = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
-"""It is part of file names."""
+"""Name of a unit of work, which is part of file names."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Record:
     finished_at: Annotated[float, Field(ge=0)] = 0.0
     """Seconds since the epoch."""
     node: Annotated[str, Field(max_length=300)] = field(default="", compare=False)
-    """The machine that made it. For who looks for a fault: it stands in no manifest."""
+    """The machine that made the unit, to help find faults; it is left out of the manifest."""
 
 
 class Plan(TypedDict):
-    """What a stage is to do. `identity`: settings and inputs by dotted key."""
+    """The plan of a stage. `identity` holds settings and inputs by dotted key."""
 
     identity: dict[str, Any]
     units: list[Unit]
@@ -70,7 +70,7 @@ _RECORD, _PLAN, _MANIFEST = TypeAdapter(Record), TypeAdapter(Plan), TypeAdapter(
 
 
 class Published(NamedTuple):
-    """A file that is in place but not yet committed."""
+    """A file that is written but not yet committed."""
 
     file: str
     bytes: int
@@ -78,7 +78,7 @@ class Published(NamedTuple):
 
 
 class Stage:
-    """Reads and commits one stage folder. Cheap to make; holds no state but the URL."""
+    """Reads a stage folder and commits to it. Cheap to create; holds no state but the URL."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -88,14 +88,14 @@ class Stage:
         return self.url.rstrip("/").rsplit("/", 1)[-1]
 
     def plan(self, identity: Mapping[str, Any], units: Sequence[str]) -> list[str]:
-        """Fixes what this stage is to do, or checks that a resume means the same; returns the units not done yet.
+        """Writes the plan of this stage, or checks that a resumed run has the same; returns the units not done yet.
 
         Versions of libraries (keys under `versions`) matter only while units are missing.
         Raises DriftError naming every setting or input that differs from the plan in the folder.
         """
         plan = {"identity": flat(identity), "units": list(units), "created_at": time.time()}
         data = storage.json_bytes(plan, compact=True)
-        # asked first, since a store may ignore the condition and let a create overwrite the older plan
+        # checks first, since a store may ignore the condition and let `create` overwrite the older plan
         if not self.planned and storage.create(storage.join(self.url, "_plan.json"), data):
             return list(units)
         planned = self.read_plan()["identity"]
@@ -114,14 +114,14 @@ class Stage:
         return missing
 
     def begin(self) -> None:
-        """Notes that a driver begins to work on this stage, so that its time counts even if it is killed."""
+        """Records that a driver begins to work on this stage, so that its time counts even if it is killed."""
         now = time.time()
         name = f"{int(1000 * now):013d}-{uuid.uuid4().hex[:4]}.json"
         storage.write_json(storage.join(self.url, DRIVERS, name), {"begun_at": now, "node": node()})
 
     def _drivers(self, records: Iterable[Record]) -> list[list[float]]:
-        """When each driver began to work on this stage, and when it ended: now for the last one, which finishes the
-        stage; at its last commit for one that was killed. Seconds since the epoch."""
+        """Returns [begun, ended] of each driver in seconds since the epoch: an earlier driver ended with its last
+        commit; the last one, which finishes the stage, ends now."""
         names = storage.names(storage.join(self.url, DRIVERS))
         begun = [int(name[:13]) / 1000 for name in names if re.fullmatch(r"\d{13}-\w+\.json", name)]
         commits = sorted(record.finished_at for record in records)
@@ -132,13 +132,14 @@ class Stage:
         return spans
 
     def read_plan(self) -> dict[str, Any]:
+        """Reads the plan. Raises UserError where there is none, CorruptionError for a damaged one."""
         url = storage.join(self.url, "_plan.json")
         try:
             return parse_plan(storage.read_bytes(url))
         except FileNotFoundError:
             raise UserError(
-                f"{url} is not there, and the manifest does not say which model it was made with: give the folder of "
-                f"the stage itself, not a copy, or publish it again from a run that this version finished"
+                f"{url} is not there, and the manifest does not name the model that it was made with: give the folder "
+                f"of the stage itself, not a copy, or publish it again from a run that this version finished"
             ) from None
         except ValueError:
             raise CorruptionError(
@@ -150,7 +151,7 @@ class Stage:
         return storage.exists(storage.join(self.url, "_plan.json"))
 
     def put(self, unit: str, data: bytes, extension: str, folder: str, stem: str) -> Published:
-        """Publishes a unit's bytes under a name made from their hash; not yet a commit."""
+        """Writes a unit's bytes under a name made from their hash; the unit is not committed yet."""
         digest = storage.sha256(data)
         file = f"{folder}/{stem}-{unit}-{digest[:8]}.{extension}"
         storage.write(storage.join(self.url, file), data)
@@ -171,11 +172,11 @@ class Stage:
         return self.record(unit)
 
     def record(self, unit: str) -> Record:
-        """Raises FileNotFoundError for a unit that is not done, CorruptionError for a damaged record."""
+        """Reads a unit's record. Raises FileNotFoundError if it is not done, CorruptionError if it is damaged."""
         return self._parse(unit, storage.read_bytes(self._done_url(unit)))
 
     def done(self, units: Iterable[str] | None = None) -> dict[str, Record]:
-        """The committed units, in order; with `units`, those of them, in the order given.
+        """Reads the records of the committed units, sorted; with `units`, of those among them, in the order given.
 
         The records are read many at a time. Raises CorruptionError naming a damaged one.
         """
@@ -191,8 +192,8 @@ class Stage:
     def finish(self, facts: Mapping[str, Any] | None = None) -> None:
         """Writes the manifest and `_SUCCESS`: one record for every planned unit, and none beyond the plan.
 
-        The manifest also holds `facts`, the `drivers` that worked on the stage, as [begun, ended], and the `seconds`
-        of all of them together.
+        The manifest also has `facts`, the `drivers` that worked on the stage, as [begun, ended], and the `seconds` of
+        all of them together.
         Raises RuntimeError when a planned unit is missing, CorruptionError when a record is damaged or another unit's.
         """
         units = self.read_plan()["units"]
@@ -218,7 +219,7 @@ class Stage:
         return storage.exists(storage.join(self.url, "_SUCCESS"))
 
     def manifest(self) -> dict[str, Any]:
-        """Records and facts. Raises UserError when the stage is not finished, CorruptionError when it is damaged."""
+        """Reads records and facts. Raises UserError for an unfinished stage, CorruptionError for a damaged manifest."""
         if not self.finished:
             raise UserError(f"{self.url} is not finished: run the stage {self.name} first")
         url = storage.join(self.url, "manifest.json")
@@ -234,12 +235,12 @@ class Stage:
         return self.manifest()["records"]
 
     def content_id(self) -> str:
-        """Hash of the hashes of all data of a finished stage: what the next stage is made from."""
+        """Returns a hash over the hashes of a finished stage's data, which identifies the input of the next stage."""
         hashes: Iterable[str | None] = (record.sha256 for record in self.records())
         return storage.sha256(json.dumps(list(hashes)).encode())
 
     def read(self, record: Record) -> bytes:
-        """The verified bytes of a unit. Raises CorruptionError when they are not those committed."""
+        """Reads a unit's bytes and verifies them. Raises CorruptionError when they are not the committed ones."""
         if record.file is None:
             return b""
         url = storage.join(self.url, record.file)
@@ -273,14 +274,14 @@ class Stage:
 def describe_differences(
     planned: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]
 ) -> str:
-    """What the values of these dotted keys were and are, in few words."""
+    """Describes briefly what the values of these dotted keys were and are now."""
     return "; ".join(
         "{} was {}, now {}".format(key, *_excerpts(planned.get(key), now.get(key))) for key in keys
     )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as one mapping of dotted keys."""
+    """Flattens a tree of mappings into one mapping with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -291,28 +292,30 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _excerpts(one: Any, other: Any) -> tuple[str, str]:
-    """Two values in few words, from shortly before the place where they begin to differ."""
+    """Returns short excerpts of two values, from shortly before the place where they begin to differ."""
     texts = ["absent" if value is None else str(value) for value in (one, other)]
     pairs = enumerate(zip(*texts, strict=False))
     same = next((place for place, (a, b) in pairs if a != b), min(map(len, texts)))
-    start = max(0, same - 20) if max(map(len, texts)) > SHOWN else 0
-    shown = [("..." if start else "") + text[start:] for text in texts]
-    first, second = (text if len(text) <= SHOWN else text[: SHOWN - 3] + "..." for text in shown)
+    start = max(0, same - 20) if max(map(len, texts)) > MAX_SHOWN else 0
+    cut = [("..." if start else "") + text[start:] for text in texts]
+    first, second = (
+        text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..." for text in cut
+    )
     return first, second
 
 
 def parse_record(data: bytes) -> Record:
-    """Raises ValueError for what is no done record, or one that names a file of another unit or out of its folder."""
+    """Parses a done record. Raises ValueError for anything else, and for a file that is not the unit's own."""
     return _checked(_RECORD.validate_python(_json(data)))
 
 
 def parse_plan(data: bytes) -> dict[str, Any]:
-    """Raises ValueError for what is no plan."""
+    """Parses a plan. Raises ValueError for anything else."""
     return dict(_PLAN.validate_python(_json(data)))
 
 
 def parse_manifest(data: bytes) -> tuple[list[Record], dict[str, Any]]:
-    """(records, facts). Raises ValueError as `parse_record` does."""
+    """Parses a manifest into (records, facts). Raises ValueError as `parse_record` does."""
     manifest = _MANIFEST.validate_python(_json(data))
     return [_checked(record) for record in manifest["records"]], manifest["facts"]
 
@@ -325,7 +328,7 @@ def _json(data: bytes) -> Any:
 
 
 def _checked(record: Record) -> Record:
-    """A file's name holds its unit, as Stage.put makes it."""
+    """Raises ValueError unless the file's name contains the unit's, as `Stage.put` makes it; returns the record."""
     if (record.file is None) != (record.sha256 is None) or (
         record.file and f"-{record.unit}-" not in record.file
     ):

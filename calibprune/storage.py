@@ -2,7 +2,7 @@
 
 Nothing here streams into an open remote file: an exception inside `with fs.open(...)` publishes a truncated
 object on local disk, S3 and GCS alike. Bytes are put in one piece; on local disk by write, fsync and rename.
-Every remote call is retried through passing trouble (`calibprune.retry`), and none trusts a cached listing.
+Every remote call is retried after transient errors (`calibprune.retry`), and none trusts a cached listing.
 Each store's own library finds its credentials; no setting holds any.
 """
 
@@ -82,8 +82,8 @@ def is_file(url: str) -> bool:
 def names(url: str, patience_seconds: float | None = None, links: bool = False) -> list[str]:
     """Lists the files directly in a folder, sorted; none where there is no such folder.
 
-    Links are left out, since one could carry a file of this machine into a result. With `links` those are listed that
-    stay in the folder, or lead into the `blobs` two levels up, as in the cache of the Hugging Face hub.
+    Links are left out, since one could carry a file of this machine into a result. With `links`, those are listed too
+    that lead into the folder itself, or into the `blobs` two levels up, as in the cache of the Hugging Face hub.
     """
     return list(_listed(url, patience_seconds, links))
 
@@ -261,7 +261,7 @@ def create(url: str, data: bytes, patience_seconds: float | None = None) -> bool
 
 @contextlib.contextmanager
 def full_disk_named(path: str) -> Iterator[None]:
-    """Raises UserError where the block finds a disk or a quota full: no other process could do better."""
+    """Raises UserError where the block finds a disk or a quota full, since a retry elsewhere would not help."""
     try:
         yield
     except OSError as error:
@@ -357,7 +357,7 @@ def _patiently(
     operation: Callable[[], T],
     patience_seconds: float | None = None,
 ) -> T:
-    """Retries on a remote store only, since trouble with a local disk does not pass."""
+    """Calls an operation; retries it on a remote store only, since errors of a local disk are not transient."""
     if isinstance(filesystem, LocalFileSystem):
         return operation()
     return retrying(url, verb, operation, patience_seconds)
@@ -366,7 +366,7 @@ def _patiently(
 def _read_together(
     wanted: Sequence[tuple[str, int | None, int | None]], patience_seconds: float | None = None
 ) -> list[bytes]:
-    """Reads contents or ranges of files of one store, in order; retries only those that have not come yet."""
+    """Reads contents or ranges of files of one store, in order; a retry reads only those that are missing."""
     if not wanted:
         return []
     filesystem = resolve(wanted[0][0])[0]
@@ -376,7 +376,7 @@ def _read_together(
     if filesystem.async_impl:
         more["batch_size"] = READS_AT_ONCE
     if wanted[0][0].startswith(("s3://", "s3a://")):
-        more["max_concurrency"] = 1  # else every whole read asks for the size first
+        more["max_concurrency"] = 1  # otherwise every read of a whole file asks for its size first
 
     def read(part: range) -> None:
         missing = [k for k in part if not isinstance(contents[k], bytes)]

@@ -1,8 +1,8 @@
 """The paused forward: every micro-batch runs through the model's own forward as a coroutine, all at the same stop.
 
-A coroutine is a greenlet that is switched out from inside a forward pre-hook, so the model's code runs unmodified.
-Knows nothing of pruning, storage or devices: the caller puts weights in place at each stop.
-A greenlet belongs to the thread that made it: run a whole sweep on one thread.
+Each coroutine is a greenlet that is switched out from inside a forward pre-hook, so that the model's code runs
+unmodified. Knows nothing of pruning, storage or devices: the caller puts weights in place at each stop. A greenlet
+belongs to the thread that made it: run a whole sweep on one thread.
 """
 
 import sys
@@ -24,27 +24,27 @@ class LayerStop:
 
     layer: int
     hidden: list[Tensor]
-    """One per micro-batch, [sequences, tokens, hidden]. Emptied when the forwards go on."""
+    """Hidden states, one per micro-batch, [sequences, tokens, hidden]. Emptied when the forwards continue."""
     pause_at_groups: bool = True
-    """Set to False to run through this layer without stopping at its linears."""
+    """Whether to stop at this layer's linears; the caller may set it to False to run through the layer."""
 
 
 @dataclass(frozen=True)
 class GroupStop:
-    """Every micro-batch is about to enter linears that share one input: it is all at hand."""
+    """Every micro-batch is about to enter linears that share one input, all of which is available now."""
 
     layer: int
     linears: tuple[str, ...]
     """Paths inside the layer, in the order in which the forward calls them."""
     inputs: list[Tensor]
-    """One per micro-batch, [sequences, tokens, in]. Emptied when the forwards go on."""
+    """Inputs of the linears, one per micro-batch, [sequences, tokens, in]. Emptied when the forwards continue."""
 
 
 class Sweep:
     """One forward of every micro-batch, to be iterated over from stop to stop.
 
     `results` holds what the forwards returned once the iteration has ended. Leaving the iteration early abandons
-    the forwards where they stand.
+    the forwards where they are.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Sweep:
         hidden: Callable[[int], Tensor] | None = None,
         parking: Parking | None = None,
     ) -> None:
-        """`first`: the layers before it are passed over, and it is entered with `hidden(micro-batch index)`.
-        `parking` takes what a forward holds while it is paused.
+        """The layers before `first` are skipped, and `first` is entered with `hidden(micro-batch index)`. `parking`
+        takes what a forward holds while it is paused.
 
-        `enter_outer(name)` is called before a module outside the layers is first used, `leave_outer(name)` when
-        the decoder layers have been reached and it may be freed; it is entered again if it is used again."""
+        `enter_outer(name)` is called before a module outside the layers is first used, `leave_outer(name)` when the
+        decoder layers have been reached and it may be freed; if it is used again, it is entered again."""
         self._forward = forward
         self._layers = layers
         self._micro_batches = micro_batches
@@ -117,7 +117,7 @@ class Sweep:
                     group_stop = GroupStop(key[0], key[1], [_only_input(s[1], s[2]) for s in stops])
                     yield group_stop
                     group_stop.inputs.clear()
-                del args, kwargs, stops  # let go of the inputs before the forwards move on
+                del args, kwargs, stops  # release the inputs before the forwards continue
                 stops = [forward.switch() for forward in forwards]
             self.results = stops
         finally:
@@ -133,7 +133,7 @@ class Sweep:
         return self._forward(micro_batch)
 
     def _pausing_hook(self, driver: greenlet, forwards: list[greenlet], key: Any) -> Callable:
-        """Switches the forward out; what it was called with goes to the driver."""
+        """Returns a hook that switches the forward out and hands its arguments to the driver."""
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if self._hidden is not None and key == self._first:
@@ -161,16 +161,16 @@ class Sweep:
         self._entered.clear()
 
     def _input_groups(self, layer: nn.Module, args: tuple, kwargs: dict) -> list[tuple[str, ...]]:
-        """The layer's linears grouped by the tensor they read, found by running one micro-batch through it.
+        """Groups the layer's linears by the tensor that they read, found by running one micro-batch through it.
 
-        Layers of the same make share the answer. `layer.forward` leaves out the layer's own pausing hook.
+        Layers of the same structure share the result. `layer.forward` skips the layer's own pausing hook.
         """
         linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        make = (type(layer), *((name, type(m), m.weight.shape) for name, m in linears.items()))
-        if make not in self._groups:
+        structure = (type(layer), *((name, type(m), m.weight.shape) for name, m in linears.items()))
+        if structure not in self._groups:
             seen: list[
                 tuple[Tensor, list[str]]
-            ] = []  # holds the tensors: a freed one's id is used again
+            ] = []  # keeps the tensors, since the id of a freed one may be reused
 
             def observe(name: str) -> Callable:
                 def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -195,13 +195,13 @@ class Sweep:
             finally:
                 for probe in probes:
                     probe.remove()
-            self._groups[make] = [tuple(group) for _, group in seen]
-        return self._groups[make]
+            self._groups[structure] = [tuple(group) for _, group in seen]
+        return self._groups[structure]
 
 
 def _require_same_stop(key: Any, forwards: Sequence[greenlet], stops: Sequence[Any]) -> None:
     if any(forward.dead or stop[0] != key for forward, stop in zip(forwards, stops, strict=True)):
-        raise RuntimeError(f"micro-batches took different ways through the model at {key}")
+        raise RuntimeError(f"micro-batches took different paths through the model at {key}")
 
 
 def _only_input(args: tuple, kwargs: dict) -> Tensor:
@@ -215,5 +215,5 @@ def _with_only_input(args: tuple, kwargs: dict, value: Tensor) -> tuple[tuple, d
 
 
 def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer's forward while it is passed over: the shape is all that matters."""
+    """Replaces the forward of a layer that is skipped: only the shape of its output matters."""
     return hidden_states

@@ -1,4 +1,4 @@
-"""Numbers in words, the same on the terminal, in the logs and on the report's page."""
+"""Formats numbers as text, the same on the terminal, in the logs and on the report's page."""
 
 import math
 
@@ -10,12 +10,12 @@ LETTERS = {"thousand": "k", "million": "M", "billion": "B", "trillion": "T"}
 
 
 def count(number: float) -> str:
-    """1234567 -> "1,234,567"."""
+    """Formats a count: 1234567 -> "1,234,567"."""
     return f"{number:,.0f}"
 
 
 def compact(number: float) -> str:
-    """1234567 -> "1.2M", 134515008 -> "134.5M"; below ten thousand as `count`."""
+    """Formats a large number: 1234567 -> "1.2M", 134515008 -> "134.5M"; below ten thousand as `count`."""
     if number < 10_000:
         return count(number)
     value, word = humanize.intword(number, "%.1f").split(" ")
@@ -23,12 +23,12 @@ def compact(number: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """0.5 -> "50.0%"."""
+    """Formats a share: 0.5 -> "50.0%"."""
     return NO_VALUE if share is None else f"{100 * share:.1f}%"
 
 
 def perplexity(value: float | None) -> str:
-    """12.345 -> "12.35"; from a thousand on without decimals."""
+    """Formats a perplexity: 12.345 -> "12.35"; from a thousand on without decimals."""
     if value is None:
         return NO_VALUE
     if not math.isfinite(value):
@@ -37,7 +37,7 @@ def perplexity(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """A relative error or a factor, to three significant digits."""
+    """Formats a relative error or a factor to three significant digits."""
     if value is None:
         return NO_VALUE
     if not math.isfinite(value):
@@ -46,7 +46,7 @@ def ratio(value: float | None) -> str:
 
 
 def change(before: float | None, after: float | None) -> str:
-    """10 and 12.28 -> "+22.8%"; from a doubling on the factor, "×3.40"."""
+    """Formats a change: 10 and 12.28 -> "+22.8%"; from a doubling on as a factor, "×3.40"."""
     if before is None or after is None or not math.isfinite(after / before):
         return NO_VALUE
     if after >= 2 * before:
@@ -55,7 +55,7 @@ def change(before: float | None, after: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two significant digits or more, in one unit: "0.05 s", "2.4 s", "95 s", "2.0 min", "12 min", "2.3 h"."""
+    """Formats a duration in one unit, to two significant digits or more: "0.05 s", "95 s", "2.0 min", "2.3 h"."""
     if seconds < 0.95:
         return f"{round(seconds, 2):g} s"
     if seconds < 99.5:
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def pace(seconds_each: float) -> str:
-    """The time that each of many similar things takes: "143 s each", "2.4 s each", "250 a second"."""
+    """Formats the time that each of many similar things takes: "143 s each", "2.4 s each", "250 a second"."""
     if seconds_each < 0.1:
         return f"{1 / max(seconds_each, 1e-9):.0f} a second"
     return f"{seconds_each:.{_decimals(seconds_each)}f} s each"
@@ -76,7 +76,7 @@ def _decimals(value: float) -> int:
 
 
 def size(number_of_bytes: float | None) -> str:
-    """5690831667 -> "5.3 GiB", 734003200 -> "700 MiB"; an empty string for an unknown size."""
+    """Formats bytes: 5690831667 -> "5.3 GiB", 734003200 -> "700 MiB"; an unknown size is an empty string."""
     if number_of_bytes is None:
         return ""
     value, unit = humanize.naturalsize(number_of_bytes, binary=True, format="%.1f").split(" ")

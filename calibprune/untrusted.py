@@ -1,6 +1,6 @@
 """Runs a configuration's patterns and a model's chat template in a process of their own, since either may never end.
 
-Neither `re` nor Jinja can be stopped otherwise, and a template can ask for any amount of memory.
+Neither `re` nor Jinja can be stopped in any other way, and a template can request any amount of memory.
 """
 
 import contextlib
@@ -19,16 +19,18 @@ from calibprune.errors import UserError
 from calibprune.process import host_memory
 
 SECONDS = 20.0
+"""Time limit of one call."""
 MEMORY_BYTES = 1 << 30
+"""Memory that a call may use beyond that of the bare process."""
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from calibprune.untrusted import _serve; _serve()"
 
 
 def limited(
     function: Callable[..., Any], *arguments: Any, seconds: float, memory_bytes: int = MEMORY_BYTES
 ) -> Any:
-    """Calls a module's function in a process of its own; returns what it does, as far as JSON carries it.
+    """Calls a module's function in a process of its own, and returns its result, which must be valid JSON.
 
-    Raises TimeoutError after `seconds`, MemoryError where the function wants more than `memory_bytes` for itself, and
+    Raises TimeoutError after `seconds`, MemoryError where the function needs more than `memory_bytes` for itself, and
     RuntimeError with the message of any other exception.
     """
     job = pickle.dumps((function, arguments, memory_bytes))
@@ -49,7 +51,7 @@ def limited(
 def _serve() -> None:
     """Answers one call of `limited`: a job on stdin, the answer on what was stdout."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # where a library prints
+    os.dup2(2, 1)  # a library that prints must not write into the answer
     function, arguments, memory_bytes = pickle.load(sys.stdin.buffer)
     most = host_memory("VmSize") + memory_bytes
     with contextlib.suppress(ValueError):  # this process may have a lower limit already

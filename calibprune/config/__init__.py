@@ -1,7 +1,7 @@
 """Every setting of a run: frozen pydantic models, one file per stage, read from YAML plus `key.path=value` overrides.
 
-`sparsity` is always the fraction of weights removed. In a pattern "N:M", N of every M consecutive
-input weights are kept. The defaults are what we would use ourselves; `None` means "off" or "chosen by the run".
+`sparsity` is always the fraction of weights removed. In a pattern "N:M", N of every M consecutive input weights are
+kept. The defaults are what we would use ourselves; `None` means "off" or "chosen by the run".
 """
 
 from calibprune.config.base import Section, Url
@@ -15,7 +15,7 @@ from calibprune.config.prune import PruneSettings
 class Config(Section):
     model: ModelSettings
     output: Url
-    """URL of the run folder, which holds everything that a run makes."""
+    """URL of the run folder, which holds everything that a run creates."""
     cluster: ClusterSettings = ClusterSettings()
     generate: GenerateSettings = GenerateSettings()
     curate: CurateSettings = CurateSettings()

@@ -1,4 +1,4 @@
-"""The parts that all settings are made of: a frozen section that knows its keys, and types that check their values."""
+"""Building blocks of all settings: a frozen section that rejects unknown keys, and types that check their values."""
 
 import re
 from typing import Annotated
@@ -27,12 +27,12 @@ def _regular_expression(expression: str) -> str:
 
 
 def named(value: object) -> object:
-    """Reads a name alone as that type with its defaults."""
+    """Turns a plain name into a section of that type with its defaults."""
     return {"type": value} if isinstance(value, str) else value
 
 
 Url = Annotated[str, AfterValidator(_without_credentials)]
-"""A path or an fsspec URL. Settings go into records and reports, so they must hold no credentials."""
+"""A path or an fsspec URL. Settings are copied into records and reports, so they must not hold credentials."""
 Regex = Annotated[str, AfterValidator(_regular_expression)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -50,9 +50,9 @@ class TextSource(Section):
     """A place that documents come from."""
 
     path: Url
-    """A text (one document a line), jsonl or parquet file or folder, local or by URL, or a Hugging Face dataset id.
+    """A text (one document per line), jsonl or parquet file or folder, local or by URL, or a Hugging Face dataset id.
 
-    An id may be written hf://datasets/org/name, which no local folder can be mistaken for.
+    An id may be written hf://datasets/org/name, so that it cannot be mistaken for a local folder.
     """
     dataset_name: str | None = None
     """The configuration of a Hugging Face dataset, such as `en`."""

@@ -1,4 +1,4 @@
-"""curate: sources side by side, filters, what they are compared with, and how the pool is packed."""
+"""curate: sources side by side, filters, reference corpora for a comparison, and the packing of the pool."""
 
 import posixpath
 from typing import Annotated, Literal, Self
@@ -16,7 +16,7 @@ from calibprune.config.base import (
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 MAX_FILTERS = 63
-"""Filters that a mark of one byte tells apart, with the four clauses of each (calibration/filters.py)."""
+"""Number of filters, with four clauses each, that a mark of one byte can distinguish (calibration/filters.py)."""
 
 
 class Sharing(Section):
@@ -25,7 +25,7 @@ class Sharing(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the pool, relative to the other sources without `budget_tokens`."""
     budget_tokens: PositiveInt | None = None
-    """Tokens of this source in the pool, whatever the weights are."""
+    """Tokens of this source in the pool, regardless of the weights."""
 
 
 class GeneratedSource(Sharing):
@@ -34,7 +34,7 @@ class GeneratedSource(Sharing):
     type: Literal["generated"]
     name: SourceName = "self-generated"
     path: Url | None = None
-    """The `generate` folder of another run of the same model; None: this run's."""
+    """The `generate` folder of another run of the same model; None: that of this run."""
 
 
 class NaturalSource(TextSource, Sharing):
@@ -43,9 +43,9 @@ class NaturalSource(TextSource, Sharing):
     type: Literal["text"]
     name: SourceName
     documents: PositiveInt = 5000
-    """Most documents to read, from the start of the source."""
+    """Maximum number of documents to read, from the start of the source."""
     document_tokens: PositiveInt | None = None
-    """Most tokens to take of one document, from its start; None: those of one sequence."""
+    """Maximum tokens to take of one document, from its start; None: those of one sequence."""
     bos: bool = True
     """Whether a start-of-text token goes in front of every document."""
 
@@ -56,7 +56,7 @@ Source = Annotated[GeneratedSource | NaturalSource, Field(discriminator="type")]
 class PerplexityFilter(Section):
     """Drops the samples that the model itself finds least likely (Ji et al. 2025, section 4) or most likely.
 
-    Shares are taken of each source separately."""
+    Shares apply to each source separately."""
 
     type: Literal["perplexity"]
     drop_worst: Share = 0.2
@@ -64,7 +64,9 @@ class PerplexityFilter(Section):
     drop_best: Share = 0.0
     """Share of samples to drop, those with the lowest perplexity: often repetitions."""
     least: Annotated[float, Field(ge=1)] | None = None
+    """Lowest perplexity of a sample that is kept; None: any."""
     most: Annotated[float, Field(ge=1)] | None = None
+    """Highest perplexity of a sample that is kept; None: any."""
 
     @model_validator(mode="after")
     def _something_stays(self) -> Self:
@@ -78,7 +80,7 @@ class PerplexityFilter(Section):
 
 
 class LengthFilter(Section):
-    """Drops samples with fewer or more tokens than this, prefix included."""
+    """Drops samples with fewer than `min_tokens` or more than `max_tokens`, prefix included."""
 
     type: Literal["length"]
     min_tokens: PositiveInt = 32
@@ -99,7 +101,7 @@ class RepetitionFilter(Section):
     max_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Largest share of a sample's n-grams that may have occurred in it before."""
     max_repeat_tokens: PositiveInt | None = None
-    """Most tokens of a passage that a sample holds twice; None: any number."""
+    """Maximum tokens of a passage that occurs twice in a sample; None: any number."""
 
 
 class DuplicateFilter(Section):
@@ -108,8 +110,8 @@ class DuplicateFilter(Section):
     type: Literal["duplicates"]
     near: bool = True
     similarity: Annotated[float, Field(ge=0.5, lt=1)] = 0.8
-    """Jaccard similarity of n-grams at which samples count as nearly equal. Prefixes and prompts are left out of it,
-    and of repetitions."""
+    """Jaccard similarity of n-grams from which on samples count as nearly equal. Prefixes and prompts do not count, nor
+    do they for repetitions."""
     ngram: PositiveInt = 5
     permutations: Annotated[int, Field(ge=64, le=512)] = 128
 
@@ -127,10 +129,10 @@ class Reference(TextSource):
 
 
 class AnalysisSettings(Section):
-    """The way in which sources are compared with the reference corpora."""
+    """The comparison of the sources with the reference corpora."""
 
     documents: PositiveInt = 500
-    """Documents to compare of every source and of every reference."""
+    """Number of documents of every source and of every reference that are compared."""
     ngram: PositiveInt = 3
     min_k: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the least likely tokens that Min-K%++ (Zhang et al. 2025) averages, such as 0.5; None: not measured,
@@ -153,10 +155,10 @@ class CurateSettings(Section):
     tokens: PositiveInt | None = None
     """Tokens of the whole pool, rounded up to whole sequences; None: those of `sequences`."""
     pack: Literal["concat", "document"] = "concat"
-    """`concat`: kept samples joined in random order and cut; `document`: the first tokens of long enough samples."""
+    """`concat`: kept samples are joined in random order and cut; `document`: the first tokens of each long enough sample."""
     positions: Literal["all", "generated"] = "all"
-    """`generated`: statistics leave out prefixes and prompts, which the model did not write, and the start-of-text
-    token in front of a document."""
+    """Positions that statistics include: with `generated` not those of prefixes and prompts, which the model did not
+    write, nor of the start-of-text token in front of a document."""
     seed: NonNegativeInt = 0
 
     @field_validator("sources", "references")
@@ -164,7 +166,7 @@ class CurateSettings(Section):
     def _names_differ(cls, named: tuple) -> tuple:
         names = [one.name for one in named]
         if len(set(names)) < len(names):
-            raise ValueError(f"each needs a name of its own, given are {', '.join(names)}")
+            raise ValueError(f"each needs a name of its own, not {', '.join(names)}")
         return named
 
     @field_validator("sources")
@@ -180,7 +182,7 @@ class CurateSettings(Section):
 
     @property
     def pool_sequences(self) -> int:
-        """The number of sequences in the pool."""
+        """Number of sequences in the pool."""
         if self.tokens is None:
             return self.sequences
         return -(-self.tokens // self.sequence_tokens)

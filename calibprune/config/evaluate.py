@@ -8,7 +8,7 @@ from calibprune.config.base import NonNegativeInt, PositiveInt, Section, Url, na
 
 
 class HeldOutText(Section):
-    """A text to measure the perplexity on; `path` as in the dataset prefixes, or `python-docs`."""
+    """A text to measure the perplexity on; `path` is that of a text source, or `python-docs`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     path: Url
@@ -16,14 +16,14 @@ class HeldOutText(Section):
     split: str = "test"
     column: str = "text"
     separator: str = "\n\n"
-    """Text between two documents before the whole is cut into windows."""
+    """Text put between two documents before the whole is cut into windows."""
 
 
 class EvaluateSettings(Section):
     perplexity: tuple[HeldOutText, ...] = ()
     sequence_tokens: Annotated[int, Field(ge=2)] = 2048
     sequences: PositiveInt | None = None
-    """Most windows of a text; None: all of it."""
+    """Maximum number of windows of a text; None: all of it."""
     batch_sequences: PositiveInt = 1
 
     @field_validator("perplexity")
@@ -31,16 +31,16 @@ class EvaluateSettings(Section):
     def _names_differ(cls, texts: tuple[HeldOutText, ...]) -> tuple[HeldOutText, ...]:
         names = [text.name for text in texts]
         if len(set(names)) < len(names):
-            raise ValueError(f"every text needs a name of its own, given are {', '.join(names)}")
+            raise ValueError(f"every text needs a name of its own, not {', '.join(names)}")
         return texts
 
 
 class TrackingSettings(Section):
-    """Experiment tracking by one of these libraries, which finds its server and credentials in its usual way."""
+    """Experiment tracking with one of these libraries, which finds its server and credentials in its usual way."""
 
     type: Literal["mlflow", "wandb", "trackio"]
     project: Annotated[str, Field(min_length=1, max_length=128)] = "calibprune"
-    """Name of the project, which MLflow calls experiment."""
+    """Name of the project, called experiment in MLflow."""
     name: str | None = None
     """Name of the tracked run; None: the last part of `output`."""
 

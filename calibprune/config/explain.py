@@ -1,4 +1,4 @@
-"""Explains in one line what is wrong with a setting: its key as in the file, the problem, and what would be right."""
+"""Explains an invalid setting in one line: its key as in the file, the problem, and what would be right."""
 
 import difflib
 import types
@@ -12,6 +12,7 @@ from calibprune.config import Config
 from calibprune.redact import one_line
 
 MAX_SHOWN = 100
+"""Maximum characters of a value in a message."""
 _IN_PLAIN_WORDS = {
     **dict.fromkeys(
         ("model_type", "model_attributes_type", "dict_type"),
@@ -52,16 +53,16 @@ def explain(error: ValidationError, content: Any) -> str:
 
 
 def suggestion(given: str, known: Iterable[str], otherwise: str) -> str:
-    """Asks for the nearest of the known names or, where none is near, lists them all."""
+    """Suggests the nearest of the known names or, where none is near, lists them all after `otherwise`."""
     known = list(known)
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else otherwise + ", ".join(known)
 
 
 def _written_key(location: Sequence[int | str], content: Any, missing: bool) -> str:
-    """Returns the dotted key as in the file, without the tags and kinds that unions put in between and at the end.
+    """Returns the dotted key as in the file, without the tags and types that pydantic's unions insert.
 
-    The last part of a key that is `missing` is not in the file, and still the one to name.
+    With `missing`, the last part is kept although it is not in the file.
     """
     parts = []
     for position, part in enumerate(location):

@@ -8,18 +8,18 @@ from calibprune.config.base import NonNegativeInt, PositiveInt, Section, TextSou
 
 
 class BosPrefixes(Section):
-    """Every sample starts from nothing but the model's start-of-text token."""
+    """Starts every sample from the model's start-of-text token alone."""
 
     type: Literal["bos"]
 
 
 class VocabularyPrefixes(Section):
-    """Every sample starts from a few tokens that are drawn for it."""
+    """Starts every sample from a few tokens that are drawn for it."""
 
     type: Literal["vocabulary"]
     draw: Literal["model", "uniform"] = "model"
-    """`model`: from the model's own distribution after the start-of-text token, at temperature 1 and not truncated;
-    `uniform`: every ordinary token of the vocabulary with equal probability."""
+    """Distribution of the tokens: `model`: the model's own after the start-of-text token, at temperature 1 and not
+    truncated; `uniform`: every ordinary token of the vocabulary with equal probability."""
     tokens: PositiveInt = 1
     bos: bool = True
     """Whether a start-of-text token, which is not counted, goes in front; `draw: model` needs it."""
@@ -32,12 +32,12 @@ class VocabularyPrefixes(Section):
 
 
 class DatasetPrefixes(TextSource):
-    """Every sample starts from the first tokens of one document of a text source."""
+    """Starts every sample from the first tokens of one document of a text source."""
 
     type: Literal["dataset"]
     tokens: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
-    """Tokens of the document itself, without a start-of-text token in front; [a, b]: a number from a to b, both
-    included, drawn for every sample."""
+    """Number of tokens of the document itself, without a start-of-text token in front; [a, b]: a number from a to b,
+    both included, is drawn for every sample."""
     bos: bool = True
 
     @model_validator(mode="after")
@@ -48,15 +48,15 @@ class DatasetPrefixes(TextSource):
 
 
 class PromptPrefixes(TextSource):
-    """Every sample answers one prompt, in the model's chat template: task prompts, reasoning traces."""
+    """Lets every sample answer one prompt in the model's chat template: task prompts, reasoning traces."""
 
     type: Literal["prompts"]
     column: str = "prompt"
     """Name of the column with a text, or with a list of chat messages that have `role` and `content`."""
     system: str | None = None
-    """A system message that goes before every prompt that is a text."""
+    """A system message in front of every prompt that is a text."""
     max_prompt_tokens: PositiveInt = 1024
-    """Most tokens of a prompt, template included; longer ones are skipped."""
+    """Maximum tokens of a prompt, template included; longer prompts are skipped."""
 
 
 Prefixes = Annotated[
@@ -67,7 +67,7 @@ Prefixes = Annotated[
 
 
 class TemperatureSchedule(Section):
-    """The temperature of the first tokens goes in equal steps from `start` to `generate.temperature`."""
+    """Moves the temperature of the first tokens in equal steps from `start` to `generate.temperature`."""
 
     start: Annotated[float, Field(gt=0)]
     tokens: PositiveInt
@@ -78,35 +78,35 @@ class GenerateSettings(Section):
     prefixes: Prefixes = BosPrefixes(type="bos")
     samples: PositiveInt = 5000
     samples_per_prefix: PositiveInt = 1
-    """Samples that start from the same prefix, each with a seed of its own; `samples` counts all of them."""
+    """Number of samples that start from the same prefix, each with its own seed; `samples` counts all of them."""
     max_tokens: PositiveInt = 2048
-    """Most new tokens of a sample, which may end earlier with the end-of-text token."""
+    """Maximum number of new tokens of a sample, which may end earlier with the end-of-text token."""
     min_tokens: NonNegativeInt = 0
     stop_at_eos: bool = True
     """Whether the end-of-text token ends a sample; otherwise every sample has max_tokens."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     temperature_schedule: TemperatureSchedule | None = None
-    """A temperature for the first tokens; None: the same as for all."""
+    """A temperature for the first tokens; None: the same as for all others."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: PositiveInt | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Least probability of a token that may be drawn, as a share of the likeliest one's."""
+    """Smallest probability of a token that may be drawn, as a share of the likeliest token's."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     seed: NonNegativeInt = 0
     shard_rows: PositiveInt = 500
-    """Samples in one unit of work, which is what a crash can cost."""
+    """Number of samples in one unit of work, which is what a crash can cost."""
     engines: PositiveInt | None = None
     """Number of vLLM engines; None: as many as the workers of the cluster section have room for."""
     tensor_parallel: PositiveInt = 1
     """Number of GPUs of one engine, all on one node."""
     max_concurrent: PositiveInt = 256
-    """Samples that one engine continues at the same time."""
+    """Maximum number of samples that one engine generates at the same time."""
     shards_in_flight: PositiveInt = 2
-    """Shards that one engine works on at the same time, so that a shard's last samples do not leave it idle."""
+    """Number of shards that one engine works on at a time, so that a shard's last samples do not leave it idle."""
     attempts: PositiveInt = 3
-    """Failures of one shard before it is set aside."""
+    """Number of failures after which a shard is set aside."""
     max_bad_shards: NonNegativeInt = 0
-    """Most shards that may be left out after `attempts` failures; with more the stage fails in the end."""
+    """Maximum number of shards that may be left out after `attempts` failures; with more the stage fails at its end."""
     shard_timeout_seconds: PositiveInt | None = None
     """Longest time that a shard may take. None: ten times the longest so far; for the first shards, and for those with
     more tokens than any finished one, an hour, or the time for 100 tokens a second if that is longer."""

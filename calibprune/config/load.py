@@ -1,7 +1,7 @@
-"""Reads a configuration: a preset, a YAML file over it, and `key.path=value` overrides over both.
+"""Reads a configuration: a preset, a YAML file on top of it, and `key.path=value` overrides on top of both.
 
-Files and the values of overrides are YAML 1.2: 2:4 and yes are texts, 1e-3 is a number, a key stands once in a
-section. Nothing in them is substituted or executed.
+Files and the values of overrides are YAML 1.2: 2:4 and yes are strings, 1e-3 is a number, and a key may occur only
+once in a section. Nothing in them is substituted or executed.
 """
 
 import copy
@@ -26,17 +26,18 @@ from calibprune.redact import holds_credential, one_line
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 MAX_DIGITS = 40
+"""Maximum bytes of a file, values in it, and digits of an integer: limits for untrusted input."""
 
 
 def dump_config(config: Config) -> str:
-    """Writes all settings as YAML, defaults and presets included; `load_config` makes the same settings of it."""
+    """Writes all settings as YAML, defaults and presets included; `load_config` reads the same settings from it."""
     yaml, stream = _yaml(), io.StringIO()
     yaml.dump(config.model_dump(mode="json"), stream)
     return stream.getvalue()
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `key.path=value` overrides, puts the preset that they name under it, and validates.
+    """Reads a YAML file, applies `key.path=value` overrides, fills in the preset that these name, and validates.
 
     `path` may be a pipe. Raises UserError naming the file, the key, the value and, for an unknown key or preset, the
     nearest valid one.
@@ -65,14 +66,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     for key, text in _texts(content):
         if holds_credential(text):
             raise UserError(
-                f"{path}: {key} holds no credentials: settings stand in records and reports; give them to the store's "
-                f"own library instead"
+                f"{path}: {key} must not hold credentials, since settings are copied into records and reports: give "
+                f"them to the store's own library instead"
             )
     return config
 
 
 def presets() -> dict[str, str]:
-    """Lists the shipped presets by name, each with a description of one line."""
+    """Lists the shipped presets by name, each with a one-line description."""
     files = resources.files("calibprune").joinpath("presets").iterdir()
     lines = {file.name: file.read_text().splitlines()[0] for file in files}
     names = sorted(name.removesuffix(".yaml") for name in lines if name.endswith(".yaml"))
@@ -80,7 +81,7 @@ def presets() -> dict[str, str]:
 
 
 def read_preset(name: object) -> dict[str, Any]:
-    """Reads a preset's settings. Raises UserError for an unknown name, with the nearest."""
+    """Reads a preset's settings. Raises UserError for an unknown name, suggesting the nearest one."""
     known = presets()
     if not isinstance(name, str):
         raise UserError("preset is a name and has no settings of its own, as in preset=bos")
@@ -91,7 +92,7 @@ def read_preset(name: object) -> dict[str, Any]:
 
 
 class _Settings(SafeConstructor):
-    """Makes plain values of YAML. A date is a text, a number is one that fits a setting, a key stands once."""
+    """Constructs plain values from YAML: dates as strings, integers of bounded length; refuses duplicate keys."""
 
     def check_mapping_key(
         self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any
@@ -147,14 +148,14 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _read_bytes(path: str) -> bytes:
-    """Reads the file once, from its start to its end, as a pipe allows."""
+    """Reads the file once, from start to end, since it may be a pipe."""
     if storage.is_local(path):
         with Path(storage.resolve(path)[1]).open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     else:
         data = storage.read_bytes(path)
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path} has more than {MAX_BYTES:,} bytes: that is no configuration")
+        raise UserError(f"{path} has more than {MAX_BYTES:,} bytes: that is not a configuration")
     return data
 
 
@@ -166,7 +167,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise UserError("preset is a name and has no settings of its own, as in preset=bos")
     if not value.strip():
         raise UserError(
-            f"{key}= gives no value: leave it out, or write {key}=null where it may have none"
+            f"{key}= has no value: leave it out, or write {key}=null for a setting that may have none"
         )
     try:
         content = _yaml().load(value)
@@ -188,16 +189,16 @@ def _problem(error: Exception, line: bool = True) -> str:
 
 
 def _plain(content: Any, where: str) -> Any:
-    """Copies what was parsed into dicts with texts as keys, lists and single values, no two of them shared.
+    """Copies parsed YAML into dicts with strings as keys, lists and single values, without sharing any.
 
-    Raises UserError for too many values, as aliases of aliases make them, and for `${...}`, which other tools replace.
+    Raises UserError for too many values, as aliases of aliases create, and for `${...}`, which other tools replace.
     """
     count = itertools.count(1)
 
     def copied(value: Any, key: str) -> Any:
         if next(count) > MAX_VALUES:
             raise UserError(
-                f"{where} holds more than {MAX_VALUES:,} values: that is no configuration"
+                f"{where} holds more than {MAX_VALUES:,} values: that is not a configuration"
             )
         if isinstance(value, Mapping):
             return {
@@ -209,7 +210,7 @@ def _plain(content: Any, where: str) -> Any:
         if isinstance(value, str) and "${" in value:
             raise UserError(
                 f"{where}: {key or 'its value'} holds ${{...}}, which is not replaced here: write the value itself, or "
-                f"let the shell put it into an override, as in output=$HOME/run"
+                f"let the shell insert it into an override, as in output=$HOME/run"
             )
         return value
 
@@ -220,7 +221,7 @@ def _plain(content: Any, where: str) -> Any:
 
 
 def _texts(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields every text in a tree of settings with its dotted key."""
+    """Yields (dotted key, value) of every string in a tree of settings."""
     if isinstance(content, str):
         yield key, content
     elif isinstance(content, Mapping | list):
@@ -230,9 +231,9 @@ def _texts(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _over(below: Any, above: Any) -> Any:
-    """Merges sections, the upper one winning; one of another `type` takes the lower one's place as a whole."""
+    """Merges two trees of settings; `above` wins, and replaces a section of another `type` as a whole."""
     if isinstance(below, Mapping) and "type" in below:
-        above = _spelt_out(above)
+        above = _as_section(above)
         if isinstance(above, Mapping) and above.get("type", below["type"]) != below["type"]:
             return above
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
@@ -242,10 +243,10 @@ def _over(below: Any, above: Any) -> Any:
 
 
 def _set(tree: dict[str, Any], preset: Mapping[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key in the tree, making the sections on the way.
+    """Sets a dotted key in the tree, and creates the sections on the way.
 
-    A name that stands alone on the way becomes `type: name`, so that a setting can go beside it. A preset's list of
-    which an entry is changed is copied into the tree, for lists are not merged.
+    A plain name on the way becomes `type: name`, so that a setting can be added to it. A preset's list of which an
+    entry is changed is copied into the tree first, since lists are not merged.
     """
     *way, last = key.split(".")
     here: Any = tree
@@ -254,7 +255,7 @@ def _set(tree: dict[str, Any], preset: Mapping[str, Any], key: str, value: Any) 
         above, following = ".".join(way[: depth + 1]), [*way, last][depth + 1]
         place = _place(here, part, key)
         below = below.get(part) if isinstance(below, Mapping) else None
-        child = _spelt_out(here[place] if isinstance(here, list) else here.get(place))
+        child = _as_section(here[place] if isinstance(here, list) else here.get(place))
         if child is None and following.isdigit():
             if not isinstance(below, list):
                 raise UserError(
@@ -269,7 +270,7 @@ def _set(tree: dict[str, Any], preset: Mapping[str, Any], key: str, value: Any) 
 
 
 def _place(here: dict[str, Any] | list[Any], part: str, key: str) -> Any:
-    """Reads a part of a key as a name in a section or a number in a list."""
+    """Interprets a part of a key as a name in a section or an index into a list."""
     if isinstance(here, dict):
         return part
     if not (part.isascii() and part.isdigit() and len(part) < 9 and int(part) < len(here)):
@@ -279,6 +280,6 @@ def _place(here: dict[str, Any] | list[Any], part: str, key: str) -> Any:
     return int(part)
 
 
-def _spelt_out(value: Any) -> Any:
-    """Reads a name alone as that type with its defaults."""
+def _as_section(value: Any) -> Any:
+    """Turns a plain name into a section of that type with its defaults."""
     return {"type": value} if isinstance(value, str) else value

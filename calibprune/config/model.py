@@ -8,23 +8,24 @@ from calibprune.config.base import NonNegativeInt, PositiveInt, Section, Url
 
 
 class ModelSettings(Section):
-    """The causal language model: a local folder, an fsspec URL (s3://, gs://, hf://) or a hub id `org/name`."""
+    """The causal language model."""
 
     path: Url
+    """A local folder, an fsspec URL (s3://, gs://, hf://) or a hub id `org/name`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """dtype of the forwards, where `auto` is the checkpoint's own; the pruned checkpoint keeps the input's dtype."""
+    """dtype of the forwards; `auto` is the checkpoint's own. The pruned checkpoint keeps the input's dtype."""
     trust_remote_code: bool = False
 
 
 class ClusterSettings(Section):
-    """Resources to ask of Ray.
+    """Resources to request from Ray.
 
-    Without an address a run takes RAY_ADDRESS if it is set, else a Ray of this user or of root that runs on this
-    machine, else one of its own."""
+    Without an address a run uses RAY_ADDRESS if it is set, else a Ray of this user or of root that runs on this
+    machine, else it starts its own."""
 
     address: Url | None = None
     workers: PositiveInt | None = None
-    """Number of workers, whose CPUs also bound curate's tasks; None: one, and curate's tasks take all free CPUs."""
+    """Number of workers, whose CPUs also limit curate's tasks; None: one, and curate's tasks take all free CPUs."""
     gpus_per_worker: NonNegativeInt | None = None
     """GPUs of a worker; None: one if the cluster has GPUs, or vLLM is the build for them, else none."""
     cpus_per_worker: PositiveInt | None = None

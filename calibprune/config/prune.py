@@ -1,4 +1,4 @@
-"""prune: the methods, the allocation of the sparsity, and the engine."""
+"""prune: the methods, the allocation of the sparsity, and how the work is done."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -28,12 +28,12 @@ class DSnoT(Section):
     type: Literal["dsnot"]
     initial: Literal["wanda", "magnitude"] = "wanda"
     max_swaps: PositiveInt = 50
-    """Most exchanges in one row."""
+    """Maximum number of exchanges in one row."""
     variance_power: Annotated[float, Field(ge=0)] = 1.0
     faithful: bool = False
-    """Whether to work as the published code does: it leaves the MLP at its initial mask and stops a row below the
-    threshold, in units of a sequence's sum. (The variance still has the part between sequences, which that code leaves
-    out.) Otherwise every linear takes part, and a row stops when no exchange lowers its error."""
+    """Whether to work as the published code does, which leaves the MLP at its initial mask, and stops a row below the
+    threshold, in units of a sequence's sum. (The variance still includes the part between sequences, which that code
+    omits.) Otherwise every linear takes part, and a row stops when no exchange lowers its error."""
     threshold: Annotated[float, Field(ge=0)] = 0.1
     """Expected output error, summed over one sequence's tokens, at which a row stops; only if `faithful`."""
 
@@ -44,7 +44,7 @@ class SparseGPT(Section):
     damping: Annotated[float, Field(gt=0)] = 0.01
     """Fraction of the Gram matrix's mean diagonal that is added to its diagonal."""
     per_row: bool = False
-    """Whether every row loses equally many weights; otherwise all rows of a block are compared."""
+    """Whether every row loses the same number of weights; otherwise all rows of a block are compared."""
 
 
 class ALPS(Section):
@@ -54,9 +54,9 @@ class ALPS(Section):
     rho: Annotated[float, Field(gt=0)] = 0.1
     """Initial penalty, which grows as the support settles."""
     max_iterations: PositiveInt = 300
-    """Most iterations of the search for the support."""
+    """Maximum number of iterations of the search for the support."""
     refit_iterations: PositiveInt = 100
-    """Most steps of conjugate gradients to refit the weights that stay."""
+    """Maximum number of conjugate gradient steps to refit the weights that stay."""
     per_row: bool = False
     """Whether weights are compared within every row instead of within the whole matrix."""
 
@@ -73,7 +73,7 @@ class Swaps(Section):
 
     type: Literal["swaps"]
     max_swaps: PositiveInt = 100
-    """Most exchanges in one row."""
+    """Maximum number of exchanges in one row."""
 
 
 class UniformAllocation(Section):
@@ -83,7 +83,7 @@ class UniformAllocation(Section):
 
 
 class OWL(Section):
-    """Keeps layers denser where more weights stand out from the layer's mean; takes a dense sweep of its own first."""
+    """Keeps layers denser where more weights stand out from the layer's mean; first takes a dense sweep of its own."""
 
     type: Literal["owl"]
     lam: Annotated[float, Field(ge=0, le=0.5)] = 0.08
@@ -103,7 +103,7 @@ class AlphaPruning(Section):
 
 
 class ListAllocation(Section):
-    """Takes a given sparsity for every layer."""
+    """Uses the given sparsity of every layer."""
 
     type: Literal["list"]
     sparsities: tuple[Annotated[float, Field(ge=0, lt=1)], ...]
@@ -119,28 +119,28 @@ Allocation = Annotated[
 class PruneSettings(Section):
     method: Method = SparseGPT(type="sparsegpt")
     sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Fraction of weights removed; None: 0.5, or what the pattern says."""
+    """Fraction of weights removed; None: 0.5, or that of the pattern."""
     pattern: str = "unstructured"
     """`unstructured`, or "N:M": N of every M consecutive input weights are kept."""
     allocation: Allocation = UniformAllocation(type="uniform")
-    """Distribution of the sparsity over layers, whose mean over parameters is `sparsity` in every case."""
+    """Distribution of the sparsity over layers; its mean over parameters is always `sparsity`."""
     refine: Annotated[Swaps | None, BeforeValidator(named)] = None
     """Refinement of the method's mask; None: off."""
     inputs: Literal["pruned", "dense"] = "pruned"
     """Inputs that a layer is calibrated on: outputs of the pruned layers before it, or of the dense ones."""
     layers: Regex | None = None
-    """Regular expression to find in the path of a layer that is pruned, such as `model.layers.7`; None: all layers."""
+    """Regular expression, searched in the paths of the layers to prune, such as `model.layers.7`; None: all layers."""
     keep: tuple[Regex, ...] = ()
-    """Regular expressions to find in the path of a linear that stays dense, such as `model.layers.7.mlp.down_proj`."""
+    """Regular expressions, searched in the paths of linears to keep dense, such as `model.layers.7.mlp.down_proj`."""
     batch_sequences: PositiveInt = 4
-    """Sequences in one micro-batch, the unit that is distributed to the workers."""
+    """Number of sequences in one micro-batch, the unit that is distributed to the workers."""
     offload: bool | None = None
-    """Whether paused forwards keep their state in host memory; None: where it does not fit the GPU. Ignored on CPUs."""
+    """Whether paused forwards keep their state in host memory; None: if it does not fit the GPU. Ignored on CPUs."""
     snapshot_layers: PositiveInt | None = None
     """Number of layers between two snapshots of the hidden states, from which a resumed run starts; None: no snapshots,
-    so that a resumed run sweeps through the finished layers."""
+    so that a resumed run sweeps through all finished layers again."""
     layer_timeout_seconds: PositiveInt | None = None
-    """Longest time that a worker may take over a layer before it is treated as hung; None: derived from the layers so
+    """Longest time that a worker may take for a layer before it is treated as hung; None: derived from the layers so
     far."""
     pool: Url | None = None
     """A calibration pool of your own (parquet folder with token_ids); None: the one `curate` made."""
@@ -153,7 +153,7 @@ class PruneSettings(Section):
             if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
                 raise ValueError(
                     f'pattern "{self.pattern}" removes {implied:g} of the weights, '
-                    f"sparsity says {self.sparsity:g}: leave sparsity out"
+                    f"sparsity is {self.sparsity:g}: leave sparsity out"
                 )
             blocksize = getattr(self.method, "blocksize", group)
             if blocksize % group:
@@ -165,6 +165,7 @@ class PruneSettings(Section):
 
     @property
     def target_sparsity(self) -> float:
+        """Fraction of weights to remove, from the pattern or from `sparsity`."""
         if self.pattern != "unstructured":
             kept, group = parse_pattern(self.pattern)
             return 1 - kept / group
@@ -172,12 +173,12 @@ class PruneSettings(Section):
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
-        """(kept, group) of an N:M pattern, None when unstructured."""
+        """(kept, group) of an N:M pattern; None if unstructured."""
         return None if self.pattern == "unstructured" else parse_pattern(self.pattern)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """(kept, group) of "N:M". Raises ValueError unless 0 < N < M."""
+    """Parses "N:M" into (kept, group). Raises ValueError unless 0 < N < M."""
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if match is None:
         raise ValueError(f'pattern is "unstructured" or "N:M" such as "2:4", not "{pattern}"')

@@ -117,7 +117,7 @@ def test_missing_and_foreign_folders_are_told(tmp_path, copy):
         ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "T5ForCondition"),
         ({"architectures": None}, "not a causal language model"),
         ({"model_type": "no-such-model"}, "cannot use the model"),
-        ({"intermediate_size": 128}, r"has shape \(160, 64\), its config says \(128, 64\)"),
+        ({"intermediate_size": 128}, r"has shape \(160, 64\), its config gives \(128, 64\)"),
         ({"num_hidden_layers": 4}, r"has no tensor model\.layers\.3"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_config_of_another_size_than_the_checkpoint_costs_no_memory(tmp_path, 
         change_config(shutil.copytree(tiny_llama, Path(folder)), **changes)
     command = [sys.executable, "-c", IN_LITTLE_MEMORY, *folders]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    expected = r"UserError .*(has shape .*, its config says|num_hidden_layers 9000|Storage size)"
+    expected = r"UserError .*(has shape .*, its config gives|num_hidden_layers 9000|Storage size)"
     assert len(told) == len(odd) and all(re.match(expected, line) for line in told), told
 
 
