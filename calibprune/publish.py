@@ -22,7 +22,7 @@ from calibprune.stage import Record, Stage
 BATCH_FILES, BATCH_BYTES = 50, 1 << 30
 """Maximum number of files, and of their bytes if several, in memory at a time on the way to a folder or bucket."""
 COMMIT_FILES = 100
-"""Maximum number of files of a commit, as the hub recommends; a full folder then stays within the hub's hourly limit."""
+"""Maximum number of files of a commit, as the hub recommends; a full folder then stays within an hour's commits."""
 HUB_FOLDER_ENTRIES = 10_000
 """Maximum number of entries that the hub accepts in a folder."""
 READ_BYTES = 1 << 20

@@ -1,6 +1,6 @@
-"""Sources against reference corpora: how alike their tokens are, and how familiar the model is with them.
+"""Compares sources with reference corpora: how similar their tokens are, and how familiar the model is with them.
 
-Gives facts of a few kB for the report; knows nothing of where the sources' documents come from.
+Returns facts of a few kB for the report; knows nothing of where the sources' documents come from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from calibprune.calibration.similarity import (
+from calibprune.calibration.ngrams import (
     coverage,
+    document_ngram_hashes,
     jaccard,
-    ngram_hashes,
     signature,
     token_counts,
     unigram_divergence,
 )
-from calibprune.calibration.sources import CHARACTERS_A_TOKEN, first_tokens
+from calibprune.calibration.sources import CHARACTERS_PER_TOKEN, first_tokens
 from calibprune.calibration.texts import documents as stream_documents
 from calibprune.config.curate import AnalysisSettings, CurateSettings, Reference
 from calibprune.evaluation.min_k import sweep_min_k
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Texts = Mapping[str, Sequence[np.ndarray]]
-"""The token ids of documents, by the name of their source or reference."""
+"""Token ids of documents, by the name of their source or reference."""
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
-"""A number for every document, by "sources" or "references" and by name."""
+"""One score per document, by "sources" or "references", then by name."""
 
 BINS = 24
 FORWARD_TOKENS = 4096
-"""In one forward, at most, unless a single document has more."""
+"""Maximum tokens of one forward, unless a single document has more."""
 
 
 def read_reference(
     reference: Reference, tokenizer: "PreTrainedTokenizerBase", documents: int, tokens: int
 ) -> list[np.ndarray]:
-    """The first tokens of a reference's first documents, with a start-of-text token in front where there is one.
+    """Reads the first tokens of a reference's first documents, with a start-of-text token in front where there is one.
 
     Raises UserError where there is no such text.
     """
@@ -55,7 +55,7 @@ def read_reference(
     )
     tokens_in_front = tokenizer.bos_token_id, tokenizer.eos_token_id  # as in front of sources
     front = [token for token in tokens_in_front if isinstance(token, int)][:1]
-    starts = [text[: CHARACTERS_A_TOKEN * tokens] for text in islice(texts, documents)]
+    starts = [text[: CHARACTERS_PER_TOKEN * tokens] for text in islice(texts, documents)]
     cut = first_tokens(tokenizer, starts, tokens - len(front))
     return [np.array(front + ids, np.int32) for ids in cut]
 
@@ -63,10 +63,10 @@ def read_reference(
 def analyse(
     settings: CurateSettings, sources: Texts, references: Texts, scores: Scores | None = None
 ) -> dict[str, Any]:
-    """What the report shows of sources and references. `scores` are what `min_k_scores` measured, if it did.
+    """Returns what the report shows of sources and references. `scores` are those of `min_k_scores`, if measured.
 
-    Similarity is that of collections cut to one size, the smallest's, since size alone makes collections differ. A
-    collection without any n-gram is left out of it.
+    For similarities all collections are cut to the size of the smallest, since size alone makes collections differ. A
+    collection without any n-gram is left out of them.
     """
     analysis = settings.analysis
     read = {
@@ -97,9 +97,9 @@ def min_k_scores(
     references: Texts,
     gang: Gang = ALONE,
 ) -> dict[str, dict[str, list[float]]]:
-    """Min-K%++ of every source's and reference's first documents, in one sweep of the model, which need not fit memory.
+    """Measures Min-K%++ of the first documents of all sources and references in one sweep, for a model of any size.
 
-    Documents of one token are left out, and texts without others. Raises ValueError without `settings.min_k`.
+    Documents of one token are left out, and texts that have no others. Raises ValueError without `settings.min_k`.
     """
     if settings.min_k is None:
         raise ValueError("analysis.min_k is off")
@@ -121,7 +121,7 @@ def min_k_scores(
 
 
 def cut_to(documents: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
-    """The first documents, the last of them cut, that have so many tokens together, or all there are."""
+    """Returns the first documents that together have `tokens` tokens, the last one cut; all if there are fewer."""
     cut, left = [], tokens
     for document in documents:
         if left <= 0:
@@ -156,14 +156,14 @@ def _similarities(sources: Texts, references: Texts, ngram: int) -> dict[str, An
 @dataclass(frozen=True)
 class _Collection:
     ngrams: np.ndarray
-    """Hashes of distinct n-grams, in ascending order."""
+    """Hashes of the distinct n-grams, in ascending order."""
     occurrences: np.ndarray
     signature: np.ndarray
     token_counts: np.ndarray
 
     @classmethod
     def of(cls, documents: Sequence[np.ndarray], ngram: int) -> Self:
-        ngrams, occurrences = np.unique(ngram_hashes(documents, ngram), return_counts=True)
+        ngrams, occurrences = np.unique(document_ngram_hashes(documents, ngram), return_counts=True)
         return cls(ngrams, occurrences, signature(ngrams), token_counts(documents))
 
 
@@ -187,7 +187,7 @@ def _vocabulary(documents: Sequence[np.ndarray], ngram: int) -> dict[str, int]:
 
 
 def _score_facts(scores: Scores) -> dict[str, Any]:
-    """Mean, median and histogram of every text's scores; the bins are the same for all."""
+    """Returns mean, median and histogram of every text's scores; all histograms have the same bins."""
     every = [score for of_kind in scores.values() for texts in of_kind.values() for score in texts]
     edges = np.histogram_bin_edges(every, BINS) if every else np.empty(0)
     return {

@@ -1,7 +1,7 @@
-"""Equal and nearly equal samples: a hash of each, and MinHash signatures joined band by band.
+"""Finds equal samples by a hash of each, and nearly equal ones by MinHash signatures, band by band.
 
-What is kept of a sample is one byte for each permutation, stored as bands of bytes; samples that agree on a whole
-band are compared on all bytes. Signatures lie in files, one band is in memory at a time.
+A signature has one byte for each permutation, stored as bands of bytes; samples that agree on a whole band are
+compared on all bytes. Signatures are in files, of which one band at a time is in memory.
 """
 
 from hashlib import blake2b
@@ -11,12 +11,12 @@ import numba
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8, UInt64
 
-from calibprune.calibration.repetition import ngram_hashes
+from calibprune.calibration.ngrams import ngram_hashes
 
 RECALL = 0.99
-"""Share of the pairs at just the wanted similarity that agree on at least one band."""
+"""Share of the pairs with exactly the wanted similarity that agree on at least one band."""
 CHANCE = 1 / 256
-"""That two different minima have the same last byte."""
+"""Probability that two different minima have the same last byte."""
 _SEED = 20260101
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -24,14 +24,14 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 class Bands(NamedTuple):
     count: int
     rows: int
-    """Permutations in a band, a byte each."""
+    """Number of permutations in a band, one byte each."""
 
 
 def bands(similarity: float, permutations: int) -> Bands:
-    """The longest bands of which pairs of this similarity still share one as often as `RECALL` says.
+    """Returns the longest bands with which a share `RECALL` of the pairs of this similarity agrees on one or more.
 
-    A pair agrees on a band of r bytes with probability p^r, on at least one of b with 1 - (1 - p^r)^b (Leskovec et
-    al., Mining of Massive Datasets, section 3.4), where p is the similarity plus equal bytes by chance.
+    A pair agrees on a band of r bytes with probability p^r, and on at least one of b bands with 1 - (1 - p^r)^b
+    (Leskovec et al., Mining of Massive Datasets, section 3.4), where p is the similarity plus equal bytes by chance.
     """
     agree = similarity + (1 - similarity) * CHANCE
     for rows in range(min(16, permutations), 1, -1):
@@ -44,7 +44,7 @@ def bands(similarity: float, permutations: int) -> Bands:
 def sample_hashes(
     tokens: Int32[np.ndarray, " tokens"], offsets: Int64[np.ndarray, " samples+1"]
 ) -> UInt64[np.ndarray, " samples"]:
-    """64 bits of every sample's tokens: two of 10 million samples are wrongly taken for equal once in 370,000 runs."""
+    """Hashes every sample's tokens to 64 bits: among 10 million samples, two collide once in 370,000 runs."""
     data = np.ascontiguousarray(tokens).data.cast("B")
     pairs = zip(4 * offsets[:-1], 4 * offsets[1:], strict=True)
     digests = b"".join(blake2b(data[first:last], digest_size=8).digest() for first, last in pairs)
@@ -57,7 +57,7 @@ def signatures(
     ngram: int,
     permutations: int,
 ) -> UInt8[np.ndarray, "samples permutations"]:
-    """The last byte of the smallest hash of each sample's n-grams, for every permutation (Broder 1997).
+    """Returns the last byte of the smallest hash of each sample's n-grams, for every permutation (Broder 1997).
 
     b-bit minwise hashing (Li and König 2010): bytes agree with the Jaccard similarity J plus (1 - J) / 256.
     """
@@ -70,7 +70,7 @@ def signatures(
 
 
 def first_equal(hashes: UInt64[np.ndarray, " samples"]) -> Int32[np.ndarray, " samples"]:
-    """For every sample the first one with the same hash, often itself."""
+    """Returns for every sample the first one with the same hash, often itself."""
     return _firsts(hashes, np.argsort(hashes, kind="stable"))
 
 
@@ -78,18 +78,19 @@ class LoadBand(Protocol):
     def __call__(
         self, number: int, samples: Int32[np.ndarray, " some"] | None = None
     ) -> UInt8[np.ndarray, "some rows"]:
-        """A band of some samples, or of all of them."""
+        """Loads a band of some samples, or of all of them."""
         ...
 
 
 def first_near(
     band: LoadBand, samples: int, layout: Bands, similarity: float
 ) -> Int32[np.ndarray, " samples"]:
-    """For every sample the first one that is nearly equal to it, directly or by way of others; often itself.
+    """Returns for every sample the first one that is nearly equal to it, directly or through others; often itself.
 
-    Candidates agree on a whole band: 99 % of the pairs at the wanted similarity, more of those above it. In a band
-    with many equal samples each is compared with the first and with the one before it. A pair counts if its estimated
-    similarity, of standard error sqrt(J (1 - J) / permutations), reaches the wanted one. Takes some 30 bytes a sample.
+    Candidates are pairs that agree on a whole band: 99 % of the pairs at the wanted similarity, more of those above
+    it. Among many samples with the same band, each is compared with the first and with the previous one. A pair counts
+    if its estimated similarity, with standard error sqrt(J (1 - J) / permutations), reaches the wanted one. Takes about
+    30 bytes per sample.
     """
     parents = np.arange(samples, dtype=np.int32)
     for number in range(layout.count):
@@ -113,7 +114,7 @@ def first_near(
 
 
 def _keys(values: UInt8[np.ndarray, "samples rows"]) -> UInt64[np.ndarray, " samples"]:
-    """A band's bytes as one number, equal where they are equal; hashed where they are more than eight."""
+    """Returns each sample's band as one number, equal where the bytes are equal; hashed if more than eight."""
     count, rows = values.shape
     padded = np.zeros((count, -(-rows // 8) * 8), np.uint8)
     padded[:, :rows] = values
@@ -134,7 +135,7 @@ def _root(parents, sample):
 
 @numba.njit(nogil=True, cache=True)
 def _firsts(keys, order):
-    """For every sample the first with the same key; `order` puts equal keys side by side, the first one first."""
+    """Returns for every sample the first one with its key; `order` has equal keys side by side, in sample order."""
     firsts = np.empty(len(order), np.int32)
     for place in range(len(order)):
         sample = order[place]
@@ -145,9 +146,9 @@ def _firsts(keys, order):
 
 @numba.njit(nogil=True, cache=True)
 def _candidates(keys, order, parents, pairs):
-    """Pairs with equal keys that are not known to belong together: with the first of the key, and with the one before.
+    """Finds pairs with equal keys that are not joined yet: each sample with the first of its key and the previous one.
 
-    Writes as many as there is room for; returns how many there are.
+    Writes as many pairs as there is room for; returns how many there are.
     """
     found, first = 0, 0
     for place in range(1, len(order)):

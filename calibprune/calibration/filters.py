@@ -1,7 +1,7 @@
-"""Which samples are good enough to calibrate on: each filter drops what it must of those the filters before it kept.
+"""Decides which samples are good enough to calibrate on: each filter drops samples that the earlier ones kept.
 
-A dropped sample is marked with a number that says which filter dropped it and why; the words for it are made later,
-beside its text.
+A dropped sample is marked with a number that encodes the filter and the reason; the text of the reason is made later,
+when the sample is stored.
 """
 
 import math
@@ -23,16 +23,18 @@ from calibprune.config.curate import (
 )
 
 CLAUSES = 4
-"""At most, of one filter: what it may drop a sample for."""
+"""Maximum number of reasons for which one filter may drop a sample."""
 KEPT = 0
 WORST, BEST, UNDER, OVER = range(CLAUSES)
-"""Clauses of the perplexity filter; those of length are UNDER and OVER."""
+"""Clauses of the perplexity filter; the length filter has UNDER and OVER."""
 SHARE, LONGEST = 0, 1
+"""Clauses of the repetition filter."""
 EQUAL, NEAR = 0, 1
+"""Clauses of the duplicates filter."""
 
 
 def perplexity(cumulative_logprob: np.ndarray, continuation_tokens: np.ndarray) -> np.ndarray:
-    """exp(-cumulative_logprob / tokens) for every sample; infinite for an empty continuation."""
+    """Returns exp(-cumulative_logprob / tokens) of every sample; infinite for an empty continuation."""
     tokens = np.maximum(continuation_tokens, 1)
     with np.errstate(over="ignore"):
         values = np.exp(-np.asarray(cumulative_logprob, np.float64) / tokens)
@@ -40,38 +42,39 @@ def perplexity(cumulative_logprob: np.ndarray, continuation_tokens: np.ndarray) 
 
 
 def mark(index: int, clause: int) -> int:
-    """The number of a sample that filter `index` drops for this clause."""
+    """Returns the mark of a sample that filter `index` drops for this clause."""
     return 1 + CLAUSES * index + clause
 
 
 def dropped_by(marks: np.ndarray, index: int) -> np.ndarray:
-    """Whether filter `index` dropped a sample."""
+    """Returns for every sample whether filter `index` dropped it."""
     return (marks >= mark(index, 0)) & (marks < mark(index + 1, 0))
 
 
 @dataclass
 class Outcome:
-    """What became of every sample, in order of sources and rows."""
+    """The fate of every sample, in order of sources and rows."""
 
     marks: UInt8[np.ndarray, " samples"]
+    """KEPT, or the `mark` of the filter that dropped the sample."""
     same_as: dict[int, Int32[np.ndarray, " dropped"]] = field(default_factory=dict)
-    """By filter: the samples that the dropped ones are equal to, in the dropped ones' order."""
+    """By filter, the samples that the dropped ones are equal to, in the order of the dropped ones."""
     cut: float | None = None
-    """The perplexity from which on samples were dropped, the lowest of any source."""
+    """Perplexity from which on samples were dropped as the worst; the lowest of all sources."""
 
 
 class Load(Protocol):
     def __call__(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
-        """A column of scores, of some samples or all: `perplexity`, or of a filter by number, as `1.band.000`."""
+        """Loads a column of scores of some samples or all, such as `perplexity`, or `1.band.000` of filter 1."""
         ...
 
 
 def apply_filters(
     filters: Sequence[Filter], load: Load, sources: Sequence[range]
 ) -> Iterator[Outcome]:
-    """Yields the outcome before any filter and after each of them, always the same object.
+    """Yields the outcome before the first filter and after each of them, always the same object.
 
-    `sources`: the samples of each source. Of equals the later ones are dropped.
+    `sources` are the samples of each source. Of equal samples the later ones are dropped.
     """
     outcome = Outcome(np.zeros(sources[-1].stop if sources else 0, np.uint8))
     yield outcome
@@ -107,7 +110,7 @@ def _by_perplexity(
     values: Float32[np.ndarray, " samples"],
     source: range,
 ) -> None:
-    """Bounds first, then the shares of what is within them; of equals, later rows are the worse ones."""
+    """Applies the bounds first, then the shares to what is within them; of equal values, later rows are worse."""
     here = slice(source.start, source.stop)
     marks, values = outcome.marks[here], values[here]  # views
     if one.least is not None:
@@ -125,7 +128,7 @@ def _by_perplexity(
 
 
 def share_of(samples: int, share: float) -> int:
-    """The whole samples in a share as it is written: 29 of 100 in 0.29, though 100 * 0.29 is less in floating point."""
+    """Returns the whole samples in a share as written: 29 of 100 for 0.29, though 100 * 0.29 is less in floats."""
     return math.floor(samples * Fraction(str(share)))
 
 
@@ -156,7 +159,7 @@ def band_column(index: int, number: int) -> str:
 
 
 def reason(one: Filter, index: int, clause: int, scores: dict[str, Any]) -> str:
-    """Why a sample was dropped: the filter's name, then the value. `scores`: the sample's own, by column."""
+    """Describes why a sample was dropped: the filter's name, then the value. `scores` are the sample's, by column."""
     match one:
         case PerplexityFilter():
             why = {
@@ -171,10 +174,10 @@ def reason(one: Filter, index: int, clause: int, scores: dict[str, Any]) -> str:
             return f"length: {scores['tokens']} tokens, {limit}"
         case RepetitionFilter() if clause == SHARE:
             share = scores[share_column(one)]
-            return f"repetition: {share:.0%} of its {one.ngram}-grams stood there before, over {one.max_share:.0%}"
+            return f"repetition: {share:.0%} of its {one.ngram}-grams occurred before, over {one.max_share:.0%}"
         case RepetitionFilter():
             longest = scores["longest"]
-            return f"repetition: {longest} tokens stand there twice, over {one.max_repeat_tokens}"
+            return f"repetition: {longest} tokens occur twice, over {one.max_repeat_tokens}"
         case DuplicateFilter():
             how = "equal" if clause == EQUAL else "nearly equal"
             return f"duplicates: {how} to row {scores['same_row']} of {scores['same_source']}"

@@ -1,6 +1,6 @@
-"""How many sequences of the pool each source fills, with which samples, and in what order.
+"""Decides how many sequences of the pool each source fills, with which samples, and in what order.
 
-Every sequence is made of one source. What is drawn depends on seed, source and kept samples alone.
+Every sequence is made from one source. The draws depend only on seed, source and kept samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,14 @@ from calibprune.config.curate import CurateSettings, GeneratedSource, Source
 from calibprune.errors import UserError
 
 POOL_FILE_TOKENS = 1 << 24
-"""Of a file of the pool. Up to that many tokens are shuffled sample by sample."""
+"""Tokens of a file of the pool. A pool of a single file is shuffled sample by sample, a larger one by shards first."""
 
 
 def mixture(settings: CurateSettings) -> list[int]:
-    """Sequences of every source: budgets in whole sequences, rounded up; the rest by weight, by largest remainder.
+    """Returns the number of sequences of every source: budgets are rounded up to whole sequences; the rest is divided
+    by weight, by the largest remainder.
 
-    Of equal remainders the source named first gets the sequence. Raises UserError where budgets and pool do not fit.
+    Of equal remainders the first source gets the sequence. Raises UserError where the budgets do not fit the pool.
     """
     total, tokens = settings.pool_sequences, settings.sequence_tokens
     counts = [-(-(source.budget_tokens or 0) // tokens) for source in settings.sources]
@@ -30,9 +31,9 @@ def mixture(settings: CurateSettings) -> list[int]:
     ]
     if left < 0 or (left and not any(weights)):
         raise UserError(
-            f"the budget_tokens of curate.sources come to {sum(counts)} sequences of {tokens} tokens, the pool has "
+            f"the budget_tokens of curate.sources add up to {sum(counts)} sequences of {tokens} tokens, the pool has "
             f"{total}: " + ("lower them, or raise curate.sequences or curate.tokens" if left < 0 else
-            "leave one source without, or lower curate.sequences or curate.tokens")
+            "give one source no budget_tokens, or lower curate.sequences or curate.tokens")
         )  # fmt: skip
     if not left and any(weights):
         idle = [one.name for one in settings.sources if one.budget_tokens is None]
@@ -51,14 +52,14 @@ def mixture(settings: CurateSettings) -> list[int]:
 
 
 def pool_files(settings: CurateSettings) -> list[range]:
-    """The sequences in each file of the pool."""
+    """Returns the sequences in each file of the pool."""
     each = max(1, POOL_FILE_TOKENS // settings.sequence_tokens)
     total = settings.pool_sequences
     return [range(first, min(first + each, total)) for first in range(0, total, each)]
 
 
 def source_of_sequence(settings: CurateSettings) -> Int32[np.ndarray, " sequences"]:
-    """Which source each sequence of the pool is made of: all parts of the pool are mixed alike."""
+    """Returns the source of each sequence of the pool: all parts of the pool have the same mixture."""
     counts = mixture(settings)
     sources = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return np.random.default_rng([settings.seed, len(counts)]).permutation(sources)
@@ -71,12 +72,12 @@ def place_samples(
     source: int,
     settings: CurateSettings,
 ) -> tuple[Int32[np.ndarray, " used"], Int64[np.ndarray, " used"]]:
-    """(which of the kept samples fill the sequences of a source, where each begins in the source's row of tokens).
+    """Returns (kept samples that fill the sequences of a source, where each begins in the source's row of tokens).
 
-    They are drawn in random order until there are enough. The row of tokens is what `sequences` times
-    `sequence_tokens` are cut from; with pack=document a sample begins where a sequence does. A pool of many files is
-    shuffled by shards first (`shard_of` kept samples), so that a file needs a part of the shards only.
-    Too few samples give fewer tokens: `shortage` says so.
+    Samples are drawn in random order until there are enough. The row has `sequences` times `sequence_tokens` tokens,
+    from which the sequences are cut; with pack=document every sample begins at the start of a sequence. A pool of many
+    files is shuffled by shards first (`shard_of` returns those of kept samples), so that a file needs only a part of
+    the shards. Too few samples give fewer tokens, which `shortage` describes.
     """
     random = np.random.default_rng([settings.seed, 0, source])
     document = settings.pack == "document"
@@ -106,9 +107,9 @@ def shortage(
     kept: Sequence[int],
     available: Sequence[int],
 ) -> str | None:
-    """What is missing where sources cannot fill their sequences, in words; None where nothing is.
+    """Describes what is missing where sources cannot fill their sequences; None where nothing is.
 
-    `kept`: samples; `available`: their tokens, or with pack=document the samples that are long enough.
+    `kept` counts the samples of each source, `available` their tokens, or with pack=document the long enough samples.
     """
     missing, remedies = [], []
     tokens = settings.sequence_tokens
@@ -121,13 +122,13 @@ def shortage(
         remedies.append(_remedy(source, document and samples > there == 0))
         if document:
             missing.append(
-                f"{source.name} is to give {count} samples of at least {tokens} tokens, "
-                f"{there} of the {samples} kept are that long"
+                f"{source.name} must provide {count} samples of at least {tokens} tokens, "
+                f"but {there} of its {samples} kept samples are that long"
             )
         else:
             missing.append(
-                f"{source.name} is to fill {count} sequences of {tokens} tokens = {count * tokens} tokens, "
-                f"the {samples} samples kept hold {there}"
+                f"{source.name} must fill {count} sequences of {tokens} tokens = {count * tokens} tokens, "
+                f"but its {samples} kept samples have {there}"
             )
     if not missing:
         return None
@@ -135,7 +136,7 @@ def shortage(
 
 
 def _remedy(source: Source, too_short: bool) -> str:
-    """What gives a source enough; `too_short`: every sample is, and more of them would not help."""
+    """Advises how to get enough from a source; `too_short` means that all samples are, so that more would not help."""
     generated = isinstance(source, GeneratedSource)
     if too_short:
         longer = "the source's document_tokens"

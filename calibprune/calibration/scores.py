@@ -13,8 +13,8 @@ from jaxtyping import Int32
 from calibprune import storage
 from calibprune.calibration.duplicates import bands, sample_hashes, signatures
 from calibprune.calibration.filters import band_column, perplexity, share_column
+from calibprune.calibration.ngrams import longest_repeat, repetition_share
 from calibprune.calibration.pool import parquet_bytes
-from calibprune.calibration.repetition import longest_repeat, repetition_share
 from calibprune.calibration.sources import Shard, flat_tokens, read_shard, scored_from
 from calibprune.config.curate import DuplicateFilter, Filter, RepetitionFilter
 from calibprune.stage import Record, Stage

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SHARD_TOKENS = 1 << 20
 """Tokens of the documents in a unit, which bound the cost of a crash and the memory."""
-CHARACTERS_A_TOKEN = 32
+CHARACTERS_PER_TOKEN = 32
 """Characters read of a document for every token wanted, far more than a token has."""
 FINISH_REASON = "text"
 
@@ -130,7 +130,7 @@ def write_documents(
     texts = documents(
         source.path, name=source.dataset_name, split=source.split, column=source.column
     )
-    starts = (text[: CHARACTERS_A_TOKEN * most + 64] for text in texts)
+    starts = (text[: CHARACTERS_PER_TOKEN * most + 64] for text in texts)
     numbered = zip(range(source.documents), starts, strict=False)  # asks for no document too many
     for unit in text_units(source, sequence_tokens):
         shard = list(islice(numbered, rows))

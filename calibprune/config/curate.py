@@ -155,7 +155,7 @@ class CurateSettings(Section):
     tokens: PositiveInt | None = None
     """Tokens of the whole pool, rounded up to whole sequences; None: those of `sequences`."""
     pack: Literal["concat", "document"] = "concat"
-    """`concat`: kept samples are joined in random order and cut; `document`: the first tokens of each long enough sample."""
+    """`concat`: kept samples, joined in random order and cut; `document`: the first tokens of long enough samples."""
     positions: Literal["all", "generated"] = "all"
     """Positions that statistics include: with `generated` not those of prefixes and prompts, which the model did not
     write, nor of the start-of-text token in front of a document."""

@@ -103,8 +103,8 @@ def test_a_pattern_needs_no_quotes(minimal):
         ("cluster.gpus_per_worker=4", r"uses one GPU, .* for more GPUs raise workers \(given: 4\)"),
         ("evaluate.perplexity=[{name: a, path: b}, {name: a, path: c}]", "a name of its own"),
         ("prune", r"an override is key\.path=value"),
-        ("prune.sparsity=", r"^prune\.sparsity= gives no value: .* prune\.sparsity=null"),
-        ("preset= ", r"^preset= gives no value"),
+        ("prune.sparsity=", r"^prune\.sparsity= has no value: .* prune\.sparsity=null"),
+        ("preset= ", r"^preset= has no value"),
         ("prune.keep=[down_proj", r"^the value of prune\.keep=\.\.\. is not valid YAML: expected"),
         ("prune={sparsity: 0.5, sparsity: 0.6}", "sparsity is given in line 1 and again in line 1"),
         (
@@ -147,7 +147,7 @@ def test_what_is_wrong_is_told_in_one_line(minimal, override, message):
     [
         (
             ["prune.pattern=2:4", "prune.sparsity=0.6"],
-            "removes 0.5 of the weights, sparsity says 0.6",
+            "removes 0.5 of the weights, sparsity is 0.6",
         ),
         (
             ["prune.pattern=3:6", "prune.method={type: sparsegpt, blocksize: 128}"],

@@ -105,7 +105,7 @@ def test_an_unfinished_stage_is_refused(run, tmp_path, stage, how, message):
 def test_data_of_something_else_is_not_mixed_with(run, tmp_path):
     (tmp_path / "there" / "data").mkdir(parents=True)
     (tmp_path / "there" / "data" / "old.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"data/old\.parquet, which is not of this stage"):
+    with pytest.raises(UserError, match=r"data/old\.parquet, which is not part of this stage"):
         publish(f"{run[0]}/generate", str(tmp_path / "there"))
 
 
@@ -212,7 +212,9 @@ def test_to_the_hub_with_the_closing_files_in_the_last_commit(tmp_path, monkeypa
         assert publish(f"{url}/prune", f"{target}/model", **MODEL)[:2] == (4, 0)
         assert there.commits[-1] == ("calibprune: prune, complete", [f"model/{INDEX}"])
         there.files["data/old.parquet"] = b""
-        with pytest.raises(UserError, match=r"holds data/old\.parquet, which is not of this stage"):
+        with pytest.raises(
+            UserError, match=r"holds data/old\.parquet, which is not part of this stage"
+        ):
             publish(f"{url}/generate", target)
 
 

@@ -135,7 +135,7 @@ def test_documents_beside_samples_are_scored_where_a_filter_asks(run, cluster, t
 
 def test_what_a_task_finds_wrong_reaches_the_user(run, cluster):
     short = with_curate(run, sequences=2000)
-    with pytest.raises(Exception, match="self-generated is to fill 2000 sequences") as raised:
+    with pytest.raises(Exception, match="self-generated must fill 2000 sequences") as raised:
         run_stage(curate, short)
     assert isinstance(getattr(raised.value, "cause", raised.value), UserError)
 

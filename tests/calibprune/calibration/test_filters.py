@@ -153,8 +153,8 @@ def test_every_clause_has_its_words_and_starts_with_the_filter():
     assert found["perplexity", BEST] == "perplexity: 12.35 is among the best 5%"
     assert found["perplexity", OVER] == "perplexity: 12.35 is above 9.0"
     assert found["length", UNDER] == "length: 3 tokens, under 4"
-    assert found["repetition", 0].endswith("75% of its 4-grams stood there before, over 50%")
-    assert found["repetition", 1] == "repetition: 40 tokens stand there twice, over 32"
+    assert found["repetition", 0].endswith("75% of its 4-grams occurred before, over 50%")
+    assert found["repetition", 1] == "repetition: 40 tokens occur twice, over 32"
     assert found["duplicates", 0] == "duplicates: equal to row 17 of c4"
     assert found["duplicates", 1] == "duplicates: nearly equal to row 17 of c4"
 

@@ -107,8 +107,10 @@ def test_a_shortage_names_every_source_that_is_short():
     assert shortage(wanted, [2, 2, 2], [9, 9, 9], [16, 16, 16]) is None
     said = shortage(wanted, [2, 2, 2], [9, 1, 0], [16, 15, 0])
     assert said is not None and "s0" not in said
-    assert "wiki is to fill 2 sequences of 8 tokens = 16 tokens, the 1 samples kept hold 15" in said
-    assert "s2 is to fill" in said
+    assert (
+        "wiki must fill 2 sequences of 8 tokens = 16 tokens, but its 1 kept samples have 15" in said
+    )
+    assert "s2 must fill" in said
 
 
 @pytest.mark.parametrize(
