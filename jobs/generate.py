@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from calibprune.calibration.engine import EngineDied, vllm_version
+from calibprune.calibration.engine import SCHEDULE, EngineDied, vllm_version
 from calibprune.calibration.pool import sample_records
 from calibprune.calibration.prefixes import (
     check_prefixes,
@@ -107,6 +107,8 @@ def plan(run: Run) -> Plan:
         "generate": settings.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
         "versions": {"vllm": vllm_version()},
     }
+    if settings.temperature_schedule is not None:
+        identity["versions"]["temperature_schedule"] = SCHEDULE
     noun = "shards and files of prefixes" if prefixes else "shards"
     return Plan(identity, [*prefixes, *shards], noun)
 
