@@ -56,7 +56,7 @@ def prose(document: Path) -> str:
 
 def spans(document: Path) -> list[str]:
     """What stands in backticks, outside of fenced blocks."""
-    return re.findall(r"`([^`\n]+)`", prose(document))
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(document))]
 
 
 def commands(document: Path) -> list[list[str]]:
@@ -119,8 +119,10 @@ def check_command(words: list[str]) -> None:
     match words:
         case ["calibprune", *rest] | ["python", "-m", "jobs", *rest]:
             check_calibprune(rest)
-        case ["python", script, *_]:
+        case ["python", script, *rest]:
             assert (ROOT / script).is_file(), f"there is no {script}"
+            for option in (word for word in rest if word.startswith("--")):
+                assert f'"{option}"' in (ROOT / script).read_text(), f"there is no {option}"
         case ["make", target]:
             known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert target in known, f"there is no target {target}"
@@ -156,6 +158,13 @@ def test_commands_named_in_sentences_exist(document):
             assert words[1] in ray_scripts.cli.commands, span
 
 
+def test_benchmarks_that_made_the_figures_exist_with_their_options():
+    found = [span for span in spans(DOCUMENTS[-1]) if span.startswith("python benchmarks/")]
+    assert len(found) > 8
+    for span in found:
+        check_command(shlex.split(span))
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -166,6 +175,7 @@ def test_commands_named_in_sentences_exist(document):
         "calibprune status",
         "make demos",
         "python benchmarks/gone.py",
+        "python benchmarks/sizing.py --mgu 0.4",
         "ray start --heads",
         "ray job submit --address x -- calibprune run configs/gone.yaml",
     ],
