@@ -132,6 +132,7 @@ def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
         for event in events:
             if isinstance(event, Lost) and event.kind == SET_ASIDE:
                 bad |= dict.fromkeys(event.units, event.message)
+                note(f"{_named(run, event.units[0])} is set aside, the others go on")
             yield event
         if prefixes.trouble is not None:
             raise prefixes.trouble
