@@ -1,5 +1,6 @@
-# make demo   set up, then prune a small real model with text it wrote itself
-# make test   set up, then run the tests
+# make demo    set up, then prune a small real model with text that it wrote itself
+# make test    set up, then run the tests
+# make check   the same, after ruff and pyright
 # `make PYTHON=python3.12 ...` chooses the interpreter that .venv is made with.
 
 PYTHON ?= python3

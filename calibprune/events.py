@@ -113,6 +113,17 @@ class UnitDone(Event):
 
 
 @dataclass(frozen=True)
+class Resumed(Event):
+    """The work goes on after a loss. A unit may have been committed without a word by the process that was lost."""
+
+    done: int
+    """Units that are committed."""
+
+    def __str__(self) -> str:
+        return f"going on, {self.done} units are committed"
+
+
+@dataclass(frozen=True)
 class LayerEntered(Event):
     """A sweep is about to enter a decoder layer, or has left the last one (`layer == layers`)."""
 

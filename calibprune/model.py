@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from calibprune.checkpoint import Checkpoint, local_side_files
 from calibprune.config.model import ModelSettings
@@ -146,6 +145,10 @@ def read_config(settings: ModelSettings, folder: str) -> Any:
 
     Raises UserError for a missing or unreadable config, an encoder, or an unknown architecture.
     """
+    # Imported late, here and below: transformers' Auto classes make a folder for compiled code as soon as they are
+    # imported, and a worker's process first has to choose which.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     trust = settings.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
@@ -241,6 +244,8 @@ def _place_buffers(model: nn.Module, checkpoint: Checkpoint, device: torch.devic
 
 
 def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
     build = partial(
         AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
     )
@@ -269,6 +274,8 @@ def forward_dtype(settings: ModelSettings, config: Any, checkpoint: Checkpoint) 
 
 def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
     """Loads the tokenizer beside a checkpoint. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
     try:
         with local_side_files(url) as folder:
             return AutoTokenizer.from_pretrained(

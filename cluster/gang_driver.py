@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
-from calibprune.events import Event, LayerEntered, Lost, Tick, emit, note
+from calibprune.events import Event, LayerEntered, Lost, Resumed, Tick, emit, note
 from calibprune.gang import PeerLost
 from calibprune.redact import one_line
 from calibprune.stage import Stage
@@ -84,7 +84,7 @@ def run_gang(
             yield emit(Lost(lost.kind, lost.reason, units, attempts, lost.host, lost.name))
             if attempts >= ATTEMPTS:
                 raise WorkFailed(f"gave up after {attempts} losses in a row: {lost}") from None
-        note("going on with a new gang")
+        yield emit(Resumed(done))
         group = rebuild(workers, bundle, cluster, label)
         note(f"{len(group)} of {workers} workers at work again")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from calibprune.events import Event, EventHandler, Lost, Pace, StageBegun, UnitDone
+from calibprune.events import Event, EventHandler, Lost, Pace, Resumed, StageBegun, UnitDone
 from calibprune.stage import Record
 from cluster.label import Label
 
@@ -128,6 +128,8 @@ class StageMetrics(EventHandler):
                 self._pace = Pace(event.units, event.done)
             case UnitDone():
                 self._pace.add()
+            case Resumed():
+                self._pace.to(event.done)
             case Lost():
                 self._failures.inc(1, {"kind": event.kind})
                 return

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from calibprune.calibration.engine import EngineDied, vllm_version
+from calibprune.calibration.engine import SCHEDULE, EngineDied, vllm_version
 from calibprune.calibration.pool import sample_records
 from calibprune.calibration.prefixes import (
     check_prefixes,
@@ -108,6 +108,8 @@ def plan(run: Run) -> Plan:
         "generate": settings.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
         "versions": {"vllm": vllm_version()},
     }
+    if settings.temperature_schedule is not None:
+        identity["versions"]["temperature_schedule"] = SCHEDULE
     noun = "shards and files of prefixes" if prefixes else "shards"
     return Plan(identity, [*prefixes, *shards], noun)
 
@@ -131,6 +133,7 @@ def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
         for event in events:
             if isinstance(event, Lost) and event.kind == SET_ASIDE:
                 bad |= dict.fromkeys(event.units, event.message)
+                note(f"{_named(run, event.units[0])} is set aside, the others go on")
             yield event
         if prefixes.trouble is not None:
             raise prefixes.trouble

@@ -23,6 +23,7 @@ from calibprune.events import (
     LayerEntered,
     Lost,
     Pace,
+    Resumed,
     StageBegun,
     StageEnded,
     UnitDone,
@@ -78,6 +79,8 @@ class Terminal(logging.Handler):
                 if self._steps is not None:
                     self._steps.advance(event)
             case _:
+                if isinstance(event, Resumed) and self._steps is not None:
+                    self._steps.recount(event.done)
                 prefix = f"{self._stage}: " if self._stage else ""
                 console.print(f"{prefix}{plain(record.getMessage())}", markup=False)
 
@@ -119,6 +122,11 @@ class Steps:
                 self._to(self._layers_done(event), event.work)
         elif not self._by_layer:
             self._to(self._pace.done + 1, self._detail(event))
+
+    def recount(self, done: int) -> None:
+        """That many units are committed after all."""
+        if not self._by_layer:
+            self._pace.to(max(done, self._pace.done))
 
     def _layers_done(self, event: LayerEntered) -> int:
         """Returns the layers that all sweeps have left behind. A restarted sweep counts from its first layer."""
@@ -170,6 +178,8 @@ class JsonLines(logging.StreamHandler):
             self._begun, self._done, self._failures = event, event.done, Counter()
         if isinstance(event, StageEnded):
             self._begun = None
+        if isinstance(event, Resumed):
+            self._done = event.done
         if not isinstance(event, StageBegun | StageEnded | LayerEntered):
             super().emit(record)
 

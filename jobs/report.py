@@ -45,7 +45,7 @@ def check(run: Run) -> None:
     configured = run.config.model_dump(mode="json")
     for name in OTHERS:
         stage = run.stage(name)
-        if "/" in name or not stage.finished:
+        if name not in configured or not stage.finished:
             continue
         settings, made = flat({name: configured[name]}), stage.read_plan()["identity"]
         changed = [key for key in settings if key in made and made[key] != settings[key]]

@@ -26,7 +26,7 @@ from tests.cluster.nodes import DEATHS_SEEN_SOON, Nodes
 from tests.servers import Fault, Proxy
 
 KINDS = ("engine", "hang", "worker", "node", "driver", "terminate", "store")
-ACTORS = ("ray::Generator", "ray::LayerWorker", "ray::calibprune")
+ACTORS = ("ray::Generator", "ray::LayerWorker", "ray::UnitWorker")
 ENGINES = ("VLLM::EngineCore",)
 VICTIM_SECONDS = 90.0
 """For a kind of kill to have a victim; then another is drawn."""

@@ -1,13 +1,14 @@
-"""A vLLM engine that continues and scores token ids. Besides temperature.py, which vLLM loads, the only import of vLLM.
+"""A vLLM engine that continues and scores token ids: the only import of vLLM.
 
 Shards, retries and files are the callers' concern.
 """
 
 import asyncio
+import hashlib
 import itertools
 import math
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +20,8 @@ from calibprune.errors import UserError
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
-SCHEDULE_START, SCHEDULE_TOKENS = "calibprune_temperature_start", "calibprune_temperature_tokens"
-"""What a request's extra arguments tell the logits processors of temperature.py."""
+SCHEDULE = 2
+"""Version of what a temperature schedule does to the samples, for their identity."""
 STREAMED = ("s3://", "gs://", "az://")
 """Object stores that vLLM loads models from, with the package of its extra `runai`."""
 STEP_TOKENS, CPU_STEP_TOKENS = 8192, 2048
@@ -135,11 +136,7 @@ class Engine:
         self._request_numbers = itertools.count()
         self._scoring = asyncio.Semaphore(_SCORED_AT_A_TIME)
         config = arguments.create_engine_config()
-        if settings.temperature_schedule is not None:
-            fitting = "SlotSchedule" if config.use_v2_model_runner else "BatchSchedule"
-            config.model_config.logits_processors = [
-                f"calibprune.calibration.temperature:{fitting}"
-            ]
+
         self._folder = EngineFolder()
         with self._folder.lent():
             self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
@@ -156,8 +153,7 @@ class Engine:
         Raises EngineDied, at once, when the engine's process has died.
         """
         settings = settings or self.settings
-        if settings.temperature_schedule is not None and self.settings.temperature_schedule is None:
-            raise ValueError("the engine was made without a temperature schedule")
+
         return await _all_or_none(
             [
                 self._continue(prefix, seed, settings)
@@ -183,13 +179,17 @@ class Engine:
                 f"a prefix of {len(prefix)} tokens and {settings.max_tokens} new ones exceed "
                 f"the {self.max_model_tokens} that the engine was made for"
             )
-        output = (await self._answer(prefix, _sampling(settings, seed))).outputs[0]
-        assert output.cumulative_logprob is not None and output.finish_reason is not None
-        return Completion(
-            token_ids=list(output.token_ids),
-            cumulative_logprob=float(output.cumulative_logprob),
-            finish_reason=output.finish_reason,
-        )
+        token_ids: list[int] = []
+        logprobs, reason = [], "length"
+        for step in _steps(settings, seed):
+            output = (await self._answer([*prefix, *token_ids], step)).outputs[0]
+            assert output.cumulative_logprob is not None and output.finish_reason is not None
+            token_ids += output.token_ids
+            logprobs.append(float(output.cumulative_logprob))
+            reason = output.finish_reason
+            if reason == "stop":
+                break
+        return Completion(token_ids, math.fsum(logprobs), reason)
 
     async def _score(self, token_ids: list[int], first: int) -> float:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -247,10 +247,33 @@ async def _all_or_none(requests: list[Coroutine[Any, Any, Answer]]) -> list[Answ
             task.cancel()
 
 
+def _steps(settings: GenerateSettings, seed: int) -> Iterator["SamplingParams"]:
+    """How to sample the parts of one continuation: each of the first tokens by a request of its own, at the
+    temperature that the schedule has for it, then the rest by one request."""
+    schedule, made = settings.temperature_schedule, 0
+    if schedule is not None:
+        for made in range(min(schedule.tokens, settings.max_tokens)):
+            share = made / schedule.tokens
+            temperature = schedule.start + (settings.temperature - schedule.start) * share
+            part = {"temperature": temperature, "max_tokens": 1, "min_tokens": 1}
+            part["min_tokens"] = min(1, max(0, settings.min_tokens - made))
+            yield _sampling(settings.model_copy(update=part), token_seed(seed, made))
+        made += 1
+    if made < settings.max_tokens:
+        left = {"max_tokens": settings.max_tokens - made}
+        left["min_tokens"] = max(0, settings.min_tokens - made)
+        yield _sampling(settings.model_copy(update=left), seed)
+
+
+def token_seed(seed: int, position: int) -> int:
+    """The seed, of 63 bits, of a token that is drawn by a request of its own."""
+    digest = hashlib.blake2b(f"calibprune token {seed} {position}".encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
 def _sampling(settings: GenerateSettings, seed: int) -> "SamplingParams":
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    schedule = settings.temperature_schedule
     return SamplingParams(
         max_tokens=settings.max_tokens,
         min_tokens=settings.min_tokens,
@@ -265,9 +288,6 @@ def _sampling(settings: GenerateSettings, seed: int) -> "SamplingParams":
         flat_logprobs=True,  # one object a sample instead of one a token: half the memory, a quarter of the time
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=None
-        if schedule is None
-        else {SCHEDULE_START: schedule.start, SCHEDULE_TOKENS: schedule.tokens},
     )
 
 

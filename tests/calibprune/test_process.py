@@ -43,3 +43,10 @@ def test_who_has_no_folder_of_his_own_is_none_the_worse(tmp_path, home):
 
 def test_a_folder_that_was_chosen_stays(tmp_path):
     assert variable_of(KEEP, tmp_path, TORCHINDUCTOR_CACHE_DIR="/a/b") == "/a/b"
+
+
+@pytest.mark.parametrize("actor", ["layer_worker", "generator", "unit_worker"])
+def test_an_actor_is_imported_before_any_folder_for_compiled_code_is_made(tmp_path, actor):
+    """Each chooses the folder as soon as it starts, which is after its class has been imported."""
+    assert variable_of(f"import cluster.{actor}", tmp_path) == "None"
+    assert list(tmp_path.iterdir()) == []

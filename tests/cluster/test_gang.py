@@ -304,4 +304,4 @@ def test_numbers_that_cannot_be_solved_are_named_and_not_tried_again(
     run.arguments = (ModelSettings(path=str(broken)), *run.arguments[1:])
     with pytest.raises(error, match=message):
         run()
-    assert run.notices == run.failures == []
+    assert run.heard.losses == []

@@ -127,7 +127,7 @@ def test_log_probabilities_wait_in_one_piece_a_sample(engine, loop):
     assert math.fsum(answer.logprobs.logprobs) == pytest.approx(answer.cumulative_logprob)
 
 
-@pytest.mark.parametrize("schedule", [None, {"start": 0.5, "tokens": 8}, {"start": 3, "tokens": 5}])
+@pytest.mark.parametrize("schedule", [None, {"start": 0.5, "tokens": 8}, {"start": 2, "tokens": 5}])
 def test_min_p_and_the_schedule_allow_exactly_what_they_say(engine, loop, logprobs, schedule):
     """A token is drawn only where p(token) >= min_p * max p at temperature T(t), that is where its logit is less
     than T(t) * log(1 / min_p) below the highest; and tokens up to that bound are drawn."""
@@ -163,15 +163,17 @@ def test_a_schedule_from_nearly_zero_starts_greedily(engine, loop, logprobs):
     assert loop.run(engine.complete([[0, 90]], [3], hot))[0].token_ids != greedy[2:]
 
 
-def test_a_schedule_needs_an_engine_made_for_one(engine, loop):
+@pytest.mark.parametrize(("tokens", "most"), [(5, 5), (9, 5), (3, 5)])
+def test_a_schedule_may_be_as_long_as_the_sample_or_longer(engine, loop, tokens, most):
+    schedule = {"start": 2, "tokens": tokens}
+    settings = changed(max_tokens=most, temperature_schedule=schedule, stop_at_eos=False)
+    (found,) = loop.run(engine.complete([[0, 90]], [3], settings))
+    assert len(found.token_ids) == most and found.finish_reason == "length"
+
+
+def test_a_schedule_cannot_end_at_temperature_0():
     with pytest.raises(ValueError, match="cannot end at temperature 0"):
         changed(temperature=0, temperature_schedule={"start": 1, "tokens": 2})
-    engine.settings, own = SETTINGS, engine.settings
-    try:
-        with pytest.raises(ValueError, match="made without a temperature schedule"):
-            loop.run(engine.complete([[0]], [0], SCHEDULED))
-    finally:
-        engine.settings = own
 
 
 def test_end_of_text_may_be_passed_over(engine, loop, completions):

@@ -144,7 +144,7 @@ def test_a_stage_commits_and_is_read_back(folder):
     stage = finished_stage(folder)
     assert stage.finished and [r.unit for r in stage.records()] == ["00000", "00001"]
     assert [stage.read(record) for record in stage.records()] == [b"00000", b"00001"]
-    assert stage.manifest()["facts"] == {"seconds": 1.0}
+    assert stage.manifest()["facts"] == {"seconds": 1.0, "drivers": []}
     assert stage.content_id() == finished_stage(folder + "2").content_id()
 
 
@@ -221,7 +221,8 @@ def test_units_beyond_the_plan_stay_out_of_the_manifest(tmp_path):
     for unit in ("aaa", "bbb", "extra"):
         stage.commit(unit, None, {})
     assert set(stage.done()) == {"aaa", "bbb", "extra"}
-    assert [r["unit"] for r in stage.finish()["records"]] == ["bbb", "aaa"]
+    stage.finish()
+    assert [record.unit for record in stage.records()] == ["bbb", "aaa"]
 
 
 def test_twenty_thousand_units_take_seconds_and_tens_of_megabytes(tmp_path):
