@@ -106,7 +106,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
 
 
 @pytest.mark.parametrize(("pack", "said"), [("concat", r"4 kept samples have 20.*generate.samples"),
-                                            ("document", r"0 of its 4 kept samples are that long.*max_tokens")])  # fmt: skip
+                                            ("document", r"0 of its 4 kept samples are.*max_tokens")])  # fmt: skip
 def test_too_little_text_says_which_source_has_what_and_needs_what(tmp_path, pack, said):
     stage = generated(tmp_path / "generate", repeated([5] * 4))
     with pytest.raises(UserError, match=f"self-generated is to .*{said}"):
