@@ -114,10 +114,10 @@ class UnitDone(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The work goes on after a loss. A unit may have been committed without a word by the process that was lost."""
+    """The work continues after a loss. The lost process may have committed units without reporting them."""
 
     done: int
-    """Units that are committed."""
+    """Number of committed units."""
 
     def __str__(self) -> str:
         return f"going on, {self.done} units are committed"

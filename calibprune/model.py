@@ -145,8 +145,8 @@ def read_config(settings: ModelSettings, folder: str) -> Any:
 
     Raises UserError for a missing or unreadable config, an encoder, or an unknown architecture.
     """
-    # Imported late, here and below: transformers' Auto classes make a folder for compiled code as soon as they are
-    # imported, and a worker's process first has to choose which.
+    # Imported late, here and below: transformers' Auto classes create a folder for compiled code on import, and a
+    # worker's process must choose that folder first.
     from transformers import AutoConfig, AutoModelForCausalLM
 
     trust = settings.trust_remote_code

@@ -169,4 +169,5 @@ def _place(bundle: Bundle) -> dict[str, Any]:
     if bundle.as_resources():
         return {}
     node = max(nodes(), key=lambda node: (node.free.get("CPU", 0), node.total.get("CPU", 0)))
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=True)}
+    # A soft one is ignored now and then for actors without resources. A node that dies costs one start.
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False)}

@@ -124,7 +124,7 @@ class Steps:
             self._to(self._pace.done + 1, self._detail(event))
 
     def recount(self, done: int) -> None:
-        """That many units are committed after all."""
+        """Corrects the progress: that many units are committed."""
         if not self._by_layer:
             self._pace.to(max(done, self._pace.done))
 

@@ -1,8 +1,8 @@
 """The curate stage as units of work, each made from committed files alone, by any process, any number of times.
 
-text-*, scored-*   documents as samples, and what the model makes of them (calibration/sources.py)
+text-*, scored-*   documents as samples, and their log-probabilities under the model (sources.py)
 scores-*           a few numbers of every sample (scores.py)
-selection          the decision about every sample (selection.py)
+selection          the decision about every sample (decide.py)
 dropped-*          the dropped samples with their reasons
 pool-*             the calibration pool
 """
@@ -43,10 +43,11 @@ from calibprune.events import UnitDone, emit
 from calibprune.stage import Record, Stage
 
 PORTION_BYTES = 32 << 20
-"""Size of the files that are scored together."""
+"""Maximum bytes of the generated shards that are scored in one unit."""
 PORTION_TEXT_SHARDS = 8
+"""Number of shards of documents that are scored in one unit."""
 PHASES = (("text",), ("scored",), ("scores",), (SELECTION,), ("dropped", "pool"))
-"""Kinds of units, in the order in which they can be made; those of one phase do not need each other."""
+"""Kinds of units, in the order in which they can be made; units of one phase do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Portion:
 
 @dataclass(frozen=True)
 class Curation:
-    """What the stage is made from, cut into portions; a function of settings and generated shards."""
+    """The input of the stage, cut into portions; a function of settings and generated shards."""
 
     stage_url: str
     settings: CurateSettings
@@ -73,7 +74,7 @@ class Curation:
         return Stage(self.stage_url)
 
     def units(self) -> list[str]:
-        """Every unit, in the order in which they can be made."""
+        """Lists all units, in the order in which they can be made."""
         texts = [unit for source in self.natural_sources() for unit in self.text_units(source)]
         scored = [scored_unit(unit) for unit in texts] if needs_scoring(self.settings) else []
         scores = [f"scores-{number:05d}" for number in range(len(self.portions))]
@@ -89,7 +90,7 @@ class Curation:
 
 
 def needs_scoring(settings: CurateSettings) -> bool:
-    """Whether documents need log-probabilities from the model."""
+    """Returns whether documents need log-probabilities from the model."""
     return any(isinstance(one, PerplexityFilter) for one in settings.filters)
 
 
@@ -102,8 +103,8 @@ def plan_curation(
 ) -> Curation:
     """Cuts the sources into portions.
 
-    `generated` holds the finished generate stage of every generated source, by the source's name; `model` and
-    `trust_remote_code` say whose tokenizer documents need.
+    `generated` has the finished generate stage of every generated source, by the source's name; `model` is the URL of
+    the model whose tokenizer documents need.
     """
     portions: list[Portion] = []
     for number, source in enumerate(settings.sources):
@@ -138,15 +139,15 @@ def _portions(stage_url: str, records: Iterable[Record]) -> Iterator[list[Shard]
 
 
 def kind_of(unit: str) -> str:
-    """What a unit is, such as `scores`."""
+    """Returns the kind of a unit, such as `scores`."""
     return unit.partition("-")[0]
 
 
 def make_units(curation: Curation, units: Sequence[str]) -> Iterator[UnitDone]:
-    """Commits units of one phase, a shard in memory at a time; those that engines score are theirs.
+    """Commits units of one phase, with one shard in memory at a time; `scored-*` units are left to engines.
 
-    Units of documents are of one source, whose text is read from its start. Raises CorruptionError naming a damaged
-    file, UserError where the pool cannot be filled.
+    Units of documents must be of one source, whose text is read from its start. Raises CorruptionError naming a
+    damaged file, UserError where the pool cannot be filled.
     """
     match kind_of(units[0]):
         case "text":
@@ -177,13 +178,13 @@ def _write_scores(curation: Curation, unit: str) -> Record:
 
 
 def _write_selection(curation: Curation) -> Record:
-    """Holds a few numbers a sample."""
+    """Decides about all samples, with only a few numbers of each in memory."""
     units = [(f"scores-{i:05d}", one.source) for i, one in enumerate(curation.portions)]
     return write_selection(curation.stage, curation.settings, units)
 
 
 def _write_files(curation: Curation, units: Iterable[str]) -> Iterator[Record]:
-    """The selection is fetched once for all of them."""
+    """Writes units of dropped samples or of the pool, all from one reading of the selection."""
     selection = SelectionFile(curation.stage)
     for unit in units:
         kind, _, number = unit.partition("-")
@@ -223,7 +224,7 @@ def _write_dropped(curation: Curation, unit: str, number: int, chosen: Selection
 
 
 def _from_source(table: pa.Table, curation: Curation, number: int) -> pa.Table:
-    """The samples with the name that their source has in the settings."""
+    """Replaces the samples' source by the name that it has in the settings."""
     name = curation.settings.sources[curation.portions[number].source].name
     index = table.schema.get_field_index("source")
     return table.set_column(index, "source", pa.array([name] * len(table), pa.string()))
@@ -273,7 +274,7 @@ def _lists(values: np.ndarray) -> pa.Array:
 def _sequences(
     curation: Curation, chosen: SelectionFile, source: int, wanted: range
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(token ids, what the model wrote) of some sequences of a source, from no more shards than they need."""
+    """Returns (token ids, which of them the model wrote) of sequences of a source, reading only the needed shards."""
     settings = curation.settings
     shards = [(one.source, shard) for one in curation.portions for shard in one.shards]
     stops = np.cumsum(chosen.shard_rows)
@@ -296,7 +297,7 @@ def _sequences(
             start, stop = offsets[row], offsets[row + 1]
             if settings.pack == "document":
                 stop = start + settings.sequence_tokens
-            at = place - low - start  # from places in the shard to places here
+            at = place - low - start  # offset from positions in the shard to positions here
             left, right = max(start, -at), min(stop, high - low - at)
             token_ids[left + at : right + at] = tokens[left:right]
             generated[left + at : right + at] = np.arange(left, right) >= start + prefixes[row]

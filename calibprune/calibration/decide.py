@@ -1,6 +1,6 @@
-"""The decision about every sample: what the filters drop, what fills the pool, and the facts of it for the report.
+"""Decides about every sample: which ones the filters drop and which fill the pool, with the facts for the report.
 
-It is made by one task from the samples' scores; no token is read.
+One task decides from the samples' scores, without reading any token.
 """
 
 import io
@@ -35,6 +35,7 @@ from calibprune.stage import Record, Stage
 UNIT = "selection"
 BINS = 40
 NOWHERE = -1
+"""Stands for the place of a sample that is not used, and for the equal of one that is no duplicate."""
 ROWS_AT_ONCE = 1 << 20
 SCHEMA = pa.schema(
     {
@@ -47,7 +48,7 @@ SCHEMA = pa.schema(
 
 
 class Same(NamedTuple):
-    """Duplicates, and what they are equal to."""
+    """Dropped duplicates, and the source and row of the sample that each is equal to."""
 
     samples: Int64[np.ndarray, " duplicates"]
     source: Int16[np.ndarray, " duplicates"]
@@ -56,20 +57,20 @@ class Same(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided about every sample, in order of sources, shards and rows."""
+    """The decision about every sample, in order of sources, shards and rows."""
 
     marks: UInt8[np.ndarray, " samples"]
     """0 for a kept sample, else `filters.mark`."""
     start: Int64[np.ndarray, " samples"]
-    """Where a used sample begins in its source's row of tokens; -1 for all others."""
+    """Start of a used sample in its source's row of tokens; -1 for all others."""
     same: Same
     shard_rows: list[int]
-    """Samples in every shard."""
+    """Number of samples in every shard."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The same of some samples as it is read again: marks, starts, and of duplicates what they are equal to."""
+    """The decision about some samples, read back: marks, starts, and what duplicates are equal to."""
 
     marks: UInt8[np.ndarray, " samples"]
     start: Int64[np.ndarray, " samples"]
@@ -80,10 +81,10 @@ class Selection:
 def select(
     stage: Stage, settings: CurateSettings, units: Sequence[tuple[str, int]]
 ) -> tuple[Decision, dict[str, Any]]:
-    """Filters, mixes and places; returns what is decided and its facts.
+    """Filters samples, mixes the sources and fills the pool; returns the decision and its facts.
 
-    `units`: the units with the scores, each with the number of its source, in order of sources.
-    Raises UserError, saying which source has how much and needs how much, where the pool cannot be filled.
+    `units` are the units of scores, each with the number of its source, in order of sources. Raises UserError, with
+    what each source has and needs, where the pool cannot be filled.
     """
     with ScratchColumns() as columns:
         shard_rows: list[int] = []
@@ -97,7 +98,7 @@ def select(
             if record.file is not None:
                 columns.append(read_parquet(stage.read(record)))
         if not sum(sizes):
-            raise UserError("curate.sources hold no samples at all")
+            raise UserError("curate.sources have no samples at all")
         stops = np.cumsum(sizes).tolist()
         sources = [range(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
 
@@ -160,7 +161,7 @@ def _same(outcome: Outcome, columns: ScratchColumns, sources: Sequence[range]) -
 def write_selection(
     stage: Stage, settings: CurateSettings, units: Sequence[tuple[str, int]]
 ) -> Record:
-    """Commits the selection, with the facts in its record."""
+    """Decides and commits the selection, with the facts in its record."""
     made, facts = select(stage, settings, units)
     buffer, metadata = io.BytesIO(), {"shard_rows": json.dumps(made.shard_rows)}
     schema = SCHEMA.with_metadata(metadata)
@@ -182,7 +183,7 @@ def write_selection(
 
 
 class SelectionFile:
-    """The committed selection, held as it is stored, of which a million samples at a time are unpacked."""
+    """The committed selection, kept compressed in memory; a million samples at a time are unpacked."""
 
     def __init__(self, stage: Stage) -> None:
         data = stage.read(stage.record(UNIT))
@@ -194,6 +195,7 @@ class SelectionFile:
         self._stops = np.cumsum(sizes)
 
     def of(self, samples: range) -> Selection:
+        """Returns the decision about some samples."""
         parts = [part for _, part in self._parts(samples, SCHEMA.names)]
         table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
         return Selection(**{name: table[name].to_numpy() for name in SCHEMA.names})
@@ -201,9 +203,12 @@ class SelectionFile:
     def used(
         self, samples: range, low: int, high: int
     ) -> tuple[Int64[np.ndarray, " some"], Int64[np.ndarray, " some"]]:
-        """Those of a source's samples that cover tokens [low, high) of its row of tokens, and where each begins."""
+        """Returns (a source's samples that cover tokens [low, high) of its row of tokens, the start of each)."""
         found, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        covering = (NOWHERE, NOWHERE)  # (start, sample) of the last that begins at low or before
+        covering = (
+            NOWHERE,
+            NOWHERE,
+        )  # (start, sample) of the last one that starts at `low` or before
         for first, part in self._parts(samples, ["start"]):
             start = part["start"].to_numpy()
             here = np.flatnonzero((start > low) & (start < high))
@@ -217,7 +222,7 @@ class SelectionFile:
         return every[0][order], every[1][order]
 
     def _parts(self, samples: range, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
-        """(first sample, columns) of what each row group has of them."""
+        """Yields (first sample, columns) of the part of the samples in each row group."""
         for group, stop in enumerate(self._stops.tolist()):
             start = stop - self._file.metadata.row_group(group).num_rows
             low, high = max(start, samples.start), min(stop, samples.stop)
@@ -273,7 +278,7 @@ def _step(
     columns: ScratchColumns,
     edges: np.ndarray,
 ) -> dict[str, Any]:
-    """What is left after so many filters."""
+    """Returns the facts of the samples that are left after `number` filters."""
     kept, values = outcome.marks == KEPT, columns.load("perplexity")
     left = values[kept & np.isfinite(values)]
     del values
@@ -290,7 +295,7 @@ def _step(
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
-    """Bins of equal width in the logarithm: perplexities spread over orders of magnitude."""
+    """Returns the edges of bins of equal logarithmic width, since perplexities span orders of magnitude."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return np.zeros(0)
@@ -311,7 +316,7 @@ def _before_and_after(values: np.ndarray, kept: np.ndarray, edges: np.ndarray) -
 def _repetition(
     settings: CurateSettings, outcome: Outcome, columns: ScratchColumns
 ) -> dict[str, Any]:
-    """By the n-grams of the first filter that looks at them, or by `MEASURED`."""
+    """Returns histograms of repetition, by the n-grams of the first repetition filter, or of `MEASURED`."""
     found = [one for one in settings.filters if isinstance(one, RepetitionFilter)]
     shares, longest = columns.load(share_column([*found, MEASURED][0])), columns.load("longest")
     kept = outcome.marks == KEPT
@@ -326,7 +331,7 @@ def _repetition(
 def _duplicates(
     settings: CurateSettings, outcome: Outcome, columns: ScratchColumns
 ) -> dict[str, int | None]:
-    """How many were dropped; without a filter for them, how many equal an earlier sample."""
+    """Counts the duplicates that were dropped; without a filter for them, the samples that equal an earlier one."""
     found = [i for i, one in enumerate(settings.filters) if isinstance(one, DuplicateFilter)]
     if not found:
         first = first_equal(columns.load("hash"))

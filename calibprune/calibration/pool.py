@@ -1,4 +1,4 @@
-"""The files of samples and of the calibration pool: their schemas, and how a pool is read, ours or the user's own."""
+"""Files of samples and of the calibration pool: their schemas, and reading a pool, made by `curate` or by the user."""
 
 import hashlib
 import io
@@ -33,7 +33,7 @@ POOL_SCHEMA = pa.schema(
     {"sequence": pa.int64(), "token_ids": pa.list_(pa.int32()), "source": pa.string()}
 )
 GENERATED = pa.field("generated", pa.list_(pa.bool_()))
-"""A further column of the pool with positions=generated: False where prefixes and prompts stand."""
+"""Additional column of the pool with positions=generated: False for prefixes and prompts."""
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -48,7 +48,7 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def sample_records(generate: Stage) -> list[Record]:
-    """Lists the shards of a finished generate stage: neither files of prefixes nor shards that were set aside."""
+    """Lists the shards of a finished generate stage, without files of prefixes and shards that were set aside."""
     return [
         record
         for record in generate.records()
@@ -73,7 +73,7 @@ class PoolFacts:
     tokens: int
     """Tokens of each sequence."""
     identity: str
-    """A hash of the content; of a pool that `curate` finished, of the recorded hashes of its files."""
+    """Hash of the content; for a pool that `curate` finished, of the recorded hashes of its files."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class Pool:
 
     token_ids: Int[Tensor, "sequences tokens"]
     generated: Bool[Tensor, "sequences tokens"] | None
-    """The positions that statistics are taken from; None where the pool has no such column: from all."""
+    """Positions that statistics are taken from; None, for all, where the pool has no such column."""
 
 
 def describe_pool(url: str) -> PoolFacts:
-    """Measures and identifies a pool: one that `curate` finished by its records, any other by reading it once.
+    """Measures and identifies a pool: from its records if `curate` finished it, else by reading it once.
 
-    Memory is that of one file. Raises as `read_pool` does.
+    Holds one file in memory. Raises as `read_pool` does.
     """
     stage = Stage(url)
     if stage.finished:
@@ -96,7 +96,8 @@ def describe_pool(url: str) -> PoolFacts:
         counts = [(one.facts.get("sequences"), one.facts.get("tokens")) for one in records]
         if not all(isinstance(n, int) and 0 < n < 1 << 53 for count in counts for n in count):
             raise CorruptionError(
-                f"{url} is damaged: its records do not say how large the pool is: remove that folder; {_MADE_AGAIN}"
+                f"{url} is damaged: its records do not have the size of the pool: remove that folder; "
+                f"{_HOW_TO_RECREATE}"
             )
         sequences, tokens = map(sum, zip(*counts, strict=True))
         identity = json.dumps([record.sha256 for record in records])
@@ -132,7 +133,7 @@ def _parts(
     """Yields token ids, and the positions that count if the pool has them, file by file, checked against each other."""
     lengths, columns = set[int](), set[bool]()
     for file, data in _files(url):
-        table = _read_foreign(data, file)
+        table = _read_untrusted(data, file)
         if "token_ids" not in table.column_names:
             raise UserError(f"{file}: a pool needs a column token_ids, it has {_names(data)}")
         token_ids = _rows_of_one_length(table["token_ids"], pa.types.is_integer, file)
@@ -142,7 +143,7 @@ def _parts(
             if generated.shape != token_ids.shape:
                 raise UserError(
                     f"{file}: its columns token_ids and {GENERATED.name} have rows of {token_ids.shape[1]} and "
-                    f"{generated.shape[1]} values: they must be as long as each other"
+                    f"{generated.shape[1]} values: they must have the same length"
                 )
         lengths.add(token_ids.shape[1])
         columns.add(generated is not None)
@@ -175,26 +176,24 @@ def _files(url: str) -> Iterator[tuple[str, bytes]]:
             yield file, stage.read(record)
         except CorruptionError:
             raise CorruptionError(
-                f"{file} is damaged or missing: it is not what was recorded: remove it and "
-                f"{storage.join(url, '_done', record.unit)}.json; {_MADE_AGAIN}"
+                f"{file} is damaged or missing: it does not match its record: remove it and "
+                f"{storage.join(url, '_done', record.unit)}.json; {_HOW_TO_RECREATE}"
             ) from None
 
 
-_MADE_AGAIN = (
-    "`calibprune curate` with the configuration of its run makes it again; copy a copy again"
-)
+_HOW_TO_RECREATE = "`calibprune curate` with the configuration of its run makes it again; a copy must be copied again"
 
 
 def _pool_records(stage: Stage) -> list[Record]:
     """Lists the records of a finished curate stage. Raises UserError for any other stage."""
     records = [record for record in stage.records() if record.unit.startswith("pool-")]
     if not records:
-        raise UserError(f"{stage.url} is a stage without a calibration pool: name a curate folder")
+        raise UserError(f"{stage.url} is a stage without a calibration pool: give a curate folder")
     return records
 
 
-def _read_foreign(data: bytes, file: str) -> pa.Table:
-    """Reads the columns of a file that somebody else may have made. Raises UserError for a file that is no parquet."""
+def _read_untrusted(data: bytes, file: str) -> pa.Table:
+    """Reads the columns of an untrusted file. Raises UserError where it is not a parquet file."""
     try:
         return read_parquet(data, [n for n in _names(data) if n in ("token_ids", GENERATED.name)])
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -212,13 +211,13 @@ def _rows_of_one_length(
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not lists or not fits(kind.value_type):
         raise UserError(
-            f"{file}: a pool's column token_ids holds lists of whole numbers, and {GENERATED.name} lists of true and "
-            f"false; here: {one_line(kind)}"
+            f"{file}: a pool's column token_ids must hold lists of integers, and {GENERATED.name} lists of booleans; "
+            f"here: {one_line(kind)}"
         )
     if not len(rows):
-        raise UserError(f"{file} holds no sequence: a pool's files hold at least one each")
+        raise UserError(f"{file} has no sequence: each of a pool's files must have at least one")
     if rows.null_count or rows.flatten().null_count:
-        raise UserError(f"{file}: a pool has no empty values")
+        raise UserError(f"{file}: a pool must not have empty values")
     lengths = set(rows.value_lengths().to_pylist())
     if len(lengths) != 1 or not all(lengths):
         raise _lengths_differ(file, lengths)
@@ -226,7 +225,8 @@ def _rows_of_one_length(
 
 
 def _lengths_differ(where: str, lengths: set[int]) -> UserError:
-    shown = ", ".join(map(str, sorted(lengths)[:5]))
+    some = ", ".join(map(str, sorted(lengths)[:5]))
     return UserError(
-        f"{where}: every sequence of a pool has the same length, of at least one token; here some have {shown} tokens"
+        f"{where}: all sequences of a pool must have the same length, of at least one token; here some have {some} "
+        f"tokens"
     )

@@ -1,6 +1,6 @@
-"""Streams token ids of documents and of prompts, in batches through the fast tokenizer.
+"""Streams the token ids of documents and prompts, in batches through the fast tokenizer.
 
-prefixes.py decides which of them become prefixes, and of how many tokens.
+prefixes.py decides which of them become prefixes, and with how many tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def candidates(
 
     A document is cut after `most_tokens`; a prompt, chat template included, after one more, so that a longer one is
     recognised.
-    Raises UserError for a source that cannot be read, and for prompts without a chat template that takes them.
+    Raises UserError for a source that cannot be read, and for prompts that no chat template accepts.
     """
     where = {"name": settings.dataset_name, "split": settings.split, "column": settings.column}
     if isinstance(settings, PromptPrefixes):
@@ -43,7 +43,7 @@ def candidates(
 
 
 def check_prompts(settings: PromptPrefixes, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Renders the first prompts where it can be stopped. Raises UserError for a chat template without an end.
+    """Renders the first prompts in a process that can be stopped. Raises UserError for a template that does not end.
 
     Also raises as `candidates` does for a source that cannot be read.
     """
@@ -52,14 +52,14 @@ def check_prompts(settings: PromptPrefixes, tokenizer: "PreTrainedTokenizerBase"
     chats = [chat for prompt in batch if (chat := _conversation(prompt, settings.system))]
     try:
         template = tokenizer.get_chat_template()
-    except ValueError:  # there is none, as `candidates` says
+    except ValueError:  # there is none, for which `candidates` raises
         return
     name = f"the chat template of {tokenizer.name_or_path}"
     check_template(template, chats, tokenizer.special_tokens_map, name)
 
 
 def most_tokens(settings: DatasetPrefixes | PromptPrefixes) -> int:
-    """Returns the tokens of the longest prefix, without a start-of-text token in front."""
+    """Returns the number of tokens of the longest prefix, without a start-of-text token in front."""
     if isinstance(settings, PromptPrefixes):
         return settings.max_prompt_tokens
     return settings.tokens[1] if isinstance(settings.tokens, tuple) else settings.tokens
@@ -100,7 +100,7 @@ def _prompt_tokens(
 
 
 def _conversation(prompt: str | list[Message], system: str | None) -> list[Message]:
-    """Returns the messages up to the answer that the model is to write, without an answer that is there already."""
+    """Returns the messages before the answer that the model will write; an answer that is there is left out."""
     if isinstance(prompt, str):
         first = [{"role": "system", "content": system}] if system is not None else []
         return [*first, {"role": "user", "content": prompt}]

@@ -1,8 +1,8 @@
-"""Prefix token ids and sampling seeds of every sample, a function of (settings, seed, row) alone.
+"""Prefix token ids and sampling seeds of every sample, as a function of settings, seed and row alone.
 
-Row r starts from prefix r // samples_per_prefix. Prefixes from a dataset or from prompts are cut once into files of
-the stage, whatever the shards are; the others are computed where they are needed. So a sample can be made
-anywhere, any number of times.
+Row r starts from prefix r // samples_per_prefix. Prefixes from a dataset or from prompts are cut once into files of the
+stage, independent of the shards; others are computed where they are needed. So a sample can be made anywhere, any
+number of times.
 """
 
 import io
@@ -34,15 +34,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFIXES_PER_FILE = 20_000
-_GOES_ON_EVERY = 1000
-"""Documents read, used or not, after which the cutting shows that it is alive."""
-_CHECKED = 4096
-"""Documents that the check reads before work starts."""
-_REMEMBERED = 20_000
-"""Most documents of a source that are kept in memory for another round."""
-_MOST_ROUNDS = 1000
-"""Most rounds through a large source of which hardly any document can be used."""
-_MOST_DRAWS = 10_000
+_TICK_DOCUMENTS = 1000
+"""Number of documents read, used or not, between two signs of life."""
+_CHECKED_DOCUMENTS = 4096
+"""Number of documents that the check before work reads at most."""
+_MAX_REMEMBERED = 20_000
+"""Maximum number of a source's documents that are kept in memory for another round."""
+_MAX_ROUNDS = 1000
+"""Maximum number of rounds through a large source with hardly any usable documents."""
+_MAX_DRAWS = 10_000
+"""Maximum number of draws that may hit a token that is not ordinary."""
 
 
 def prefix_units(settings: GenerateSettings) -> list[str]:
@@ -70,10 +71,10 @@ def cut_prefixes(
 ) -> Iterator[UnitDone | Tick]:
     """Reads the source from its start and commits the missing units, each a parquet file of `token_ids`.
 
-    Yields Tick in between to show that it is alive. Documents with too few tokens for the prefix, and prompts with too
-    many, are skipped. A source that has too few is read again, as often as needed: prefixes repeat, their samples do
-    not. Facts of a unit: `prefixes`, the documents `passed_over` while it was filled, and `source_prefixes`, the
-    number that the whole source gave (None: its end was not reached). Memory is that of one unit.
+    Yields Tick in between as a sign of life. Documents with too few tokens for the prefix, and prompts with too many,
+    are skipped. A source with too few documents is read repeatedly: its prefixes repeat, their samples do not. Facts of
+    a unit: `prefixes`, the documents `passed_over` while it was filled, and `source_prefixes`, the number of prefixes
+    in the whole source (None: its end was not reached). Holds one unit in memory.
     Raises UserError where the source cannot be read or nothing in it is usable.
     """
     units = prefix_units(settings)
@@ -106,10 +107,10 @@ def cut_prefixes(
 
 
 def check_prefixes(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Checks from the start of their source that there will be prefixes.
+    """Checks, from the start of the source, that there will be prefixes.
 
-    Raises UserError: no such source or column, no chat template or one without an end, no token to start with, or
-    nothing usable among the first few thousand documents.
+    Raises UserError where there is no such source or column, no chat template or one that does not end, no token to
+    start with, or nothing usable among the first few thousand documents.
     """
     prefixes = settings.prefixes
     if _starts_with_bos(prefixes):
@@ -121,15 +122,15 @@ def check_prefixes(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBa
             most = most_tokens(prefixes)
             if isinstance(prefixes, PromptPrefixes):
                 check_prompts(prefixes, tokenizer)
-            start = islice(candidates(prefixes, tokenizer), _CHECKED)
+            start = islice(candidates(prefixes, tokenizer), _CHECKED_DOCUMENTS)
             if not any(_usable(prefixes, tokens, most) for tokens in start):
-                raise _nothing_usable(prefixes, most, _CHECKED)
+                raise _nothing_usable(prefixes, most, _CHECKED_DOCUMENTS)
 
 
 class PrefixReader:
-    """Gives the prefixes of rows, wherever they come from; holds one file of prefixes at a time.
+    """Returns the prefixes of rows, of any type; holds one file of prefixes in memory.
 
-    Raises UserError when made without a token to start with.
+    Its constructor raises UserError where the tokenizer has no token to start with.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class PrefixReader:
 
 
 def longest_prefix(settings: Prefixes) -> int:
-    """Returns the tokens of the longest possible prefix, start-of-text token included."""
+    """Returns the number of tokens of the longest possible prefix, start-of-text token included."""
     match settings:
         case BosPrefixes():
             return 1
@@ -180,7 +181,7 @@ def longest_prefix(settings: Prefixes) -> int:
 
 
 def row_seed(seed: int, row: int) -> int:
-    """Returns the seed, of 63 bits, that samples the row's continuation."""
+    """Returns the seed, of 63 bits, for sampling the row's continuation."""
     return _digest("sampling", seed, row) >> 1
 
 
@@ -200,7 +201,7 @@ def _prefix_count(settings: GenerateSettings) -> int:
 
 
 def _starts_with_bos(settings: Prefixes) -> bool:
-    """Reports whether a start-of-text token goes in front; a chat template brings its own."""
+    """Returns whether a start-of-text token is put in front; a chat template has its own."""
     match settings:
         case BosPrefixes():
             return True
@@ -211,7 +212,7 @@ def _starts_with_bos(settings: Prefixes) -> bool:
 
 
 def start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Returns the start-of-text token, or else the end-of-text token, which parts documents in training."""
+    """Returns the start-of-text token, or else the end-of-text token, which separates documents in training."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
@@ -233,7 +234,7 @@ class _OrdinaryTokens:
         """Draws `count` tokens uniformly and independently."""
         random = Random(_digest("prefix", seed, prefix))
         drawn: list[int] = []
-        for _ in range(_MOST_DRAWS + count):
+        for _ in range(_MAX_DRAWS + count):
             token = random.randrange(self.size)
             if self._is_ordinary(token):
                 drawn.append(token)
@@ -251,12 +252,13 @@ class _OrdinaryTokens:
 class _Cut(NamedTuple):
     token_ids: np.ndarray
     passed_over: int
-    """Documents skipped up to here."""
+    """Number of documents skipped so far."""
     source_prefixes: int | None
+    """Number of prefixes in the whole source; None before its end."""
 
 
 def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Cut | None]:
-    """Yields every prefix from number 0 on, without end; None now and then, whatever becomes of the documents."""
+    """Yields every prefix from number 0 on, without end, and None from time to time, even if no document is usable."""
     prefixes = settings.prefixes
     assert isinstance(prefixes, DatasetPrefixes | PromptPrefixes)
     bos = [start_token(tokenizer)] if _starts_with_bos(prefixes) else []
@@ -272,12 +274,12 @@ def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> It
                 index += 1
             else:
                 passed_over += 1
-            if (index + passed_over) % _GOES_ON_EVERY == 0:
+            if (index + passed_over) % _TICK_DOCUMENTS == 0:
                 yield None
         if index == before:
             raise _nothing_usable(prefixes, _length(prefixes, settings.seed, index))
         source_prefixes = index if source_prefixes is None else source_prefixes
-        if passed_over > _REMEMBERED and index * _MOST_ROUNDS < _prefix_count(settings):
+        if passed_over > _MAX_REMEMBERED and index * _MAX_ROUNDS < _prefix_count(settings):
             raise UserError(
                 f"only {index} of {index + passed_over} documents in {prefixes.path} can be used, and "
                 f"{_prefix_count(settings)} prefixes are asked for: lower generate.samples, ask for fewer tokens, or "
@@ -286,22 +288,22 @@ def _cut(settings: GenerateSettings, tokenizer: "PreTrainedTokenizerBase") -> It
 
 
 def _rounds(read: Callable[[], Iterator[np.ndarray]]) -> Iterator[Iterator[np.ndarray]]:
-    """Yields round after round through all that is read, without end; keeps a few documents in memory."""
+    """Yields one round through the documents after another, without end; keeps the documents of small sources."""
     few: list[np.ndarray] = []
 
     def first() -> Iterator[np.ndarray]:
         for tokens in read():
-            if len(few) <= _REMEMBERED:
+            if len(few) <= _MAX_REMEMBERED:
                 few.append(tokens)
             yield tokens
 
     yield first()
     while True:
-        yield iter(few) if len(few) <= _REMEMBERED else read()
+        yield iter(few) if len(few) <= _MAX_REMEMBERED else read()
 
 
 def _length(settings: DatasetPrefixes | PromptPrefixes, seed: int, index: int) -> int:
-    """Returns the tokens of this prefix, without a start-of-text token; of a prompt, the most."""
+    """Returns the number of tokens of this prefix, without a start-of-text token; for a prompt, the maximum."""
     if isinstance(settings, DatasetPrefixes) and isinstance(settings.tokens, tuple):
         least, most = settings.tokens
         return least + _digest("prefix length", seed, index) % (most - least + 1)
@@ -309,16 +311,16 @@ def _length(settings: DatasetPrefixes | PromptPrefixes, seed: int, index: int) -
 
 
 def _usable(settings: DatasetPrefixes | PromptPrefixes, tokens: np.ndarray, length: int) -> bool:
-    """Reports whether a document has enough tokens, or a prompt, which is taken whole, not too many."""
+    """Returns whether a document has enough tokens, or a prompt, which is taken whole, not too many."""
     if isinstance(settings, PromptPrefixes):
         return 0 < len(tokens) <= length
     return len(tokens) >= length
 
 
 def _nothing_usable(
-    settings: DatasetPrefixes | PromptPrefixes, length: int, looked_at: int | None = None
+    settings: DatasetPrefixes | PromptPrefixes, length: int, checked: int | None = None
 ) -> UserError:
-    some = "" if looked_at is None else f" of the first {looked_at}"
+    some = "" if checked is None else f" of the first {checked}"
     if isinstance(settings, PromptPrefixes):
         return UserError(
             f"no prompt{some} in {settings.path} has at most {length} tokens, chat template included: "

@@ -1,6 +1,6 @@
-"""Samples of a shard: every row's prefix continued by the engine, as a table in SAMPLE_SCHEMA.
+"""Makes the samples of a shard: the engine continues every row's prefix, which gives a table in SAMPLE_SCHEMA.
 
-Where the rows go, and what becomes of a dead engine, is the callers' concern.
+Storing the rows and replacing a dead engine are left to the callers.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ from calibprune.config.generate import GenerateSettings, VocabularyPrefixes
 async def write_rows(
     engine: Engine, prefixes: PrefixReader, settings: GenerateSettings, rows: range
 ) -> pa.Table:
-    """Lets the model write `rows`, all at the same time; the table has one row for each, in their order.
+    """Lets the model write `rows`, all at the same time; returns a table with one row for each, in order.
 
-    A row depends on settings and row number only. Raises EngineDied as Engine.complete does.
+    A row depends only on settings and row number. Raises EngineDied as Engine.complete does.
     """
     starts = await asyncio.to_thread(prefixes.of, rows)
     if isinstance(settings.prefixes, VocabularyPrefixes) and settings.prefixes.draw == "model":
@@ -40,7 +40,7 @@ async def write_rows(
 
 
 def sample_facts(table: pa.Table) -> dict[str, Any]:
-    """What a done record says of a shard: rows, new tokens, and how many rows ended for which reason."""
+    """Returns the facts of a shard for its done record: rows, new tokens, and the number of rows per finish reason."""
     tokens = len(table["token_ids"].combine_chunks().flatten())
     prefixes = sum(table["prefix_length"].to_pylist())
     return {
@@ -53,16 +53,16 @@ def sample_facts(table: pa.Table) -> dict[str, Any]:
 async def _draw(
     engine: Engine, starts: list[list[int]], settings: GenerateSettings, rows: range
 ) -> list[list[int]]:
-    """Appends the prefix tokens, drawn by the model at temperature 1, nothing truncated, end of text left out.
+    """Appends prefix tokens that the model draws at temperature 1, untruncated, but never an end of text.
 
-    Samples of one prefix share what was drawn, by a seed of the prefix.
+    All samples of one prefix get the same tokens, from a seed of the prefix.
     """
     assert isinstance(settings.prefixes, VocabularyPrefixes)
     tokens = settings.prefixes.tokens
     unchanged = settings.model_copy(
         update={
             "max_tokens": tokens,
-            "min_tokens": tokens,  # until then an end of text is never drawn
+            "min_tokens": tokens,  # up to there an end of text cannot be drawn
             "temperature": 1.0,
             "temperature_schedule": None,
             "top_p": 1.0,

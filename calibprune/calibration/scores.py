@@ -1,4 +1,4 @@
-"""Computes the few numbers of a sample that filters and packing use, reading tokens one shard at a time."""
+"""Computes the few numbers of each sample that filters and packing use, with one shard of tokens in memory."""
 
 import io
 import tempfile
@@ -20,9 +20,9 @@ from calibprune.config.curate import DuplicateFilter, Filter, RepetitionFilter
 from calibprune.stage import Record, Stage
 
 VERSION = 2
-"""Version of the columns of a unit of scores."""
+"""Version of the columns in a unit of scores."""
 MEASURED = RepetitionFilter(type="repetition")
-"""Measure of repetition for the report where no filter has one."""
+"""Measure of repetition for the report where no filter defines one."""
 
 
 def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.ndarray]:
@@ -61,7 +61,7 @@ def score_samples(table: pa.Table, filters: Sequence[Filter]) -> dict[str, np.nd
 def _written(
     tokens: np.ndarray, offsets: np.ndarray, prefixes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The samples' tokens and offsets without their prefixes: a prompt that many samples share makes none alike."""
+    """Returns tokens and offsets without prefixes, so that a prompt that many samples share makes none similar."""
     starts = offsets[:-1] + prefixes
     kept = np.concatenate([[0], np.cumsum(offsets[1:] - starts, dtype=np.int64)])
     written = [tokens[first:last] for first, last in zip(starts, offsets[1:], strict=True)]
@@ -71,7 +71,7 @@ def _written(
 def write_scores(
     stage: Stage, unit: str, shards: Iterable[Shard], filters: Sequence[Filter]
 ) -> Record:
-    """Commits the scores of some shards in one file; the facts say how many samples are in each shard."""
+    """Commits the scores of some shards in one file; the facts have the number of samples in each shard."""
     parts, rows, tokens = [], [], 0
     for shard in shards:
         table = read_shard(shard)
@@ -88,7 +88,7 @@ def write_scores(
 
 
 def as_column(values: np.ndarray) -> pa.Array:
-    """A column of numbers; of [samples, bytes] one of as many bytes."""
+    """Converts an array to a column of numbers; [samples, bytes] becomes a column of that many bytes."""
     if values.ndim == 1:
         return pa.array(values)
     kind = pa.binary(values.shape[1])
@@ -96,9 +96,9 @@ def as_column(values: np.ndarray) -> pa.Array:
 
 
 class ScratchColumns:
-    """Columns that grow by appending and are loaded one at a time: temporary files of this machine.
+    """Columns that grow by appending and are loaded one at a time, kept in temporary files of this machine.
 
-    They take as much of its disk as the scores have bytes, up to 180 a sample; in memory is what `load` returns.
+    They take as many bytes on disk as the scores have, up to 180 per sample; in memory is only what `load` returns.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class ScratchColumns:
             self._files[name].write(np.ascontiguousarray(values).data)
 
     def load(self, name: str, samples: Int32[np.ndarray, " some"] | None = None) -> np.ndarray:
-        """[samples], or [samples, bytes] for a column of bytes; of some samples only where they are given."""
+        """Loads a column as [samples], or [samples, bytes] for a column of bytes; only `samples` if they are given."""
         dtype, width = self._kinds[name]
         file = self._files[name]
         with storage.full_disk_named(tempfile.gettempdir()):

@@ -1,7 +1,7 @@
-"""Shards of samples, and the shards of the same schema that are made of documents that people wrote.
+"""Shards of samples, and shards of the same schema made from documents that people wrote.
 
-A shard of documents is a unit of the curate stage, `text-<source>-<number>`; what the model makes of it, where a filter
-asks, is another, `scored-<source>-<number>`.
+A shard of documents is a unit of the curate stage, `text-<source>-<number>`. Its log-probabilities under the model, for
+filters that use them, are another unit, `scored-<source>-<number>`.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHARD_TOKENS = 1 << 20
-"""Tokens of the documents in a unit, which bound the cost of a crash and the memory."""
+"""Tokens of the documents in one unit, which bound the cost of a crash and the memory."""
 CHARACTERS_PER_TOKEN = 32
-"""Characters read of a document for every token wanted, far more than a token has."""
+"""Characters read of a document per wanted token, far more than tokens have."""
 FINISH_REASON = "text"
+"""Finish reason of documents, in the column that samples have it in."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,17 @@ class Shard:
     stage_url: str
     unit: str
     record: Record | None = None
-    """The done record; None: to be read from the stage that makes the shard."""
+    """The done record; None for a shard that this stage makes: it is read from the stage."""
     scored: str | None = None
-    """The unit of the same stage that holds the log-probabilities."""
+    """Unit of the same stage with the log-probabilities."""
 
     def committed(self) -> Record:
+        """Returns the shard's done record."""
         return self.record or Stage(self.stage_url).record(self.unit)
 
 
 def samples_of(path: str) -> Stage:
-    """The generate stage of another run. Raises UserError unless finished samples lie there."""
+    """Returns the generate stage of another run. Raises UserError unless it has finished samples."""
     stage, expected = Stage(path), "the `generate` folder of a finished run"
     if not stage.finished:
         inside = storage.join(path, "generate")
@@ -85,7 +87,7 @@ def flat_tokens(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def document_tokens(source: NaturalSource, sequence_tokens: int) -> int:
-    """Returns the most tokens of a document, without a start-of-text token."""
+    """Returns the maximum tokens of a document, without a start-of-text token."""
     return source.document_tokens or sequence_tokens - source.bos
 
 
@@ -100,7 +102,7 @@ def shard_documents(source: NaturalSource, sequence_tokens: int) -> int:
 
 
 def text_units(source: NaturalSource, sequence_tokens: int) -> list[str]:
-    """Names the shards of a source that has as many documents as it may."""
+    """Names the shards of a source, as many as its maximum number of documents fills."""
     count = -(-source.documents // shard_documents(source, sequence_tokens))
     return [f"text-{source.name}-{number:05d}" for number in range(count)]
 
@@ -131,7 +133,7 @@ def write_documents(
         source.path, name=source.dataset_name, split=source.split, column=source.column
     )
     starts = (text[: CHARACTERS_PER_TOKEN * most + 64] for text in texts)
-    numbered = zip(range(source.documents), starts, strict=False)  # asks for no document too many
+    numbered = zip(range(source.documents), starts, strict=False)  # never reads a document too many
     for unit in text_units(source, sequence_tokens):
         shard = list(islice(numbered, rows))
         if unit not in missing:
@@ -160,7 +162,7 @@ def write_documents(
 def first_tokens(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], count: int
 ) -> list[list[int]]:
-    """Tokenizes the first `count` tokens of each text, all of a shorter one, reading no more of it than needed."""
+    """Tokenizes the first `count` tokens of each text, or all of a shorter one, reading no more of it than needed."""
     found: list[list[int]] = [[] for _ in texts]
     missing, characters = list(range(len(texts))), 8 * count + 256
     while missing:
@@ -169,7 +171,7 @@ def first_tokens(
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # else it warns of texts longer than the model's context
+            verbose=False,  # otherwise it warns of texts longer than the model's context
         )
         short = []
         for index, ids in zip(missing, answer.input_ids, strict=True):
@@ -191,7 +193,7 @@ class Scorer(Protocol):
 
 
 async def score_shard(engine: Scorer, stage: Stage, unit: str) -> Record:
-    """Commits `scored-...`, the model's own log-probability of every document given its first token."""
+    """Commits `scored-...`: the model's log-probability of every document given its first token."""
     record = stage.record(text_unit(unit))
     if record.file is None:
         return stage.commit(unit, None, {"rows": 0, "tokens": 0})
@@ -210,5 +212,5 @@ async def score_shard(engine: Scorer, stage: Stage, unit: str) -> Record:
 
 
 def scored_from(prefix_length: np.ndarray) -> np.ndarray:
-    """Returns the first position with a log-probability, which a first token has not."""
+    """Returns the first position with a log-probability, since a first token has none."""
     return np.maximum(prefix_length, 1)

@@ -1,7 +1,7 @@
 """Streams documents from files, folders, URLs and the Hugging Face hub, and joins them to held-out texts.
 
-Knows nothing of tokens: cutting prefixes and windows happens elsewhere. Files are read here and not by `datasets`,
-which reads the hub: it is six times slower on them, loses the file's line numbers and takes a missing column for empty.
+Knows nothing of tokens: prefixes and windows are cut elsewhere. `datasets` reads the hub but not the files: on those it
+is six times slower, loses line numbers, and treats a missing column as empty.
 """
 
 import gzip
@@ -29,15 +29,15 @@ _LINES = (".jsonl", ".json", ".ndjson")
 _EXTENSIONS = (".txt", *_LINES, ".parquet")
 _CAN_BE_READ = f"{', '.join(_EXTENSIONS)} (or .gz of these)"
 _PARQUET_BATCH = 256
-"""Documents held at a time; they may be books."""
+"""Number of documents in memory at a time; each may be a book."""
 _HUB_ID = re.compile(r"(?:hf://datasets/[\w-][\w.-]*/|(?:[\w-][\w.-]*/)?)[\w-][\w.-]*")
 HUB_SECONDS = 5.0
-"""Time that the hub has to answer the first question, and after which it is not asked again."""
+"""Time limit of the first request to the hub, and of its retries."""
 
 Message = dict[str, Any]
-"""A chat message: `role`, `content`, and what else the chat template knows."""
+"""A chat message: `role`, `content`, and whatever else the chat template uses."""
 Row = tuple[Any, str]
-"""The value of the column, and where it stands."""
+"""A value of the column, and its place in words."""
 T = TypeVar("T")
 
 
@@ -49,7 +49,7 @@ def documents(
     `path` is a file (.txt: a document per line; .jsonl, .json with an object per line; .parquet;
     also .gz) or a folder of such files, local or at any fsspec URL; or a Hugging Face dataset id
     (with `name` and `split`), also as hf://datasets/org/name; or `python-docs`, the language
-    documentation that Python carries. Raises UserError where there is nothing at `path`, or while
+    documentation that comes with Python. Raises UserError where there is nothing at `path`, or while
     streaming where there is no such column or no text at all; StoreUnavailable where the hub cannot
     be reached.
     """
@@ -68,7 +68,7 @@ def prompts(
 def running_text(text: HeldOutText) -> str:
     """Reads the held-out text in one piece: a .txt file as it is, documents joined by the separator.
 
-    Blank documents stay in, as in the usual way to measure on WikiText. Raises as `documents` does.
+    Keeps blank documents, as is usual for measurements on WikiText. Raises as `documents` does.
     """
     rows = _rows(text.path, text.dataset_name, text.split, text.column, whole_files=True)
     joined = text.separator.join(_text(value, text.column, where) for value, where in rows)
@@ -103,7 +103,7 @@ def _rows(
 
 
 def _is_hub_id(path: str) -> bool:
-    """Reports whether a path can only be a dataset's id: nothing local has its name or folder, no text its ending."""
+    """Returns whether a path must be a dataset's id: no local file or folder has its name, and no extension fits."""
     if not _HUB_ID.fullmatch(path):
         return False
     first = Path(path.split("/", 1)[0])
@@ -144,17 +144,17 @@ def _files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
 def _resumed(
     fs: fsspec.AbstractFileSystem, file: str, begin: Callable[[], Iterator[Row]]
 ) -> Iterator[Row]:
-    """Yields what `begin()` does; where a store fails for a while, opens the file again and skips what was yielded.
+    """Yields what `begin()` does; after transient errors of a store reopens the file and skips what was yielded.
 
-    Raises UserError where access is denied, OSError for lasting trouble: a local disk's is.
+    Raises UserError where access is denied, OSError for lasting errors, which those of a local disk are.
     """
     local = isinstance(fs, LocalFileSystem)
     url = file if local else fs.unstrip_protocol(file)
-    given, rows = 0, begin()
+    yielded, rows = 0, begin()
 
-    def again() -> list[Row]:
+    def reopen() -> list[Row]:
         nonlocal rows
-        rows = islice(begin(), given, None)
+        rows = islice(begin(), yielded, None)
         return list(islice(rows, 1))
 
     while True:
@@ -163,10 +163,10 @@ def _resumed(
         except Exception as error:
             if not is_transient(error) and not denied(error):
                 raise
-            row = retrying(url, "read", again, 0.0 if local else None)
+            row = retrying(url, "read", reopen, 0.0 if local else None)
         if not row:
             return
-        given += 1
+        yielded += 1
         yield row[0]
 
 
@@ -186,7 +186,7 @@ def _file_rows(
                 for line in stream:
                     yield _decoded(line, file).rstrip("\r\n"), file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{file} is not a whole gzip file: {one_line(error)}") from None
+            raise UserError(f"{file} is not a complete gzip file: {one_line(error)}") from None
 
 
 def _decoded(raw: bytes, file: str) -> str:
@@ -206,14 +206,14 @@ def _json_rows(stream: Iterable[bytes], file: str, column: str) -> Iterator[Row]
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{where} is not a JSON object: one object per line is read")
+            raise UserError(f"{where} is not a JSON object: every line must be one")
         if b"\\u" in line:
             _check_characters(row.get(column), where)
         yield _cell(row, column, where)
 
 
 def _check_characters(value: Any, where: str) -> None:
-    """Raises UserError for half of a surrogate pair, which JSON can spell and no text holds."""
+    """Raises UserError for half of a surrogate pair, which JSON can express but no text may contain."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -245,8 +245,10 @@ def _hub_rows(path: str, name: str | None, split: str, column: str) -> Iterator[
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as formats
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if path in formats:  # which would read whatever lies in the working directory, pickles among it
-        raise UserError(f"no text at {path}: that is a format of the datasets library, no dataset")
+    if path in formats:  # these would read whatever is in the working directory, pickles included
+        raise UserError(
+            f"no text at {path}: that is a format of the datasets library, not a dataset"
+        )
     nowhere = f"no text at {path}: no such file or folder here, and "
     try:
         _ask_hub(path.removeprefix("hf://datasets/"))
@@ -266,7 +268,7 @@ def _hub_rows(path: str, name: str | None, split: str, column: str) -> Iterator[
 
 
 def _ask_hub(dataset: str) -> None:
-    """Asks the hub for a dataset before `datasets` does, which retries for half a minute and logs every attempt.
+    """Asks the hub for a dataset before `datasets` does, since that retries for half a minute and logs every attempt.
 
     Raises DatasetNotFoundError, and StoreUnavailable after seconds without an answer.
     """
@@ -278,9 +280,12 @@ def _ask_hub(dataset: str) -> None:
         try:
             HfApi().dataset_info(dataset, timeout=HUB_SECONDS)
         except OfflineModeIsEnabled:
-            return  # it may still lie in the cache
+            return  # it may still be in the cache
         except HfHubHTTPError as error:
-            if status(error) in (401, 404):  # without a token the hub denies what it does not have
+            if status(error) in (
+                401,
+                404,
+            ):  # without a token the hub answers 401 for datasets that do not exist
                 raise DatasetNotFoundError from None
             raise
 
@@ -309,7 +314,7 @@ def _text_or_messages(value: Any, column: str, where: str) -> str | list[Message
             raise UserError(
                 f'column "{column}" of {where} holds a list, but not of messages with role and content'
             )
-    # a parquet file has every key in every message, most of them empty
+    # a parquet file stores every key in every message, most of them empty
     return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 

@@ -70,7 +70,7 @@ class TemperatureSchedule(Section):
     """Moves the temperature of the first tokens in equal steps from `start` to `generate.temperature`."""
 
     start: Annotated[float, Field(gt=0, le=2)]
-    """Temperature of the first token; vLLM takes none above 2."""
+    """Temperature of the first token; vLLM allows at most 2."""
     tokens: PositiveInt
     """The token at which `generate.temperature` is reached."""
 
@@ -86,7 +86,7 @@ class GenerateSettings(Section):
     stop_at_eos: bool = True
     """Whether the end-of-text token ends a sample; otherwise every sample has max_tokens."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """Temperature of sampling; 0 takes the likeliest token, and vLLM takes none above 2."""
+    """Temperature of sampling; with 0 always the likeliest token; vLLM allows at most 2."""
     temperature_schedule: TemperatureSchedule | None = None
     """A temperature for the first tokens; None: the same as for all others."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -1,4 +1,4 @@
-"""Min-K%++ of documents by the streamed sweep: how much a model expects a text, compared with what else it expects.
+"""Measures Min-K%++ of documents in a streamed sweep: how strongly a model expects a text, relative to alternatives.
 
 Zhang et al., "Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language Models", ICLR 2025
 (arXiv 2404.02936). Texts like those a model was trained on score higher.
@@ -17,7 +17,7 @@ from calibprune.gang import ALONE, Gang
 from calibprune.model import Skeleton
 
 MIN_VARIANCE = 1e-12
-"""Where the model is certain of the next token there is no spread to divide by."""
+"""Lower bound of the variance to divide by, which is zero where the model is certain of the next token."""
 
 
 def sweep_min_k(
@@ -27,9 +27,9 @@ def sweep_min_k(
     batch_tokens: int,
     gang: Gang = ALONE,
 ) -> Generator[LayerEntered, None, list[float]]:
-    """The score of every document of at least two tokens, in one pass over the model's layers. Collective.
+    """Scores every document, of at least two tokens each, in one pass over the model's layers. Collective.
 
-    Documents of one length are forwarded together, up to `batch_tokens` of them. The generator's value is the scores,
+    Documents of equal length are forwarded together, up to `batch_tokens` tokens. The generator's value is the scores
     in the documents' order. Raises PeerLost when another worker is gone.
     """
     if not documents:
@@ -54,9 +54,9 @@ def sweep_min_k(
 def token_scores(
     logits: Float[Tensor, "tokens vocabulary"], targets: Int[Tensor, " tokens"]
 ) -> Float32[Tensor, " tokens"]:
-    """(log p(x_t) - mu_t) / sigma_t; mu and sigma are the mean and standard deviation of log p under p.
+    """Computes (log p(x_t) - mu_t) / sigma_t; mu_t and sigma_t are the mean and standard deviation of log p under p.
 
-    In float32, a few rows of logits at a time.
+    Works in float32, on a few rows of logits at a time.
     """
     parts = []
     for rows, wanted in zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
@@ -71,13 +71,13 @@ def token_scores(
 
 
 def min_k_score(scores: Float[Tensor, " tokens"], share: float) -> float:
-    """The mean of the lowest share of the tokens' scores, of one token at least."""
+    """Returns the mean of the lowest share of the tokens' scores, of at least one token."""
     count = max(1, int(len(scores) * share))
     return scores.double().topk(count, largest=False).values.mean().item()
 
 
 def _of_one_length(documents: Sequence[Tensor], batch_tokens: int) -> list[list[int]]:
-    """Indices of documents to forward together."""
+    """Returns the indices of documents to forward together, batch by batch."""
     by_length: dict[int, list[int]] = {}
     for index, document in enumerate(documents):
         by_length.setdefault(len(document), []).append(index)

@@ -1,4 +1,4 @@
-"""Perplexity of held-out texts by the streamed sweep: works for models larger than memory."""
+"""Measures the perplexity of held-out texts in a streamed sweep, for models larger than memory too."""
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -19,12 +19,12 @@ from calibprune.process import return_free_memory
 from calibprune.sweep import LayerStop, Sweep
 
 LOSS_ROWS = 256
-"""Positions whose logits are held in float32 at a time: a 128k vocabulary takes 0.5 MB a position."""
+"""Number of positions whose logits are held in float32 at a time: with a vocabulary of 128k each takes 0.5 MB."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood over every predicted token, all weighted alike."""
+    """The perplexity of a text: exp of the mean negative log-likelihood over all predicted tokens, equally weighted."""
 
     perplexity: float
     predicted_tokens: int
@@ -35,9 +35,9 @@ class Perplexity:
 def cut_windows(
     token_ids: list[int], sequence_tokens: int, sequences: int | None, name: str
 ) -> Int[Tensor, "sequences tokens"]:
-    """Consecutive windows without overlap; the rest at the end is left out.
+    """Cuts a text into consecutive windows without overlap; the rest at the end is left out.
 
-    Raises UserError when the text is shorter than one window, or than the windows asked for.
+    Raises UserError when the text is too short for `sequences` windows, or for one.
     """
     available = len(token_ids) // sequence_tokens
     wanted = available if sequences is None else sequences
@@ -56,10 +56,10 @@ def sweep_perplexity(
     gang: Gang = ALONE,
     work: str = "",
 ) -> Generator[LayerEntered, None, dict[str, Perplexity]]:
-    """Perplexity of every text in one pass over the model's layers, which all workers of the gang make together.
+    """Measures the perplexity of every text in one pass over the model's layers, made by all workers of the gang.
 
-    The generator's value is the same on every worker, and for any number of workers. `work` says in the events what
-    the pass is for. Raises PeerLost when another worker is gone.
+    The generator's value is the same on every worker, and for any number of workers. `work` names the purpose of the
+    pass in the events. Raises PeerLost when another worker is gone.
     """
     names = [name for name, texts in windows.items() for _ in texts.split(batch_sequences)]
     batches = [batch for texts in windows.values() for batch in texts.split(batch_sequences)]
@@ -87,10 +87,11 @@ def sweep_logits(
     gang: Gang = ALONE,
     work: str = "",
 ) -> Generator[LayerEntered, None, list[Any]]:
-    """One pass of all batches of token ids over the model's layers, which need not fit memory together. Collective.
+    """Passes all batches of token ids once through the model's layers, which need not fit memory together. Collective.
 
-    `measure(logits [sequences, tokens - 1, vocabulary], targets [sequences, tokens - 1])` is called for every batch of
-    this worker's, and what it returned is the generator's value.
+    `measure(logits [sequences, tokens - 1, vocabulary], targets [sequences, tokens - 1])` is called for each of this
+    worker's batches; the generator's value is the list of its results. Raises ValueError for fewer batches than
+    workers.
     """
     if len(batches) < gang.size:
         raise ValueError(f"{gang.size} workers, but only {len(batches)} batches of windows")
@@ -122,7 +123,7 @@ def sweep_logits(
 
 
 def summed_nll(logits: Tensor, targets: Tensor) -> float:
-    """Summed negative log-likelihood of the targets, in float32, a few rows of logits at a time."""
+    """Sums the negative log-likelihood of the targets in float32, a few rows of logits at a time."""
     total = 0.0
     for rows, wanted in zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
         total += F.cross_entropy(rows.float(), wanted, reduction="sum").item()

@@ -451,14 +451,14 @@ def test_a_pool_whose_records_lie_is_told(tmp_path, facts):
     stage.plan({}, ["pool-00000"])
     stage.commit("pool-00000", stage.put("pool-00000", b"x", "parquet", "data", "part"), facts)
     stage.finish()
-    with pytest.raises(CorruptionError, match="how large the pool is"):
+    with pytest.raises(CorruptionError, match="the size of the pool"):
         describe_pool(stage.url)
 
 
 def test_a_format_of_the_datasets_library_is_no_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.pkl").write_bytes(pickle.dumps(Mark(str(tmp_path / "mark"))))
-    with pytest.raises(UserError, match="no dataset"):
+    with pytest.raises(UserError, match="not a dataset"):
         next(documents("pandas"))
     assert not (tmp_path / "mark").exists()
 

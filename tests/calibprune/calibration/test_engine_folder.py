@@ -25,7 +25,7 @@ def hold(said):
 
 if __name__ == "__main__":
     folder = EngineFolder()
-    with folder.lent():
+    with folder.as_tmpdir():
         here, there = multiprocessing.get_context("spawn").Pipe()
         process = multiprocessing.get_context("spawn").Process(target=hold, args=(there,))
         process.start()

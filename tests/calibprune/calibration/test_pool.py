@@ -54,10 +54,10 @@ def test_a_pool_of_ones_own_is_a_folder_of_parquet_files(tmp_path):
         ({"token_ids": [[1, 2, 3]]}, "the same length, .* some have 2, 3 tokens$"),
         ({"token_ids": [[1, 2], [3]]}, r"odd\.parquet: .* the same length, .* 1, 2 tokens$"),
         ({"token_ids": [[]]}, r"odd\.parquet: .* of at least one token; here some have 0 tokens$"),
-        ({"token_ids": []}, r"odd\.parquet holds no sequence"),
+        ({"token_ids": []}, r"odd\.parquet has no sequence"),
         ({"text": ["a"]}, r"odd\.parquet: a pool needs a column token_ids, it has \['text'\]$"),
         ({"token_ids": [[1, 2]], "generated": [[True, True]]}, "only some of the pool's files"),
-        ({"token_ids": [[1, 2]], "generated": [[True]]}, r"rows of 2 and 1 values: they must be"),
+        ({"token_ids": [[1, 2]], "generated": [[True]]}, r"rows of 2 and 1 values: they must have"),
     ],
 )
 def test_what_is_wrong_with_a_pool_of_ones_own(tmp_path, read, columns, message):

@@ -186,7 +186,7 @@ def test_dataset_prefixes_skip_short_documents_and_start_again(
 def test_a_source_too_long_to_remember_is_read_again(
     tokenizer, texts, tmp_path, monkeypatch, remembered
 ):
-    monkeypatch.setattr(prefixes, "_REMEMBERED", remembered)
+    monkeypatch.setattr(prefixes, "_MAX_REMEMBERED", remembered)
     found = all_prefixes(tmp_path / "a", dataset(texts, 9, tokens=4, bos=False), tokenizer)
     assert tokenizer.batch_decode(found) == ["alph", "gamm", "epsi"] * 3
 
@@ -210,7 +210,7 @@ def test_missing_units_are_cut_alone_and_as_they_were(tokenizer, tmp_path, small
 def test_cutting_says_that_it_goes_on_also_where_all_is_cut_already(
     tokenizer, texts, tmp_path, small_files, monkeypatch
 ):
-    monkeypatch.setattr(prefixes, "_GOES_ON_EVERY", 2)
+    monkeypatch.setattr(prefixes, "_TICK_DOCUMENTS", 2)
     settings = dataset(texts, 11, tokens=1)
     *ticks, done = cut_prefixes(
         Stage(str(tmp_path)), settings, tokenizer, {prefix_units(settings)[2]}

@@ -179,8 +179,8 @@ def test_what_can_only_be_a_local_path_is_not_asked_of_the_hub(
             b'{"text": "a"}\n{"text": "\\ud800b"}',
             r"line 2 of .*: \\ud800 is half of a character",
         ),
-        ("a.jsonl.gz", b"nonsense", "a.jsonl.gz is not a whole gzip file"),
-        ("a.txt.gz", gzip.compress(b"text\n" * 9999)[:-20], "a.txt.gz is not a whole gzip file"),
+        ("a.jsonl.gz", b"nonsense", "a.jsonl.gz is not a complete gzip file"),
+        ("a.txt.gz", gzip.compress(b"text\n" * 9999)[:-20], "a.txt.gz is not a complete gzip file"),
         ("a.parquet", b"nonsense", "a.parquet is not a parquet file"),
     ],
 )
