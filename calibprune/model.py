@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calibprune.checkpoint import Checkpoint, local_side_files
 from calibprune.config.model import ModelSettings
 from calibprune.errors import StoreUnavailable, UserError
+from calibprune.models import register
 from calibprune.redact import one_line
 
 _TORCH_DTYPES = {
@@ -149,6 +150,7 @@ def read_config(settings: ModelSettings, folder: str) -> Any:
     # worker's process must choose that folder first.
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    register()
     trust = settings.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
@@ -168,6 +170,12 @@ def read_config(settings: ModelSettings, folder: str) -> Any:
         raise UserError(
             f"{settings.path}: its config.json has num_hidden_layers {layers}, not a number from 1 to {MAX_LAYERS}"
         )
+    if settings.rope_dtype is not None:
+        if not hasattr(config, "rope_dtype"):
+            raise UserError(
+                f"model.rope_dtype is a setting for DCLM, {settings.path} is of the type {config.model_type}"
+            )
+        config.rope_dtype = settings.rope_dtype
     return config
 
 
@@ -190,6 +198,7 @@ def build_skeleton(
                 f"{settings.path}: its config.json has num_hidden_layers {layers}, its checkpoint has only "
                 f"{len(checkpoint.locations)} tensors"
             )
+        _take_our_names(checkpoint, config, settings.path)
         dtype, device = forward_dtype(settings, config, checkpoint), _one_device(device)
 
         def build(context: AbstractContextManager[Any]) -> Skeleton:
@@ -212,6 +221,35 @@ def build_skeleton(
     _place_buffers(skeleton.model, checkpoint, device)
     _ = skeleton.parameters  # tied weights can be recognised only before any weight is put in place
     return skeleton
+
+
+def _take_our_names(checkpoint: Checkpoint, config: Any, path: str) -> None:
+    """Replaces the places of tensors in OpenLM's layout by those of our tensors inside them."""
+    from calibprune.models import openlm
+
+    if config.model_type != openlm.MODEL_TYPE:
+        return
+    try:
+        checkpoint.locations = openlm.split_locations(
+            checkpoint.locations,
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def config_of_pruned(settings: ModelSettings, url: str) -> bytes | None:
+    """Returns the config.json of a checkpoint with this model's tensors under our names; None where that is the model's
+    own config.json."""
+    with local_side_files(url) as folder:
+        config = read_config(settings, folder)
+    from calibprune.models.dclm import DclmConfig, OpenLMConfig
+
+    if not isinstance(config, OpenLMConfig) and settings.rope_dtype is None:
+        return None
+    return DclmConfig.under_our_names(config).to_json_string().encode()
 
 
 def _check_buffers(skeleton: Skeleton, path: str) -> None:
@@ -276,6 +314,7 @@ def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
     """Loads the tokenizer beside a checkpoint. Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
+    register()
     try:
         with local_side_files(url) as folder:
             return AutoTokenizer.from_pretrained(

@@ -48,7 +48,7 @@ class Generator:
         trust = self._model.trust_remote_code
         self._engine = Engine(
             self._url, self._dtype, self._settings, self._most_tokens, self._cpus,
-            trust_remote_code=trust,
+            trust_remote_code=trust, rope_dtype=self._model.rope_dtype,
         )  # fmt: skip
         events = logging.getLogger("calibprune")
         events.setLevel(logging.INFO)

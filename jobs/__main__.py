@@ -51,6 +51,11 @@ app = typer.Typer(
 )
 
 
+class Layout(StrEnum):
+    openlm = "openlm"
+    transformers = "transformers"
+
+
 class LogFormat(StrEnum):
     text = "text"
     json = "json"
@@ -240,6 +245,31 @@ def publish(
     print(
         f"{redacted_url(target)}: {done.copied} files of {done.bytes:,} bytes written, {done.skipped} were there"
     )
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A DCLM checkpoint, such as RUN_URL/prune/checkpoint."
+        ),
+    ],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A folder or a bucket's URL.")],
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            "--layout",
+            help="openlm: as DCLM was published, with fused matrices; transformers: as prune writes it.",
+        ),
+    ],
+) -> None:
+    """Copy a DCLM checkpoint to the other layout, without changing a bit of its tensors."""
+    from calibprune.models.layouts import export as export_checkpoint
+    from calibprune.retry import redacted_url
+
+    written = export_checkpoint(source, target, layout.value)
+    print(f"{redacted_url(target)}: {written:,} bytes of tensors written")
 
 
 @app.command("demo-model")

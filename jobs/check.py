@@ -10,6 +10,7 @@ from jobs.run import Run
 from jobs.stages import modules
 
 if TYPE_CHECKING:
+    from calibprune.model import Skeleton
     from calibprune.pruning.memory import WorkerMemory
 
 CONTACT_SECONDS = 10.0
@@ -72,11 +73,18 @@ def requirements(run: Run) -> dict[str, str]:
         "pruned parameters": f"{pruned:,}",
         "sparsity of prunable": f"{asked['sparsity'] * pruned / prunable:.4g}",
         "dtype": run.dtype,
+        **_rotary_table(skeleton),
         "generated tokens at most": f"{0 if generate.skip(run) else generated:,}",
         "calibration tokens": f"{sequences * tokens:,}",
         "checkpoint": size(skeleton.checkpoint.bytes),
         "pruned checkpoint": size(skeleton.checkpoint.bytes),
     }
+
+
+def _rotary_table(skeleton: "Skeleton") -> dict[str, str]:
+    """Describes the precision of DCLM's rotary frequencies; nothing for other models, which do not round them."""
+    rounded = getattr(skeleton.model.config, "rope_dtype", None)
+    return {} if rounded is None else {"rotary frequencies": rounded}
 
 
 def memory_of_worker(run: Run) -> "WorkerMemory":

@@ -1,5 +1,6 @@
 """vLLM engines for the stages that need them: checks that they can work, their needs, and a crew of them."""
 
+import importlib.metadata
 import importlib.util
 
 from calibprune import storage
@@ -15,6 +16,9 @@ from cluster.generator import Generator
 from cluster.places import Bundle, Need, capacity
 from cluster.session import needs_gpus, worker_bundle
 from jobs.run import Run
+
+PLUGGED_IN = ("dclm", "openlm")
+"""Types of models that vLLM knows by our plugin."""
 
 
 def on_gpus(cluster: ClusterSettings) -> bool:
@@ -39,6 +43,11 @@ def check_engines(run: Run, stage: str) -> None:
             f'vLLM is not installed, {stage} needs it: pip install "calibprune[cuda]" on a machine with '
             f'NVIDIA GPUs, "calibprune[cpu]" on one without'
         )
+    if run.skeleton.model.config.model_type in PLUGGED_IN and not _has_plugin():
+        raise UserError(
+            f"vLLM, which {stage} needs, knows {run.config.model.path} by a plugin that comes with an installed "
+            f"calibprune: run `make setup` again, or `pip install .` in the checkout"
+        )
     if model_url.startswith("hf://"):
         model_and_revision(model_url)
         return
@@ -54,6 +63,12 @@ def check_engines(run: Run, stage: str) -> None:
             f"vLLM, which {stage} needs, reads {model_url} with its streamer, which is not installed: pip install "
             f'"vllm[runai]", or give a folder that every node mounts'
         )
+
+
+def _has_plugin() -> bool:
+    """Returns whether vLLM's processes will find `calibprune.models.register_with_vllm`."""
+    found = importlib.metadata.entry_points(group="vllm.general_plugins")
+    return any(point.value.startswith("calibprune.") for point in found)
 
 
 def engines(run: Run, name: str, stage: Stage, units: int, most_tokens: int) -> Crew:

@@ -11,6 +11,7 @@ from calibprune import storage
 from calibprune.checkpoint import INDEX
 from calibprune.errors import UserError
 from calibprune.events import Event, UnitDone, note
+from calibprune.model import config_of_pruned
 from calibprune.process import host_memory
 from calibprune.pruning.allocation import (
     check_allocation,
@@ -123,7 +124,8 @@ def work(run: Run, stage: Stage, missing: Sequence[str]) -> Iterator[Event]:
     settings = run.config.prune
     if missing:
         yield from _prune(run, stage)
-    finish_checkpoint(stage, run.skeleton.checkpoint.url, settings)
+    url = run.skeleton.checkpoint.url
+    finish_checkpoint(stage, url, settings, config_of_pruned(run.config.model, url))
     storage.remove_folder(storage.join(stage.url, SNAPSHOTS))
 
 

@@ -120,7 +120,9 @@ class Run:
 
     @cached_property
     def model_identity(self) -> str:
-        return self.skeleton.checkpoint.identity()
+        identity = self.skeleton.checkpoint.identity()
+        rope = self.config.model.rope_dtype
+        return identity if rope is None else storage.sha256(f"{identity} {rope}".encode())
 
     @cached_property
     def tokenizer(self) -> Any:

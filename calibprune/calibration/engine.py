@@ -61,6 +61,7 @@ class Engine:
 
     `model` is a folder or a URL, which may be of the hub. `max_model_tokens` limits prefix and continuation together.
     `cpu_threads` is the number of threads of the computation on a machine without GPUs; None leaves it to OpenMP.
+    `rope_dtype` replaces the one in DCLM's config.json.
     Raises UserError where vLLM is missing or the model's context is too short.
     """
 
@@ -73,6 +74,7 @@ class Engine:
         cpu_threads: int | None,
         *,
         trust_remote_code: bool = False,
+        rope_dtype: str | None = None,
     ):
         if vllm_version() is None:
             raise UserError(
@@ -102,6 +104,7 @@ class Engine:
             dtype=dtype,  # type: ignore[arg-type]
             trust_remote_code=trust_remote_code,
             load_format=_load_format(model),
+            hf_overrides={} if rope_dtype is None else {"rope_dtype": rope_dtype},
             tensor_parallel_size=settings.tensor_parallel,
             distributed_executor_backend="mp" if settings.tensor_parallel > 1 else one_process,
             gpu_memory_utilization=settings.gpu_memory_utilization,

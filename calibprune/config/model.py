@@ -15,6 +15,9 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the forwards; `auto` is the checkpoint's own. The pruned checkpoint keeps the input's dtype."""
     trust_remote_code: bool = False
+    rope_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """DCLM only: dtype to which the rotary frequencies are rounded, where it is not the one of the model's config.json,
+    or bfloat16 as in training; float32 does not round them."""
 
 
 class ClusterSettings(Section):

@@ -1,6 +1,6 @@
 """What makes a folder of pruned layers a Hugging Face checkpoint: the rest of the tensors, the index, the side files.
 
-`config.json` is copied as it is: vLLM refuses a `sparsity_config`, so the facts of the pruning go to `pruning.json`.
+`config.json` gets nothing of the pruning: vLLM refuses a `sparsity_config`, so the facts go to `pruning.json`.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,13 @@ def copy_rest(tensors: Mapping[str, Tensor], stage: Stage) -> Record:
     return stage.commit(REST, published, facts)
 
 
-def finish_checkpoint(stage: Stage, source_url: str, settings: PruneSettings) -> None:
-    """Writes the index, the copied side files and `pruning.json` once every shard is committed."""
+def finish_checkpoint(
+    stage: Stage, source_url: str, settings: PruneSettings, config: bytes | None = None
+) -> None:
+    """Writes the index, the copied side files and `pruning.json` once every shard is committed.
+
+    `config` replaces the source's config.json, which does not fit where the tensors have other names than there.
+    """
     folder = storage.join(stage.url, FOLDER)
     weight_map, total = {}, 0
     layers, allocation = [], None
@@ -46,8 +51,9 @@ def finish_checkpoint(stage: Stage, source_url: str, settings: PruneSettings) ->
         if record.unit != REST:
             layers.append({"layer": record.facts["layer"], "linears": record.facts["linears"]})
     for name in side_files(source_url):
+        data = config if name == "config.json" else None
         storage.write(
-            storage.join(folder, name), storage.read_bytes(storage.join(source_url, name))
+            storage.join(folder, name), data or storage.read_bytes(storage.join(source_url, name))
         )
     facts = {
         "calibprune": __version__,
