@@ -1,4 +1,4 @@
-"""What pruning LLaMA-3 8B, 70B and 405B takes: GPUs, memory, bytes moved, and an estimate of the time.
+"""What pruning LLaMA-3 8B, 70B and 405B, and DCLM-7B takes: GPUs, memory, bytes moved, and an estimate of the time.
 
     python benchmarks/sizing.py [--method sparsegpt] [--sequences 128] [--tokens 2048] [--samples 5000]
 
@@ -32,6 +32,8 @@ from jobs.engines import cache_bytes, engine_bytes, model_bytes
 from jobs.preflight import bytes_read, bytes_stored
 from jobs.prune import pruning_memory
 from jobs.run import Run
+from tests.openlm import PUBLISHED
+from tests.openlm import write_shapes as write_openlm_shapes
 
 SHAPES = {
     "8B": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32},
@@ -40,7 +42,7 @@ SHAPES = {
 }
 """As in the published config.json; all have 8 heads of keys and values, and a vocabulary of 128256."""
 CLUSTERS = [("8B", 1, "H100"), ("8B", 8, "H100"), ("70B", 8, "H100"), ("70B", 16, "H100"), ("405B", 8, "H200"),
-            ("405B", 16, "H200")]  # fmt: skip
+            ("405B", 16, "H200"), ("DCLM-7B", 1, "H100"), ("DCLM-7B", 8, "H100")]  # fmt: skip
 """The 812 GB of 405B do not fit eight GPUs of 80 GB, and an engine stays on one node."""
 GPU_BYTES = {"H100": 80 << 30, "H200": 140 << 30}
 MEMORY_BYTES_A_SECOND = {"H100": 3.35e12, "H200": 4.8e12}
@@ -148,8 +150,12 @@ def main() -> None:
         for name, gpus, kind in CLUSTERS:
             model = Path(folder, name)
             model.mkdir(exist_ok=True)
+            if name in PUBLISHED:
+                path = str(write_openlm_shapes(model, PUBLISHED[name]))
+            else:
+                path = write_shapes(model, **SHAPES[name])
             settings = {
-                "model": {"path": write_shapes(model, **SHAPES[name]), "dtype": "bfloat16"},
+                "model": {"path": path, "dtype": "bfloat16"},
                 "output": str(Path(folder, "run")),
                 "generate": {"samples": options.samples, "max_tokens": options.tokens},
                 "curate": {"sequences": options.sequences, "sequence_tokens": options.tokens},
