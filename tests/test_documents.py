@@ -141,7 +141,7 @@ def check_command(words: list[str]) -> None:
 @pytest.mark.parametrize("document", CHECKED, ids=lambda document: document.name)
 def test_commands_exist_with_their_options_files_and_overrides(document):
     found = commands(document)
-    assert len(found) > 5
+    assert len(found) > 2
     for words in found:
         check_command(words)
 
@@ -215,7 +215,7 @@ def kinds(key: str) -> dict[str, type[BaseModel]]:
 @pytest.mark.parametrize("document", CHECKED, ids=lambda document: document.name)
 def test_settings_exist_and_take_the_values_shown(document):
     found = [span for span in spans(document) if re.match(rf"(?:{SECTIONS})\.[a-z_]", span)]
-    assert len(found) > 5
+    assert len(found) > 1
     for span in found:
         fields(span.partition("=")[0])
         if "=" in span:

@@ -26,11 +26,11 @@ class DclmConfig(Olmo2Config):
 
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = openlm.END_OF_TEXT
-    rope_dtype: str = "bfloat16"
+    rope_dtype: str = openlm.TRAINED_ROPE_DTYPE
     """dtype to which the rotary frequencies are rounded. OpenLM rounds them to that of the activations: bfloat16 in
     training, float16 where its code runs in float16. float32 is the textbook's rotary embedding, another function."""
-    openlm: dict[str, Any] | None = None
-    """The OpenLM configuration that this one was made from."""
+    openlm_settings: dict[str, Any] | None = None
+    """The contents of the OpenLM config.json that this configuration was made from."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -61,7 +61,7 @@ class OpenLMConfig(DclmConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Returns what is saved: OpenLM's settings, as the tensors are saved under OpenLM's names."""
-        return dict(self.openlm or {})
+        return openlm.openlm_settings(self.to_dict())
 
 
 class DclmRotaryEmbedding(nn.Module):

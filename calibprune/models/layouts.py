@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from calibprune import storage
 from calibprune.checkpoint import INDEX, Checkpoint, index_bytes, side_files, to_bytes
@@ -66,8 +67,12 @@ def _write_tensors(
     weight_map = {}
     for number, (_, names) in enumerate(sorted(shards.items()), 1):
         read = checkpoint.read(part for name in names for part in parts[name])
-        tensors = {name: torch.cat([read.pop(part) for part in parts[name]]) for name in names}
+        tensors = {name: _joined([read.pop(part) for part in parts[name]]) for name in names}
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         storage.write(storage.join(target, file), to_bytes(tensors))
         weight_map |= dict.fromkeys(names, file)
     return weight_map
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

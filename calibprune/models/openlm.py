@@ -6,11 +6,12 @@ Both directions are renamings and splits between rows, so no bit of any tensor c
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from calibprune.checkpoint import Location
+if TYPE_CHECKING:  # vLLM imports this in each of its processes
+    from calibprune.checkpoint import Location
 
 MODEL_TYPE = "openlm"
 OUTSIDE = {
@@ -72,6 +73,7 @@ DROPPED = {
     "label2id", "model_type", "output_attentions", "output_hidden_states", "params_args_dict", "problem_type",
     "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
+TRAINED_ROPE_DTYPE = "bfloat16"
 END_OF_TEXT = 0
 """The token of gpt-neox-20b's tokenizer, which DCLM was trained with, where a configuration names none."""
 
@@ -106,7 +108,7 @@ def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": given["seq_len"],
         "rms_norm_eps": given.get("norm_eps", 1e-5),
         **({"rope_dtype": given["rope_dtype"]} if "rope_dtype" in given else {}),
-        "openlm": dict(config),
+        "openlm_settings": dict(config),
     }
 
 
@@ -136,12 +138,21 @@ def _check_supported(given: Mapping[str, Any]) -> None:
 
 
 def openlm_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates the contents of a DCLM config.json of ours into OpenLM's: those that it was made from, if it was.
+    """Translates the contents of a DCLM config.json of ours into OpenLM's.
 
-    Raises ValueError where OpenLM cannot describe the model.
+    Those that it was made from are kept, but for the dtypes. Raises ValueError where OpenLM cannot describe the model.
     """
-    if config.get("openlm"):
-        return dict(config["openlm"])
+    settings = dict(config.get("openlm_settings") or _described(config))
+    if config.get("dtype") is not None:
+        settings.pop("dtype", None)
+        settings["torch_dtype"] = config["dtype"]
+    rounding = config.get("rope_dtype", TRAINED_ROPE_DTYPE)
+    if rounding != settings.get("rope_dtype", TRAINED_ROPE_DTYPE):
+        settings["rope_dtype"] = rounding
+    return settings
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["intermediate_size"] != mlp_width(config["hidden_size"]):
         raise ValueError(
             f"OpenLM has no MLP of intermediate_size {config['intermediate_size']} beside hidden_size "
@@ -157,7 +168,6 @@ def openlm_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": config["rms_norm_eps"],
         "seq_len": config["max_position_embeddings"],
         "vocab_size": config["vocab_size"],
-        "torch_dtype": config.get("dtype"),
         **{key: config.get(key) for key in KEPT if key.endswith("_token_id")},
     }
 
@@ -179,8 +189,8 @@ def split_tensor(name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
 
 
 def split_locations(
-    locations: Mapping[str, Location], layers: int, hidden: int, intermediate: int
-) -> dict[str, Location]:
+    locations: Mapping[str, "Location"], layers: int, hidden: int, intermediate: int
+) -> dict[str, "Location"]:
     """Returns the places of our tensors inside OpenLM's: byte ranges of whole rows.
 
     Raises ValueError naming a tensor that is missing, one that OpenLM does not have, or a fused one of the wrong shape.

@@ -28,7 +28,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_one_worker_three_workers_and_none_write_the_same_bytes(pool, tmp_path, one_thread):
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_any_number_of_workers_writes_the_same_bytes(pool, tmp_path, one_thread, size):
     model = ModelSettings(path=str(write_tiny_openlm(tmp_path / "model")), dtype="bfloat16")
     ways = [PruneSettings.model_validate(way) for way in (WAYS[0], WAYS[3])]
     alone = []
@@ -38,16 +39,14 @@ def test_one_worker_three_workers_and_none_write_the_same_bytes(pool, tmp_path, 
         alone.append(shards(stage))
     windows = {"text": TOKENS[:4]}
     perplexity = result_of(sweep_perplexity(build_skeleton(model), windows, 1))["text"]
-    with cluster_of(2, 1):
-        for size in (1, 3):
-            with WorkerGroup(size, BUNDLE, SETTINGS) as group:
-                for number, settings in enumerate(ways):
-                    stage = Stage(str(tmp_path / f"{size}-{number}"))
-                    for _ in group.events("prune", (model, settings, pool, stage.url), None):
-                        pass
-                    assert shards(stage) == alone[number] != {}
-                stage = Stage(str(tmp_path / f"{size}-evaluate"))
-                arguments = (model, windows, 1, None, stage.url, "dense")
-                events = list(group.events("evaluate", arguments, None))
-                (done,) = (event for event in events if isinstance(event, UnitDone))
-                assert done.record.facts["perplexity"] == {"text": asdict(perplexity)}
+    with cluster_of(2, 1), WorkerGroup(size, BUNDLE, SETTINGS) as group:
+        for number, settings in enumerate(ways):
+            stage = Stage(str(tmp_path / str(number)))
+            for _ in group.events("prune", (model, settings, pool, stage.url), None):
+                pass
+            assert shards(stage) == alone[number] != {}
+        stage = Stage(str(tmp_path / "evaluate"))
+        arguments = (model, windows, 1, None, stage.url, "dense")
+        events = list(group.events("evaluate", arguments, None))
+        (done,) = (event for event in events if isinstance(event, UnitDone))
+        assert done.record.facts["perplexity"] == {"text": asdict(perplexity)}

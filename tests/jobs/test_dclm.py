@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,7 +92,7 @@ def test_what_is_not_there_is_named_in_one_line(tmp_path, capsys, plugged_in, mo
 
 
 PIPELINE = """
-model: {{path: {model}, dtype: float32}}
+model: {{path: {model}, dtype: float32, rope_dtype: float32}}
 output: {output}
 cluster: {{workers: 1, cpus_per_worker: 1}}
 generate:
@@ -101,6 +102,13 @@ curate: {{sequences: 8, sequence_tokens: 64}}
 prune: {{method: sparsegpt, sparsity: 0.5, batch_sequences: 4}}
 evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: 2, sequence_tokens: 128}}
 """
+
+
+def logprob(tensors: dict, sample: dict, rope: torch.dtype) -> float:
+    """The sum of the log-probabilities of what was generated, after the prefix."""
+    ids, first = sample["token_ids"], sample["prefix_length"]
+    after = reference_logits(tensors, torch.tensor([ids]), rope=rope)[0].log_softmax(-1)
+    return sum(after[i - 1, ids[i]].item() for i in range(first, len(ids)))
 
 
 @pytest.mark.slow
@@ -118,17 +126,23 @@ def test_all_stages_from_the_published_layout_and_back(tmp_path):
     assert report["generate"]["samples"] == 12 and abs(report["sparsity"] - 0.5) < 1e-3
     assert 1 < report["perplexity"]["docs"]["dense"] < 1e6
 
+    original = load_file(model / "model.safetensors")
+    samples = pq.read_table(run / "generate" / "data").slice(0, 4).to_pylist()
+    for rope, most, least in ((torch.float32, 1e-3, 0), (torch.bfloat16, 100, 0.01)):
+        off = [abs(logprob(original, one, rope) - one["cumulative_logprob"]) for one in samples]
+        assert least <= max(off) < most, (rope, off)
+
     register()
     checkpoint, exported = run / "prune" / "checkpoint", tmp_path / "exported"
     pruned = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval()
     ended = calibprune("export", checkpoint, exported, "--layout", "openlm")
     assert ended.returncode == 0, ended.stderr
     tensors = {name: t for file in exported.glob("*.safetensors") for name, t in load_file(file).items()}  # fmt: skip
-    original = load_file(model / "model.safetensors")
     assert tensors.keys() == original.keys()
     assert all(tensors[name].dtype == original[name].dtype for name in tensors)
     ids = torch.arange(2, 66)[None]
-    assert (pruned(ids).logits - reference_logits(tensors, ids)).abs().max() < 1e-10
+    expected = reference_logits(tensors, ids, rope=torch.float32)
+    assert (pruned(ids).logits - expected).abs().max() < 1e-10
 
     # the first pruned model writes text of its own: generated from the checkpoint that prune wrote
     config.write_text(PIPELINE.format(model=checkpoint, output=tmp_path / "again"))

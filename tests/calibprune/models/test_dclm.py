@@ -68,6 +68,8 @@ def test_rounded_frequencies_are_another_function_far_apart():
     assert 0.2 < (tables["float16"] - tables["float32"]).abs().max() < 0.6
     relative = (frequencies(128).bfloat16().float() / frequencies(128) - 1).abs().max()
     assert 0.003 < relative < 2**-8
+    radians = (frequencies(128).bfloat16().float() - frequencies(128)).abs().max()
+    assert 0.3 < 256 * radians < 0.32 and 2.4 < 2047 * radians < 2.6
     near = (tables["bfloat16"] - tables["float32"])[0, :8].abs().max()
     assert near < 0.03
 

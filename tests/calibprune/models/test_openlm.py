@@ -150,14 +150,14 @@ def test_a_model_that_never_was_openlm_s_is_exported_too(tmp_path):
     export(str(write_tiny_openlm(tmp_path / "original")), str(ours), "transformers")
     AutoModelForCausalLM.from_pretrained(ours).save_pretrained(tmp_path / "saved")
     config = config_of(tmp_path / "saved")
-    del config["openlm"]
+    del config["openlm_settings"]
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
     export(str(tmp_path / "saved"), str(tmp_path / "back"), "openlm")
     before, after = all_tensors(tmp_path / "original"), all_tensors(tmp_path / "back")
     assert after.keys() == {name for name in before if not name.endswith("inv_freq")}
     assert all(same_bytes(before[name], after[name]) for name in after)
     a, b = (openlm.model_settings(config_of(tmp_path / f)) for f in ("original", "back"))
-    assert a | {"openlm": None} == b | {"openlm": None}
+    assert a | {"openlm_settings": None} == b | {"openlm_settings": None}
 
 
 def test_export_s_command_and_what_it_refuses(published, tiny_llama, tmp_path, capsys):
@@ -275,6 +275,17 @@ def test_the_other_rounding_goes_into_the_pruned_config(published):
     config = json.loads(config_of_pruned(model, str(published)) or "")
     assert config["rope_dtype"] == "float32" and config["architectures"] == ["DclmForCausalLM"]
     assert config["dtype"] == "float32" and "vocab_size" in config
+
+
+def test_the_other_rounding_survives_every_way_of_saving(published, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(published, rope_dtype="float32")
+    model.save_pretrained(tmp_path / "saved")
+    assert build(tmp_path / "saved").model.config.rope_dtype == "float32"
+    export(str(tmp_path / "saved"), str(tmp_path / "ours"), "transformers")
+    assert build(tmp_path / "ours").model.config.rope_dtype == "float32"
+    export(str(tmp_path / "ours"), str(tmp_path / "back"), "openlm")
+    assert config_of(tmp_path / "back") == config_of(published) | {"rope_dtype": "float32"}
+    assert build(tmp_path / "back", rope_dtype="bfloat16").model.config.rope_dtype == "bfloat16"
 
 
 def test_other_models_keep_their_own_config(tiny_llama):
