@@ -119,8 +119,11 @@ def test_damaged_data_is_not_published(run, tmp_path, damage, target):
     else:
         storage.write(file, b"?" * (495 if damage == "other bytes" else 9))
     target = str(tmp_path / "there") if target == "folder" else target
-    with hub() as there, pytest.raises(CorruptionError, match=r"part-00002-\w+\.parquet"):
+    with hub() as there, pytest.raises(CorruptionError, match=r"part-00002-\w+\.parquet") as error:
         publish(f"{url}/generate", target)
+    assert f"{generate.url}/_done/00002.json; `calibprune run` with the configuration" in str(
+        error.value
+    )
     assert not (tmp_path / "there" / "manifest.json").exists() and not there.files
 
 
