@@ -1,4 +1,4 @@
-"""Reading checkpoints by byte range, and what is refused before any work."""
+"""Reading checkpoints by byte range, and models that are refused before any work."""
 
 import json
 import re

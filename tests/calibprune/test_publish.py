@@ -1,4 +1,4 @@
-"""What is published of each stage, into folders, buckets and repositories of the hub."""
+"""Publishing each stage to folders, buckets and repositories of the hub."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ PAGE = {"recorded": False, "closing": ("report.json", "index.html")}
 
 
 def make_run(url):
-    """A run with a finished generate and prune, a report, and what crashes and races left behind."""
+    """Makes a run with a finished generate and prune, a report, and the remains of crashes and races."""
     generate = Stage(storage.join(url, "generate"))
     units = [f"{n:05d}" for n in range(5)]
     generate.plan({}, units)

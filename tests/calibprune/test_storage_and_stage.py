@@ -20,7 +20,7 @@ from tests.servers import gcs_server, make_bucket, moto, rclone, s3_at
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """Endpoints of the S3 servers, each with the bucket `runs`, and the URL of a gs:// bucket."""
+    """Starts the servers: endpoints of S3 servers, each with the bucket `runs`, and the URL of a gs:// bucket."""
     folder = tmp_path_factory.mktemp("objects")
     with moto() as strong, rclone(folder) as weak, gcs_server("runs") as gs:
         for endpoint in (strong, weak):

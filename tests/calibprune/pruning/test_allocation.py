@@ -112,7 +112,7 @@ def test_outliers_are_counted_as_published(per):
 
 
 def published_exponent(matrix: torch.Tensor) -> float:
-    """The `xmin_peak` way of the published code, one candidate after another."""
+    """Fits the exponent as the published code does with `xmin_peak`, one candidate after another."""
     eigs = torch.linalg.svdvals(matrix).square().double().sort().values
     logs, count = eigs.log(), len(eigs)
     log10 = eigs.log10().float()
