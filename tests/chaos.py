@@ -42,7 +42,7 @@ FAULTS = (
 
 @contextlib.contextmanager
 def nodes(count: int) -> Iterator[Cluster]:
-    """Starts a head without CPUs and `count` nodes of one CPU each; their processes inherit this process's environment."""
+    """Starts a head without CPUs and `count` nodes of one CPU each; all inherit this process's environment."""
     cluster = Nodes(
         initialize_head=True,
         head_node_args={

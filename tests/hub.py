@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face hub on loopback, with as much of its protocol as the real library needs for uploads."""
+"""A repository of the Hugging Face hub on loopback, with the part of the protocol that the library's uploads need."""
 
 import base64
 import contextlib

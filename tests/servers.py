@@ -138,7 +138,7 @@ def make_bucket(name: str) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports that are free on every address and outside the range from which the system picks; none comes twice."""
+    """Returns ports that are free on every address and that the system does not pick by itself; none comes twice."""
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().choice([port for port in PORTS if port not in GIVEN_OUT])

@@ -68,7 +68,7 @@ def curate(curation: Curation) -> None:
 
 
 def curated(folder: Path, wanted: CurateSettings, **stages: Stage) -> Curation:
-    """Makes a finished curate stage; `stages` has each source's generate stage by name, `own` is that without a name."""
+    """Makes a finished curate stage; `stages` has each source's generate stage by name, `own` for self-generated."""
     named = {"self-generated" if name == "own" else name: stage for name, stage in stages.items()}
     curation = plan_curation(str(folder), wanted, named)
     curation.stage.plan({}, curation.units())

@@ -44,11 +44,11 @@ if __name__ == "__main__":
 def holder(tmp_path, monkeypatch, request):
     """Runs a process group that holds a folder and a semaphore; yields the paths of both and a function that ends it.
 
-    With `killed`, the process that made the semaphore was killed while the engine started."""
+    With `killed`, the process that made the semaphore was killed while the engine started.
+    """
     monkeypatch.setattr(engine_folder, "YOUNG_SECONDS", -1.0)
-    own = tempfile.mkdtemp(
-        prefix="own-", dir="/tmp"
-    )  # other tests remove what they leave beside it
+    # a folder of its own, since other tests remove their leftovers themselves
+    own = tempfile.mkdtemp(prefix="own-", dir="/tmp")
     monkeypatch.setattr(tempfile, "tempdir", own)
     monkeypatch.setenv("TMPDIR", own)
     script = tmp_path / "holder.py"

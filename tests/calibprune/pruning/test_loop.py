@@ -194,13 +194,13 @@ def test_refined_linears_have_both_errors_recorded(tiny_llama, tmp_path):
 
 
 def some_positions() -> torch.Tensor:
-    """Counts continuations after prefixes of different lengths, and nothing of the second micro-batch of two sequences."""
+    """Counts what follows prefixes of different lengths, and nothing of the second micro-batch of two sequences."""
     starts = torch.tensor([3, 39, 40, 40, 17, 0])
     return torch.arange(TOKENS.shape[1]) >= starts[:, None]
 
 
 def test_statistics_are_of_the_positions_that_count(tiny_llama, tmp_path):
-    """Compares with Wanda computed directly for the first layer's first linears, whose inputs no pruning has changed."""
+    """Compares with Wanda computed directly for the first layer's first linears, whose inputs are still dense."""
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
     seen = []
     attention = plain.model.layers[0].self_attn
