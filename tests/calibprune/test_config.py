@@ -1,4 +1,4 @@
-"""Settings: every shipped file loads, and what is wrong with one is explained in one line."""
+"""Settings: every shipped file loads, and every error in a setting is explained in one line."""
 
 import os
 import subprocess
