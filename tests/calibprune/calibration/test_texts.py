@@ -180,7 +180,11 @@ def test_what_can_only_be_a_local_path_is_not_asked_of_the_hub(
             r"line 2 of .*: \\ud800 is half of a character",
         ),
         ("a.jsonl.gz", b"nonsense", "a.jsonl.gz is not a complete gzip file"),
-        ("a.txt.gz", gzip.compress(b"text\n" * 9999, mtime=0)[:-20], "a.txt.gz is not a complete gzip file"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text\n" * 9999, mtime=0)[:-20],
+            "a.txt.gz is not a complete gzip file",
+        ),
         ("a.parquet", b"nonsense", "a.parquet is not a parquet file"),
     ],
 )
