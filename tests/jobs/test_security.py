@@ -227,7 +227,7 @@ def test_a_signed_address_that_is_refused_is_not_repeated(capsys, tmp_path, monk
 )
 def test_credentials_have_no_place_in_a_configuration(config, monkeypatch, override):
     monkeypatch.setenv("SERVICE_PASSWORD", "my-secret-hunter2")
-    with pytest.raises(UserError, match="no credentials") as error:
+    with pytest.raises(UserError, match="must not hold credentials") as error:
         load_config(str(config), [override])
     assert "hunter2" not in str(error.value)
 

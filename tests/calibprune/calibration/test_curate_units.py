@@ -109,7 +109,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
                                             ("document", r"0 of its 4 kept samples are.*max_tokens")])  # fmt: skip
 def test_too_little_text_says_which_source_has_what_and_needs_what(tmp_path, pack, said):
     stage = generated(tmp_path / "generate", repeated([5] * 4))
-    with pytest.raises(UserError, match=f"self-generated is to .*{said}"):
+    with pytest.raises(UserError, match=f"self-generated must .*{said}"):
         curated(tmp_path / "curate", settings(pack=pack, filters=[]), own=stage)
 
 
