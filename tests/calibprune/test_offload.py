@@ -1,4 +1,4 @@
-"""Paused forwards whose tensors are elsewhere meanwhile compute what they would have computed."""
+"""Paused forwards whose tensors are moved away meanwhile compute the same."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ HIDDEN, INTERMEDIATE, LAYERS = 64, 160, 3
 
 
 class Elsewhere:
-    """Stands for host memory: makes copies, and knows which storages were let go."""
+    """Stands for host memory: makes copies, and records which storages were freed."""
 
     def __init__(self) -> None:
         self.left: list[weakref.ref] = []
@@ -80,7 +80,7 @@ def test_what_is_widest_leaves_at_the_widest_stop(path):
 
     run(path, Parking(torch.device("cpu"), elsewhere, least_bytes=4096), at_stop)
     tokens, itemsize = TOKENS.numel(), 4
-    # what enters the linear and, as wide as the hidden states, what entered the MLP, the residual, the layer, the model
+    # inputs of the linear and, as wide as the hidden states, of the MLP, the residual, the layer and the model
     assert held[1] >= tokens * (INTERMEDIATE + 4 * HIDDEN) * itemsize
 
 
