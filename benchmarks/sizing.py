@@ -1,4 +1,4 @@
-"""Computes what pruning LLaMA-3 8B, 70B and 405B, and DCLM-7B takes: GPUs, memory, bytes moved, and an estimate of the time.
+"""Computes what pruning LLaMA-3 8B to 405B and DCLM-7B takes: GPUs, memory, bytes moved, an estimate of the time.
 
     python benchmarks/sizing.py [--method sparsegpt] [--sequences 128] [--tokens 2048] [--samples 5000]
 
