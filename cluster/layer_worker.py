@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from calibprune.calibration.engine_folder import remove_leftovers
 from calibprune.calibration.pool import read_pool
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
@@ -40,6 +41,8 @@ class LayerWorker:
         transformers.utils.logging.set_verbosity(logging.ERROR)
         self._cpus, self._timeout = cpus, datetime.timedelta(seconds=meet_seconds)
         self._device = torch.device("cuda:0" if ray.get_gpu_ids() else "cpu")
+        if self._device.type == "cuda":
+            remove_leftovers()  # a killed engine's processes may hold the GPU
         self._gang: Gang = ALONE
         self._meeting: Meeting | None = None
         self._at = "starting"

@@ -42,6 +42,8 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
         yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # With a killed actor, the processes that it started are killed: an engine's hold a GPU.
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     _check_reachable(settings.address or os.environ.get("RAY_ADDRESS"))
     on_terminate = signal.getsignal(signal.SIGTERM)
     token = Path.home() / ".ray" / "auth_token"
