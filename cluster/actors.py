@@ -97,7 +97,10 @@ def actor_options(bundle: Bundle, spinning: bool = False) -> dict[str, Any]:
 def _environment(bundle: Bundle, spinning: bool) -> dict[str, str]:
     # Ray leaves all of a node's GPUs visible to an actor that asked for none.
     hidden = {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return _thread_environment(bundle.cpus, spinning) | hidden
+    # Blocks of gigabytes come and go beside long-lived hidden states. An engine shares its memory between processes,
+    # which does not work with segments that grow.
+    growing = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if bundle.gpus and spinning else {}
+    return _thread_environment(bundle.cpus, spinning) | hidden | growing
 
 
 def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:

@@ -6,9 +6,11 @@ gang; a new one, of as many workers as the cluster then has room for, resumes fr
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from calibprune.config.model import ClusterSettings
@@ -22,6 +24,8 @@ from cluster.label import Label
 from cluster.layer_worker import LayerWorker
 from cluster.places import Bundle, NoRoom, Waiting, capacity
 
+MEMORY = "memory"
+"""Kind of loss of a worker that ran out of its GPU's memory."""
 ATTEMPTS = 3
 """Losses in a row, without a unit committed in between, after which the work is given up."""
 POLL_SECONDS = 1.0
@@ -40,6 +44,18 @@ class WorkerLost(RuntimeError):
     ) -> None:  # fmt: skip
         super().__init__(f"{name}{place} was lost {reason}")
         self.name, self.reason, self.host, self.layer, self.kind = name, reason, host, layer, kind
+
+
+@dataclass(frozen=True)
+class Relief:
+    """What to do about a worker that runs out of its GPU's memory."""
+
+    advice: str
+    """What the user can change, for the error where nothing else helps."""
+    arguments: tuple[Any, ...] | None = None
+    """Arguments with which the work needs less memory, for a second try; None where there are none."""
+    note: str = ""
+    """What is different in the second try."""
 
 
 class RoomChanged(Exception):
@@ -61,14 +77,16 @@ def run_gang(
     layer_timeout_seconds: float | None = None,
     unit_of: Callable[[int], str] | None = None,
     label: Label | None = None,
+    relief: Relief | None = None,
 ) -> Iterator[Event]:
     """Calls `method(*arguments)`, a generator of events, on every worker of a gang; emits and yields the events.
 
     LayerEntered is yielded once, when the last worker enters a layer, and Tick about once a second. When a worker is
     lost, which is a Lost event, the call is repeated on a new gang: `method` resumes from what is committed to the
-    `stage`. `unit_of` returns the unit that a layer belongs to. Raises NoRoom where the cluster has no room for the
-    first gang, UserError where a worker raised one, WorkFailed after too many losses without a unit committed in
-    between.
+    `stage`. `unit_of` returns the unit that a layer belongs to. A worker that runs out of its GPU's memory would
+    do so again: the call is repeated once, with the arguments of `relief`. Raises NoRoom where the cluster has no room
+    for the first gang, UserError where a worker raised one or the memory does not suffice either way, WorkFailed after
+    too many losses without a unit committed in between.
     """
     attempts, before = 0, len(stage.done_units())
     group: WorkerGroup | None = None
@@ -82,6 +100,11 @@ def run_gang(
             attempts, before = (1 if done > before else attempts + 1), done
             units = () if lost.layer is None or unit_of is None else (unit_of(lost.layer),)
             yield emit(Lost(lost.kind, lost.reason, units, attempts, lost.host, lost.name))
+            if lost.kind == MEMORY and relief is not None:
+                if relief.arguments is None:
+                    raise UserError(f"{lost}: {relief.advice}") from None
+                note(relief.note)
+                arguments, relief = relief.arguments, Relief(relief.advice)
             if attempts >= ATTEMPTS:
                 raise WorkFailed(f"gave up after {attempts} losses in a row: {lost}") from None
         yield emit(Resumed(done))
@@ -253,6 +276,7 @@ class WorkerGroup:
         if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
             return WorkFailed(f"worker {rank}{where} {reason}")
         kind = "node" if isinstance(error, RayActorError) and node_died(error) else "worker"
+        kind = MEMORY if _out_of_memory(cause) else kind
         host = self._actors.hosts[rank]
         return WorkerLost(f"worker {rank}", where, reason, host, _layer(at), kind)
 
@@ -270,6 +294,11 @@ class WorkerGroup:
         hosts = ", ".join(sorted({str(self._actors.hosts[rank]) for rank in ranks}))
         reason = f"at {_place(slowest)}: {state}, no step within {limit:.0f} s"
         return WorkerLost(named, "", reason, hosts, _layer(slowest))
+
+
+def _out_of_memory(cause: object) -> bool:
+    """Returns whether a GPU's memory ran out: of PyTorch's own allocations, or of a library's."""
+    return isinstance(cause, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(cause)
 
 
 class _LayerPace:

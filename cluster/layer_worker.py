@@ -26,7 +26,7 @@ from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
 from calibprune.process import keep_compiled_code_private
 from calibprune.pruning.loop import prune_layers
-from calibprune.pruning.memory import offload_needed
+from calibprune.pruning.memory import evaluation_memory, offload_needed, worker_memory
 from calibprune.stage import Stage
 from cluster.label import label_of
 from cluster.metrics import WorkMetrics
@@ -87,7 +87,8 @@ class LayerWorker:
                     f"{pool_url} holds token ids from {pool.min()} to {pool.max()}, the model has {vocabulary}: it was "
                     f"made with another model's tokenizer"
                 )
-            reason = offload_needed(skeleton, settings, sequences, tokens, self._gang.size)
+            needed = worker_memory(skeleton, settings, sequences, tokens, self._gang.size)
+            reason = offload_needed(self._device, needed, settings.offload)
             if reason and self._gang.rank == 0:
                 yield Note(reason)
             settings = settings.model_copy(update={"offload": reason is not None})
@@ -103,12 +104,20 @@ class LayerWorker:
         hashes: dict[str, str] | None,
         stage_url: str,
         unit: str,
+        offload: bool | None = None,
     ) -> Iterator[Event]:
         """Measures the perplexity of every text; the first worker commits it as `unit`."""
         torch.set_num_threads(self._cpus)
         skeleton = build_skeleton(model, self._device, hashes)
+        batches = [b.shape for ids in windows.values() for b in ids.split(batch_sequences)]
+        needed = evaluation_memory(skeleton, batches, self._gang.size)
+        reason = offload_needed(self._device, needed, offload)
+        if reason and self._gang.rank == 0:
+            yield Note(reason)
         found = yield from self._watched(
-            sweep_perplexity(skeleton, windows, batch_sequences, self._gang, work=unit)
+            sweep_perplexity(
+                skeleton, windows, batch_sequences, self._gang, unit, offload=reason is not None
+            )
         )
         if self._gang.rank == 0:
             facts = {"perplexity": {name: asdict(value) for name, value in found.items()}}

@@ -71,6 +71,8 @@ class Need:
     """Part of `gpu_bytes` that moves to host memory where it does not fit the GPU."""
     gpu_share: float = 1.0
     """Fraction of a GPU's memory that may be used."""
+    more_room: str = "use larger GPUs, or nodes with more memory"
+    """Advice where an actor does not fit the memory."""
 
 
 class NoRoom(RuntimeError):

@@ -83,6 +83,7 @@ def engine_need(run: Run, stage: str, units: int, most_tokens: int, work: str) -
     return Need(
         stage, "engine", _count(run, bundle, units), 1, bundle, work,
         host_bytes=host, gpu_bytes=gpu, gpu_share=settings.gpu_memory_utilization,
+        more_room="raise generate.tensor_parallel or take larger GPUs",
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def assess(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
     elif need.gpu_bytes and smallest is not None and need.gpu_bytes > need.gpu_share * smallest:
         per_gpu = f"{size(need.gpu_bytes)} on every GPU, the smallest has {size(smallest)}"
         if need.gpu_bytes - need.movable_bytes > need.gpu_share * smallest:
-            missing.append(f"{need.stage}: a{_n(need.actor)} needs {per_gpu}: {_more_room(need)}")
+            missing.append(f"{need.stage}: a{_n(need.actor)} needs {per_gpu}: {need.more_room}")
         else:
             host_bytes = (host_bytes or 0) + need.movable_bytes
             notes.append(f"{need.stage}: {per_gpu}: {size(need.movable_bytes)} move to host memory")
@@ -157,15 +157,9 @@ def assess(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
             )
             missing.append(
                 f"{need.stage}: {need.least} {need.actor}s of {size(host_bytes)} of host memory do not fit the nodes' "
-                f"memory ({each}): {_more_room(need)}"
+                f"memory ({each}): {need.more_room}"
             )
     return missing, notes
-
-
-def _more_room(need: Need) -> str:
-    if need.actor == "engine":
-        return "raise generate.tensor_parallel or take larger GPUs"
-    return "use more workers, or lower curate.sequences or prune.batch_sequences"
 
 
 def _n(noun: str) -> str:

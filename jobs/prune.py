@@ -28,13 +28,19 @@ from calibprune.pruning.memory import GPU_SHARE, WorkerMemory, worker_memory
 from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
 from calibprune.reporting.facts import PruneFacts
 from calibprune.stage import Stage
-from cluster.gang_driver import run_gang
+from cluster.gang_driver import Relief, run_gang
 from cluster.places import Need
 from cluster.session import worker_bundle
 from jobs.run import Run, versions
 from jobs.stages import Plan
 
 NAME = "prune"
+OFFLOADING = "once more, with what paused forwards hold in host memory"
+MORE_ROOM = "use more workers or larger GPUs, or lower curate.sequences or prune.batch_sequences"
+LESS_SOLVING = (
+    "use more workers or larger GPUs, or a method that needs no Gram matrix, such as wanda"
+)
+"""Advice where a worker does not fit its GPU: in general, and where solving takes most of it."""
 PUBLISHED: dict[str, Any] = {"folder": "checkpoint", "closing": (INDEX,)}
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
 """Settings that do not change the result: a resumed run may have others."""
@@ -84,7 +90,9 @@ def needs(run: Run) -> Iterator[Need]:
     host = pruning_memory(run, count, on_gpu=False)
     work = f"{sequences} sequences of {tokens} tokens"
     if not bundle.gpus:
-        yield Need(NAME, "worker", count, count, bundle, work, host_bytes=host.bytes)
+        yield Need(
+            NAME, "worker", count, count, bundle, work, host_bytes=host.bytes, more_room=MORE_ROOM
+        )
         return
     gpu = pruning_memory(run, count, on_gpu=True)
     yield Need(
@@ -94,6 +102,7 @@ def needs(run: Run) -> Iterator[Need]:
         gpu_bytes=gpu.bytes,
         movable_bytes=0 if run.config.prune.offload is False else gpu.paused,
         gpu_share=GPU_SHARE,
+        more_room=LESS_SOLVING if gpu.largest == "solving" else MORE_ROOM,
     )  # fmt: skip
 
 
@@ -134,6 +143,13 @@ def _prune(run: Run, stage: Stage) -> Iterator[Event]:
     removed = foreseen(settings, shapes_of(run.skeleton, chosen))
     note(_intent(run, workers, chosen, removed))
     _note_if_missed(run, removed)
+    offloading = settings.model_copy(update={"offload": True})
+    memory = pruning_memory(run, workers, on_gpu=True)
+    relief = Relief(
+        LESS_SOLVING if memory.largest == "solving" else MORE_ROOM,
+        (run.config.model, offloading, run.pool_url, stage.url) if settings.offload is None else None,
+        OFFLOADING,
+    )  # fmt: skip
     for event in run_gang(
         NAME, (run.config.model, settings, run.pool_url, stage.url),
         workers=workers,
@@ -143,6 +159,7 @@ def _prune(run: Run, stage: Stage) -> Iterator[Event]:
         layer_timeout_seconds=settings.layer_timeout_seconds,
         unit_of=layer_unit,
         label=run.label(NAME),
+        relief=relief,
     ):  # fmt: skip
         yield event
         if isinstance(event, UnitDone) and event.record.unit == ALLOCATION:

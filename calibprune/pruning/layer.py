@@ -199,7 +199,7 @@ class LayerInWork:
             "seconds": {**self.clock.seconds, "write": time.perf_counter() - started},
             "bytes_read": self.loaded.bytes_read,
             "bytes_written": len(data),
-            "peak_memory_bytes": _peak_memory(self.skeleton.device),
+            **_peak_memory(self.skeleton.device),
             "tensors": {name: tensor.nbytes for name, tensor in sorted(tensors.items())},
             "linears": {path: self.facts[path] for path in self.targets},
             "kept_dense": sorted(self._matrices() - set(self.targets)),
@@ -226,11 +226,15 @@ def _relative(error: float, size: float) -> float:
     return float(f"{relative:.5g}")
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes since the process started: of the GPU, or of the process itself."""
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """Returns the peak bytes since the process started: of the GPU, where those reserved include the gaps between
+    allocations, or of the process itself."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return host_memory("VmHWM")
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    return {"peak_memory_bytes": host_memory("VmHWM")}
 
 
 def gathered_statistics(

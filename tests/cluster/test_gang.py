@@ -20,13 +20,14 @@ from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.events import Lost, UnitDone, result_of
+from calibprune.failpoint import OUT_OF_MEMORY
 from calibprune.model import build_skeleton
 from calibprune.process import node
 from calibprune.pruning.export import ALLOCATION, REST
 from calibprune.pruning.layer import layer_unit
 from calibprune.stage import Stage
 from cluster.actors import Actors
-from cluster.gang_driver import WorkerGroup, WorkFailed, rebuild
+from cluster.gang_driver import Relief, WorkerGroup, WorkFailed, rebuild
 from cluster.places import Bundle, NoRoom
 from tests.cluster.gangs import BUNDLE, GENERATED, LAYERS, MORE_WAYS, SETTINGS, WAYS, shards
 from tests.cluster.leftovers import assert_nothing_left, leftovers
@@ -305,3 +306,21 @@ def test_numbers_that_cannot_be_solved_are_named_and_not_tried_again(
     with pytest.raises(error, match=message):
         run()
     assert run.heard.losses == []
+
+
+def test_a_gpu_without_memory_is_spared_once_and_then_ends_the_run_with_advice(
+    nodes, failpoints, alone, run
+):
+    model, settings, *rest = run.arguments
+    offloading = (model, settings.model_copy(update={"offload": True}), *rest)
+    relief = Relief("take larger GPUs", offloading, "once more, offloading")
+    (failpoints / "solve-1-1").write_text(OUT_OF_MEMORY)
+    message = r"worker 0 on .* at layer 3: CUDA out of memory.*: take larger GPUs$"
+    with pytest.raises(UserError, match=message):
+        for event in run.events(relief=relief):
+            if isinstance(event, Lost) and len(run.losses) == 1:
+                (failpoints / "solve-3-0").write_text(OUT_OF_MEMORY)
+    assert [loss.kind for loss in run.heard.losses] == ["memory", "memory"]
+    assert run.heard.text.count("once more, offloading") == 1
+    run(relief=relief)
+    assert shards(run.stage) == alone("float32", run.way)
