@@ -5,13 +5,20 @@ gang; a new one, of as many workers as the cluster then has room for, resumes fr
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
@@ -19,31 +26,22 @@ from calibprune.events import Event, LayerEntered, Lost, Resumed, Tick, emit, no
 from calibprune.gang import PeerLost
 from calibprune.redact import one_line
 from calibprune.stage import Stage
-from cluster.actors import Actors, death, node_died
+from cluster.actors import Actors, death, ended_at, node_died
 from cluster.label import Label
 from cluster.layer_worker import LayerWorker
 from cluster.places import Bundle, NoRoom, Waiting, capacity
+from cluster.suspects import Suspects, WorkerLost
 
 MEMORY = "memory"
 """Kind of loss of a worker that ran out of its GPU's memory."""
 ATTEMPTS = 3
 """Losses in a row, without a unit committed in between, after which the work is given up."""
 POLL_SECONDS = 1.0
-CULPRIT_SECONDS = 15.0
-"""Time in which a dead worker is looked for after another one reported that it lost its peers."""
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 180.0
-"""Multiple of the longest layer so far after which a gang is treated as hung, and the least such limit in seconds."""
-
-
-class WorkerLost(RuntimeError):
-    """A worker of the gang died, hangs or failed; the message has its name, its layer and the cause."""
-
-    def __init__(
-        self, name: str, place: str, reason: str,
-        host: str | None = None, layer: int | None = None, kind: str = "worker",
-    ) -> None:  # fmt: skip
-        super().__init__(f"{name}{place} was lost {reason}")
-        self.name, self.reason, self.host, self.layer, self.kind = name, reason, host, layer, kind
+"""Multiple of the longest layer so far after which a silent gang is treated as hung, and the least such limit in
+seconds."""
+PULSE_SECONDS = 10.0
+"""Time between two questions to the workers whether they have made a step."""
 
 
 @dataclass(frozen=True)
@@ -200,9 +198,9 @@ class WorkerGroup:
             for rank, handle in enumerate(self._actors.handles)
         }
         pace = _LayerPace(layer_timeout_seconds, self._start_seconds)
-        suspect: tuple[float, Exception] | None = None
-        while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=POLL_SECONDS)
+        pulse, suspects = _Pulse(self._actors.handles), self._no_suspects()
+        while streams or suspects:
+            ready = _ready(list(streams))
             now = time.monotonic()
             for stream in ready:
                 rank = streams[stream]
@@ -211,23 +209,50 @@ class WorkerGroup:
                 except StopIteration:
                     del streams[stream]
                 except (RayActorError, RayTaskError) as error:
-                    lost = self._lost(rank, error)
-                    if not isinstance(getattr(error, "cause", None), PeerLost):
+                    lost, died = self._lost(rank, error), isinstance(error, RayActorError)
+                    bereft = isinstance(getattr(error, "cause", None), PeerLost)
+                    if not isinstance(lost, WorkerLost) or not (died or bereft):
                         raise lost from None
-                    suspect = suspect or (now, lost)  # one of its peers died: find out which
+                    away = isinstance(error, ActorUnavailableError)
+                    suspects.add(rank, lost, now, died=died, out_of_reach=away)
                     del streams[stream]
                 else:
+                    pace.heard_at = now
                     if not isinstance(event, LayerEntered):
                         yield emit(event)
                     elif self._last_to_enter(rank, event):
                         pace.enter(event, now)
                         yield emit(event)
-            if suspect and (now - suspect[0] > CULPRIT_SECONDS or not streams):
-                raise suspect[1]
-            if now - pace.entered_at > pace.limit:
+            if suspects and (rank := suspects.culprit(now, len(streams))) is not None:
+                if rank in self._dead_nodes():
+                    raise self._lost_with_node(rank)
+                raise suspects.loss(rank) or self._lost_with_node(rank)
+            if pulse.beats(now):
+                pace.heard_at = now
+            if pace.overdue(now):
                 raise self._hanging(pace.limit)
             if not ready:
                 yield Tick()
+
+    def _no_suspects(self) -> Suspects:
+        over_nccl = bool(self._actors.bundle.gpus) and len(self) > 1
+        return Suspects(
+            over_nccl and len(set(self._actors.node_ids)) > 1,
+            self._dead_nodes,
+            lambda rank: ended_at(self._actors.handles[rank]),
+        )
+
+    def _dead_nodes(self) -> set[int]:
+        """Returns the workers whose nodes are dead."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return {rank for rank, node in enumerate(self._actors.node_ids) if node not in alive}
+
+    def _lost_with_node(self, rank: int) -> WorkerLost:
+        at = self._at[rank]
+        where, reason = f" on {self.nodes[rank]}", f"at {_place(at)}: its node died"
+        return WorkerLost(
+            f"worker {rank}", where, reason, self._actors.hosts[rank], _layer(at), "node"
+        )
 
     def _last_to_enter(self, rank: int, event: LayerEntered) -> bool:
         """Records how far a worker is; returns whether it was the last one to get this far."""
@@ -282,10 +307,7 @@ class WorkerGroup:
 
     def _hanging(self, limit: float) -> WorkerLost:
         """Returns the loss of a gang that hangs. It names the workers that do not even answer a call, or else all."""
-        asked = {
-            handle.where.options(concurrency_group="health").remote(): rank
-            for rank, handle in enumerate(self._actors.handles)
-        }
+        asked = {_progress(handle): rank for rank, handle in enumerate(self._actors.handles)}
         _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=5.0)
         ranks = sorted(asked[reference] for reference in silent) or sorted(asked.values())
         named = ", ".join(f"worker {rank} on {self.nodes[rank]}" for rank in ranks)
@@ -296,13 +318,55 @@ class WorkerGroup:
         return WorkerLost(named, "", reason, hosts, _layer(slowest))
 
 
+def _ready(streams: list[Any]) -> list[Any]:
+    """Returns the streams that have something, after about a second at most."""
+    if not streams:
+        time.sleep(POLL_SECONDS)
+        return []
+    some, _ = ray.wait(streams, num_returns=1, timeout=POLL_SECONDS)
+    return ray.wait(streams, num_returns=len(streams), timeout=0)[0] if some else []
+
+
 def _out_of_memory(cause: object) -> bool:
     """Returns whether a GPU's memory ran out: of PyTorch's own allocations, or of a library's."""
     return isinstance(cause, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(cause)
 
 
+def _progress(handle: Any) -> Any:
+    return handle.progress.options(concurrency_group="health").remote()
+
+
+class _Pulse:
+    """Asks the workers now and then how many steps they have made, without waiting for the answers."""
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        self._handles = handles
+        self._steps = [0] * len(handles)
+        self._asked: dict[Any, int] = {}
+        self._next = time.monotonic() + PULSE_SECONDS
+
+    def beats(self, now: float) -> bool:
+        """Returns whether an answer has come of a worker that has made a step since its last one."""
+        beats = False
+        asked = list(self._asked)
+        answers = ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []
+        for answer in answers:
+            rank = self._asked.pop(answer)
+            with suppress(RayError):  # that a worker is dead is heard of through its stream
+                steps: Any = ray.get(answer)
+                beats, self._steps[rank] = beats or steps > self._steps[rank], steps
+        if now > self._next:
+            self._next = now + PULSE_SECONDS
+            silent = set(self._asked.values())
+            for rank, handle in enumerate(self._handles):
+                if rank not in silent:
+                    self._asked[_progress(handle)] = rank
+        return beats
+
+
 class _LayerPace:
-    """The time that a layer may take before the gang is treated as hung: as given, or ten times the longest so far.
+    """The time that a gang may be silent before it is treated as hung: ten times the longest layer so far; or the time
+    that a layer may take, where that is given.
 
     A layer that is merely swept through, or one of an earlier sweep, does not predict layers that are pruned. Until
     one of these is done, the limit is at least the time that a start may take.
@@ -312,7 +376,7 @@ class _LayerPace:
         self._given, self._start_seconds = given, start_seconds
         self._longest, self._measured = 0.0, False
         self._last: LayerEntered | None = None
-        self.entered_at = time.monotonic()
+        self.entered_at = self.heard_at = time.monotonic()
 
     def enter(self, event: LayerEntered, now: float) -> None:
         """Records that all workers have entered a layer."""
@@ -321,6 +385,10 @@ class _LayerPace:
             self._measured = same_sweep and (self._measured or self._last.full)
             self._longest = max(self._longest, now - self.entered_at)
         self._last, self.entered_at = event, now
+
+    def overdue(self, now: float) -> bool:
+        in_layer = self._given is not None and self._last is not None
+        return now - (self.entered_at if in_layer else self.heard_at) > self.limit
 
     @property
     def limit(self) -> float:

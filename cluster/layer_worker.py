@@ -21,7 +21,7 @@ from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
-from calibprune.events import Event, LayerEntered, Note, UnitDone, emit, listening
+from calibprune.events import Event, EventHandler, Note, Tick, UnitDone, emit, listening
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
 from calibprune.process import keep_compiled_code_private
@@ -32,6 +32,17 @@ from cluster.label import label_of
 from cluster.metrics import WorkMetrics
 
 LOOPBACK = "127.0.0.1"
+
+
+class Progress(EventHandler):
+    """Counts what the work emits, also from inside a long call that cannot yield."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def handle_event(self, event: Event) -> None:
+        self.steps += 1
 
 
 class LayerWorker:
@@ -45,7 +56,7 @@ class LayerWorker:
             remove_leftovers()  # a killed engine's processes may hold the GPU
         self._gang: Gang = ALONE
         self._meeting: Meeting | None = None
-        self._at = "starting"
+        self._progress = Progress()
 
     def open_meeting(self, one_node: bool) -> tuple[str, int]:
         """Opens the port at which the other workers join, and returns (address, port); called on the first worker.
@@ -70,14 +81,13 @@ class LayerWorker:
         if meeting is not None:
             store = self._meeting.store if self._meeting else meet(*meeting, self._timeout)
         self._gang = join(rank, size, self._device, store, address)
-        self._at = "ready"
 
     def prune(
         self, model: ModelSettings, settings: PruneSettings, pool_url: str, stage_url: str
     ) -> Iterator[Event]:
         """Commits every missing layer and yields the events of `prune_layers`; tokens and weights stay here."""
         torch.set_num_threads(self._cpus)
-        with listening(WorkMetrics(label_of(stage_url))):
+        with listening(self._progress, WorkMetrics(label_of(stage_url))):
             skeleton = build_skeleton(model, self._device)
             stage, read = Stage(stage_url), read_pool(pool_url)
             pool, (sequences, tokens) = read.token_ids, read.token_ids.shape
@@ -114,26 +124,26 @@ class LayerWorker:
         reason = offload_needed(self._device, needed, offload)
         if reason and self._gang.rank == 0:
             yield Note(reason)
-        found = yield from self._watched(
-            sweep_perplexity(
-                skeleton, windows, batch_sequences, self._gang, unit, offload=reason is not None
-            )
+        sweep = sweep_perplexity(
+            skeleton, windows, batch_sequences, self._gang, unit, offload=reason is not None
         )
+        with listening(self._progress):
+            found = yield from self._watched(sweep)
         if self._gang.rank == 0:
             facts = {"perplexity": {name: asdict(value) for name, value in found.items()}}
             yield emit(UnitDone(Stage(stage_url).commit(unit, None, facts)))
 
     def _watched(self, events: Iterator[Event]) -> Generator[Event, None, Any]:
-        """Passes events on and returns their value; remembers the last layer entered, for `where`."""
+        """Passes events on but Tick, which is only counted, and returns their value."""
         while True:
             try:
                 event = next(events)
             except StopIteration as ended:
                 return ended.value
-            if isinstance(event, LayerEntered):
-                self._at = f"layer {event.layer}"
-            yield event
+            self._progress.steps += 1
+            if not isinstance(event, Tick):
+                yield event
 
-    def where(self) -> str:
-        """Reports how far the work is. A thread of its own answers, so that silence means a stopped process."""
-        return self._at
+    def progress(self) -> int:
+        """Returns the number of steps so far. A thread of its own answers, so that silence means a stopped process."""
+        return self._progress.steps

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibprune.checkpoint import from_bytes
 from calibprune.config.prune import PruneSettings
-from calibprune.events import Event, LayerEntered, UnitDone, emit
+from calibprune.events import Event, LayerEntered, Tick, UnitDone, emit
 from calibprune.failpoint import failpoint
 from calibprune.gang import ALONE, Gang
 from calibprune.layer_stream import LayerReader, paused_sweep
@@ -49,8 +49,9 @@ def prune_layers(
 
     `pool` is [sequences, tokens] of token ids, of which every worker sweeps its micro-batches; statistics are taken
     from the `positions` that are True, from all without it. Emits and yields UnitDone for every unit that this worker
-    committed, and LayerEntered. Layers that are done are swept through with the weights they were committed with, so
-    that a resumed run sees the same inputs, bit for bit.
+    committed, and LayerEntered; yields Tick after every group of linears. Layers that are
+    done are swept through with the weights they were committed with, so that a resumed run sees the same inputs, bit
+    for bit.
     Raises ValueError, naming layer and group, when a group cannot be solved (a Gram matrix that is not positive
     definite after damping, inputs or weights that are not finite), UserError when no position counts, and PeerLost when
     another worker is gone.
@@ -120,11 +121,11 @@ def prune_layers(
             else:
                 assert layer is not None
                 layer.prune(stop)
+                yield Tick()
             if stop.layer == missing[-1] and layer is not None and layer.complete:
                 break
             clock.start()
-        yield from writer.submit(layer)
-        yield from writer.written(wait=True)
+        yield from writer.submit(layer, last=True)
         yield emit(LayerEntered(missing[-1] + 1, count, "pruning"))
 
 
@@ -142,12 +143,15 @@ class Writer:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(wait=exception[0] is None)
 
-    def submit(self, layer: LayerInWork | None) -> Iterator[UnitDone]:
-        """Begins to commit a layer, if it is this worker's, once the one before is written; yields what is written."""
+    def submit(self, layer: LayerInWork | None, last: bool = False) -> Iterator[UnitDone]:
+        """Begins to commit a layer, if it is this worker's, once the one before is written; yields what is written,
+        which after the last layer is waited for."""
         owned = layer if layer is not None and layer.gang.owns(layer.index) else None
         yield from self.written(wait=owned is not None)
         if owned is not None:
             self._under_way = self._pool.submit(owned.commit, self._stage)
+        if last:
+            yield from self.written(wait=True)
 
     def written(self, wait: bool = False) -> Iterator[UnitDone]:
         """The layer under way, if it is written."""
