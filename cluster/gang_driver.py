@@ -275,6 +275,7 @@ class WorkerGroup:
                 handle.join.remote(rank, count, meeting): rank
                 for rank, handle in enumerate(handles)
             }
+            kinds: dict[str, str] = {}
             deadline = time.monotonic() + self._start_seconds
             while joining:
                 left = max(0.0, deadline - time.monotonic())
@@ -284,9 +285,13 @@ class WorkerGroup:
                     reason = f"at its start: not ready within {self._start_seconds:.0f} s"
                     raise WorkerLost(f"worker {rank}", f" on {self.nodes[rank]}", reason)
                 rank = joining.pop(ready[0])
-                ray.get(ready[0])
+                kind: Any = ray.get(ready[0])
+                kinds[kind] = self.nodes[rank]
         except (RayActorError, RayTaskError, GetTimeoutError) as error:
             raise self._lost(0 if count == 1 else None, error) from None
+        if len(kinds) > 1:
+            each = ", ".join(f"{kind} on {node}" for kind, node in sorted(kinds.items()))
+            raise UserError(f"the workers' GPUs differ: {each}: take nodes of one kind")
 
     def _lost(self, rank: int | None, error: Exception) -> Exception:
         """Returns what to raise for a worker's error: one that only the user can fix, or a loss that a new gang may

@@ -24,9 +24,10 @@ from calibprune.evaluation.perplexity import sweep_perplexity
 from calibprune.events import Event, EventHandler, Note, Tick, UnitDone, emit, listening
 from calibprune.gang import ALONE, Gang, Meeting, join, meet
 from calibprune.model import build_skeleton
-from calibprune.process import keep_compiled_code_private
+from calibprune.process import keep_compiled_code_private, node
 from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.memory import evaluation_memory, offload_needed, worker_memory
+from calibprune.redact import one_line
 from calibprune.stage import Stage
 from cluster.label import label_of
 from cluster.metrics import WorkMetrics
@@ -67,13 +68,10 @@ class LayerWorker:
         self._meeting = Meeting(address, self._timeout)
         return address, self._meeting.port
 
-    def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> None:
-        """Joins the gang as worker `rank` of `size`. Raises UserError where its GPU cannot be used."""
-        if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                f"a worker was given a GPU that PyTorch {torch.__version__} cannot use: repair the driver or the "
-                f"PyTorch of that node, or set cluster.gpus_per_worker=0"
-            )
+    def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> str:
+        """Joins the gang as worker `rank` of `size`; returns the kind of its device. Raises UserError where its GPU
+        cannot be used."""
+        kind = self._check_device()
         alone = meeting is None or meeting[0] == LOOPBACK
         address = LOOPBACK if alone else ray.util.get_node_ip_address()
         torch.set_num_threads(self._cpus)
@@ -81,6 +79,28 @@ class LayerWorker:
         if meeting is not None:
             store = self._meeting.store if self._meeting else meet(*meeting, self._timeout)
         self._gang = join(rank, size, self._device, store, address)
+        return kind
+
+    def _check_device(self) -> str:
+        """Returns the kind of this worker's device. Raises UserError where it is a GPU that cannot be used."""
+        if self._device.type == "cpu":
+            return "CPU"
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"a worker was given a GPU that PyTorch {torch.__version__} cannot use: repair the driver or the "
+                f"PyTorch of that node, or set cluster.gpus_per_worker=0"
+            )
+        try:
+            torch.zeros(1, device=self._device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"GPU {ray.get_gpu_ids()[0]} of {node()} cannot be used: {one_line(error, 200)}: repair it, or leave "
+                f"that node out"
+            ) from None
+        found = torch.cuda.get_device_properties(self._device)
+        return f"{found.name} with {found.multi_processor_count} multiprocessors"
 
     def prune(
         self, model: ModelSettings, settings: PruneSettings, pool_url: str, stage_url: str

@@ -68,6 +68,8 @@ def plan(run: Run) -> Plan:
         "evaluate": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
         "tokens": {name: storage.sha256(ids.numpy().tobytes()) for name, ids in windows.items()},
     }
+    if windows and worker_bundle(run.config.cluster).gpus:
+        identity["device"] = run.gpu_kind
     done = run.stage(NAME).done_units()
     sweeps = len([unit for unit in UNITS if unit not in done]) if windows else 0
     return Plan(identity, UNITS, "layers", sweeps * len(run.skeleton.layers))

@@ -120,7 +120,7 @@ def plan(run: Run) -> Plan:
         "model.dtype": run.dtype,
         "pool": run.pool.identity,
         "prune": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
-        "device": "cuda" if bundle.gpus else "cpu",
+        "device": run.gpu_kind if bundle.gpus else "cpu",
         "threads": None if bundle.gpus else bundle.cpus,
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }

@@ -133,6 +133,17 @@ class Run:
         check_tokenizer(tokenizer, self.skeleton, self.config.model.path)
         return tokenizer
 
+    @cached_property
+    def gpu_kind(self) -> dict[str, Any] | str:
+        """What the bits of a result on the cluster's GPUs depend on; `cuda` where the nodes do not report it.
+
+        Needs a connection to Ray. Raises UserError where the GPUs differ.
+        """
+        from cluster.gpus import kind
+        from cluster.survey import take_survey
+
+        return kind(take_survey()) or "cuda"
+
     @property
     def dtype(self) -> str:
         return str(self.skeleton.dtype).removeprefix("torch.")
