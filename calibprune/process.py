@@ -5,7 +5,11 @@ import ctypes
 import os
 import resource
 import socket
+import threading
 from pathlib import Path
+
+BACKGROUND = 15
+"""Priority of threads whose work is not waited for, from -20, the first, to 19."""
 
 
 def node() -> str:
@@ -53,3 +57,10 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def yield_to_others() -> None:
+    """Lets the calling thread run only on what other threads leave of the cores; without effect where the system does
+    not know priorities of threads."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND)

@@ -12,7 +12,7 @@ from calibprune.stage import Stage
 from cluster.gang_driver import Relief, run_gang
 from cluster.places import Need
 from cluster.session import worker_bundle
-from jobs.prune import OFFLOADING
+from jobs.prune import OFFLOADING, movable
 from jobs.run import Run
 from jobs.stages import Plan
 
@@ -46,7 +46,9 @@ def needs(run: Run) -> Iterator[Need]:
     yield Need(
         NAME, "worker", count, count, bundle, work,
         gpu_bytes=gpu.bytes if gpu else 0,
-        movable_bytes=gpu.paused if gpu and run.config.evaluate.offload is not False else 0,
+        movable_bytes=movable(gpu, _batches(run), count)
+        if gpu and run.config.evaluate.offload is not False
+        else 0,
         gpu_share=GPU_SHARE,
         more_room=MORE_ROOM,
     )  # fmt: skip
@@ -112,9 +114,12 @@ def _measure(run: Run, stage: Stage, unit: str) -> Iterator[Event]:
 
 def _workers(run: Run) -> int:
     """Returns the number of configured workers, but no more than there are batches."""
+    return min(run.config.cluster.worker_count, _batches(run))
+
+
+def _batches(run: Run) -> int:
     each = run.config.evaluate.batch_sequences
-    batches = sum(-(-len(ids) // each) for ids in run.windows.values())
-    return min(run.config.cluster.worker_count, batches)
+    return sum(-(-len(ids) // each) for ids in run.windows.values())
 
 
 def _hashes(prune: Stage) -> dict[str, str]:

@@ -132,8 +132,8 @@ def assess(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
     never = never_fits(need.least, need.bundle, cluster)
     if never is not None:
         return [f"{need.stage}: {never}"], []
-    room = sum(need.bundle.fits_in(node.total) for node in cluster)
-    free = sum(need.bundle.fits_in(node.free) for node in cluster)
+    room = need.bundle.fits_into(node.total for node in cluster)
+    free = need.bundle.fits_into(node.free for node in cluster)
     if room < need.count:
         notes.append(
             f"{need.stage}: room for {room} of {need.count} {need.actor}s; the others start when nodes join"
@@ -319,7 +319,7 @@ def _needs_table(needed: Sequence[Need]) -> Table:
         many = "tasks" if need.actor == "task" else f"{need.count} x {need.actor}"
         table.add_row(
             need.stage,
-            f"{many} ({in_words(need.bundle.as_resources())})",
+            f"{many} ({need.bundle.in_words})",
             "" if need.host_bytes is None else size(need.host_bytes),
             size(need.gpu_bytes) if need.gpu_bytes else "",
             need.work,

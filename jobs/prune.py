@@ -97,13 +97,20 @@ def needs(run: Run) -> Iterator[Need]:
     gpu = pruning_memory(run, count, on_gpu=True)
     yield Need(
         NAME, "worker", count, count, bundle, work,
-        # the layer that is read ahead, and the layer being written with its serialised copy
-        host_bytes=host.process + max(host.layers * 3 // 5, host.outside),
+        # the layers that are read ahead and written, in pinned buffers of up to twice their size, and a serialised copy
+        host_bytes=host.process + max(host.layers, host.outside),
         gpu_bytes=gpu.bytes,
-        movable_bytes=0 if run.config.prune.offload is False else gpu.paused,
+        movable_bytes=0 if run.config.prune.offload is False else movable(gpu, batches, count),
         gpu_share=GPU_SHARE,
         more_room=LESS_SOLVING if gpu.largest == "solving" else MORE_ROOM,
     )  # fmt: skip
+
+
+def movable(memory: WorkerMemory, batches: int, workers: int) -> int:
+    """Returns the bytes that move to host memory: what paused forwards hold, except for the one that runs and the one
+    that is fetched ahead."""
+    mine = -(-batches // workers)
+    return memory.paused * max(0, mine - 2) // mine
 
 
 def pruning_memory(run: Run, workers: int, on_gpu: bool) -> WorkerMemory:

@@ -17,7 +17,7 @@ from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.layer_stream import Loaded
 from calibprune.model import Skeleton
-from calibprune.offload import Fetched
+from calibprune.offload import Fetched, Staging, to_host
 from calibprune.process import host_memory
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group, refine_group
@@ -186,10 +186,11 @@ class LayerInWork:
                 placed = weight.to(self.skeleton.dtype)
                 linears[path].weight = nn.Parameter(placed, requires_grad=False)
 
-    def commit(self, stage: Stage) -> Record:
-        """Publishes the layer's shard and its done record: the owner's part."""
+    def commit(self, stage: Stage, staging: Staging | None = None) -> Record:
+        """Publishes the layer's shard and its done record: the owner's part. What is on a GPU passes through the buffer
+        of `staging`, on a stream of its own, so that nothing that is computed meanwhile waits for it."""
         started = time.perf_counter()
-        tensors = {name: tensor.cpu() for name, tensor in self.loaded.tensors.items()}
+        tensors = to_host(self.loaded.tensors, staging or Staging())
         data = to_bytes(tensors)
         published = stage.put(layer_unit(self.index), data, "safetensors", "checkpoint", "model")
         facts = {

@@ -20,7 +20,8 @@ from calibprune.failpoint import failpoint
 from calibprune.gang import ALONE, Gang
 from calibprune.layer_stream import LayerReader, paused_sweep
 from calibprune.model import Skeleton
-from calibprune.process import return_free_memory
+from calibprune.offload import Staging
+from calibprune.process import return_free_memory, yield_to_others
 from calibprune.pruning.allocation import allocate, is_measured
 from calibprune.pruning.export import ALLOCATION, REST, copy_rest
 from calibprune.pruning.layer import Clock, LayerInWork, layer_unit
@@ -130,11 +131,16 @@ def prune_layers(
 
 
 class Writer:
-    """Commits this worker's layers in the background, one at a time, while the next ones are swept."""
+    """Commits this worker's layers in the background, one at a time, while the next ones are swept.
+
+    Its thread takes only what computing leaves of the cores.
+    """
 
     def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self._stage, self._staging = stage, Staging()
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix="write-behind", initializer=yield_to_others
+        )
         self._under_way: Future[Record] | None = None
 
     def __enter__(self) -> "Writer":
@@ -149,7 +155,7 @@ class Writer:
         owned = layer if layer is not None and layer.gang.owns(layer.index) else None
         yield from self.written(wait=owned is not None)
         if owned is not None:
-            self._under_way = self._pool.submit(owned.commit, self._stage)
+            self._under_way = self._pool.submit(owned.commit, self._stage, self._staging)
         if last:
             yield from self.written(wait=True)
 

@@ -72,3 +72,24 @@ def test_results_of_gpus_are_those_of_their_kind(tiny_llama, tmp_path):
     again = plan.identity | {"device": kind | {"gpu": "NVIDIA A100"}}
     with pytest.raises(UserError, match=r"device\.gpu"):
         run.stage("prune").plan(again, plan.units)
+
+
+def test_samples_that_any_batch_leaves_the_same_are_others(tiny_llama, tmp_path):
+    config = next(path for path in CONFIGS if "wanda" in path.stem)
+    overrides = [
+        f"model.path={tiny_llama}",
+        f"output={tmp_path}",
+        *CPUS,
+        "cluster.gpus_per_worker=1",
+    ]
+    identities = []
+    for more in ([], ["generate.batch_invariant=true"], ["generate.pipeline_parallel=2"]):
+        run = Run(load_config(str(config), [*overrides, *more]), STAGES)
+        run.__dict__["gpu_kind"] = {"gpu": "NVIDIA H200"}
+        plan = module("generate").plan(run)
+        assert plan is not None
+        identities.append(flat(plan.identity))
+    default, invariant, in_parts = identities
+    assert default == in_parts and "generate.batch_invariant" not in default
+    more = {"generate.batch_invariant": True, "device.gpu": "NVIDIA H200"}
+    assert invariant == default | more
