@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from calibprune.calibration.engine_folder import EngineFolder
 from calibprune.config.generate import GenerateSettings
 from calibprune.errors import UserError
+from calibprune.redact import one_line
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -33,6 +34,14 @@ WORKSPACE_BYTES = 4 << 30
 _SCORED_AT_A_TIME = 32
 """Number of texts, enough to fill an engine's steps; more would hold more log-probabilities in memory."""
 Answer = TypeVar("Answer")
+
+
+TOO_LITTLE_MEMORY = (
+    "out of memory",
+    "No available memory for the cache blocks",
+    "is larger than the available KV cache memory",
+)
+"""What vLLM says where a model, or a sequence, does not fit."""
 
 
 class EngineDied(Exception):
@@ -156,8 +165,11 @@ class Engine:
         config = config or arguments.create_engine_config()
 
         self._folder = EngineFolder()
-        with self._folder.as_tmpdir():
-            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        try:
+            with self._folder.as_tmpdir():
+                self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        except RuntimeError as error:  # vLLM's own message is that there is one further up in a log
+            raise start_error(self._folder.first_error() or str(error), on_cpu) from None
 
     async def complete(
         self,
@@ -320,6 +332,15 @@ def _set_environment(settings: GenerateSettings, cpu_threads: int | None) -> Non
         os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
         # By default vLLM binds the threads to fixed cores, all engines of a machine to the same ones.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+def start_error(text: str, on_cpu: bool) -> Exception:
+    """Returns the error of an engine that did not start: a UserError where its model, or one sequence, does not fit the
+    memory; memory that others hold at the moment may be there at the next start."""
+    if not any(sign in text for sign in TOO_LITTLE_MEMORY):
+        return RuntimeError(text)
+    advice = "generate.cpu_kvcache_gib" if on_cpu else "generate.tensor_parallel"
+    return UserError(f"an engine does not fit the memory: {one_line(text, 300)}: raise {advice}")
 
 
 def concurrency(gpu_bytes: int, weight_bytes: int, sequence_bytes: int) -> int:

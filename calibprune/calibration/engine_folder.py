@@ -7,6 +7,7 @@ removes what dead engines left on the same machine; a lock shows which engines a
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 PREFIX = "calibprune-engine-"
-LOCK, SHARED_MEMORY, PROCESSES = "lock", "shared-memory", "processes"
+LOCK, SHARED_MEMORY, PROCESSES, ERRORS = "lock", "shared-memory", "processes", "errors"
+LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 YOUNG_SECONDS = 5.0
 """Age below which a folder may not be locked yet."""
 LONGEST_ROOT = 40
@@ -28,6 +30,7 @@ RECORD_SECONDS = 0.5
 END_SECONDS = 20.0
 """Longest wait for killed processes to be gone: only then is the memory of their GPUs free."""
 SHM = Path("/dev/shm")
+_ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception): (.+)$", re.MULTILINE)
 _NAME = re.compile(r"(?:sem\.mp-|psm_)\w+")
 _MAPPED = re.compile(rf"(\d+)\s+{SHM}/")
 """Inode of a mapping. The path behind it is of no use: a semaphore's is a name that it had only for a moment."""
@@ -46,10 +49,12 @@ class EngineFolder:
 
     @contextlib.contextmanager
     def as_tmpdir(self) -> Iterator[None]:
-        """Makes processes started inside the block use the folder for temporary files, and records these processes and
-        the shared memory that they hold."""
-        before, others = os.environ.get("TMPDIR"), set(_descendants(os.getpid()))
+        """Makes processes started inside the block use the folder for temporary files, and records these processes, the
+        shared memory that they hold and the errors that they log."""
+        names, others = ("TMPDIR", LOGGING), set(_descendants(os.getpid()))
+        before = {name: os.environ.get(name) for name in names}
         os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = str(self.path)
+        os.environ.setdefault(LOGGING, self._logging())
         done = threading.Event()
 
         def record() -> None:
@@ -64,9 +69,38 @@ class EngineFolder:
             done.set()
             thread.join()
             self._record(others)
-            os.environ.pop("TMPDIR")
-            if before is not None:
-                os.environ["TMPDIR"] = before
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+    def _logging(self) -> str:
+        """Returns the path of a configuration with which vLLM logs errors to the folder too."""
+        level = os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
+        stderr = {"class": "logging.StreamHandler", "level": level}
+        file = {
+            "class": "logging.FileHandler", "level": "ERROR", "delay": True,
+            "filename": str(self.path / ERRORS),
+        }  # fmt: skip
+        wanted = {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "handlers": {"stderr": stderr, "file": file},
+            "loggers": {
+                "vllm": {"handlers": ["stderr", "file"], "level": level, "propagate": False}
+            },
+        }
+        path = self.path / "logging.json"
+        path.write_text(json.dumps(wanted))
+        return str(path)
+
+    def first_error(self) -> str | None:
+        """Returns the first error that the engine's processes logged, without its traceback; later ones follow from it.
+        None where there is none."""
+        with contextlib.suppress(OSError):
+            if found := _ERROR.search((self.path / ERRORS).read_text(errors="replace")):
+                return found[1].strip()
+        return None
 
     def remove(self) -> None:
         """Removes the folder and the shared memory, and what dead engines left."""

@@ -184,7 +184,7 @@ def test_an_engine_over_two_nodes_is_placed_as_one_and_leaves_nothing(check, clu
         "--cluster", "generate.tensor_parallel=2", "generate.pipeline_parallel=2", "cluster.workers=4",
         "prune.batch_sequences=1", "cluster.gpus_per_worker=1",
     )  # fmt: skip
-    assert code == 0 and "1 x engine (2 x (2 CPU, 2 GPU))" in out, errors
+    assert code == 0 and "engine (2 x (2 CPU, 2 GPU))" in out, errors
 
     class Spread:
         def start(self) -> str:

@@ -17,6 +17,7 @@ from calibprune.calibration.engine import (
     _sampling,
     _set_environment,
     concurrency,
+    start_error,
     vllm_version,
 )
 from calibprune.calibration.pool import SAMPLE_SCHEMA
@@ -373,3 +374,21 @@ def test_kernels_that_are_the_same_in_any_batch_are_asked_for_on_gpus_only(monke
         monkeypatch.setattr("calibprune.calibration.engine.vllm_version", lambda build=build: build)
         _set_environment(changed(batch_invariant=asked), None)
         assert os.environ["VLLM_BATCH_INVARIANT"] == value
+
+
+@pytest.mark.slow
+def test_an_engine_without_room_for_one_sequence_says_what_to_raise(tmp_path):
+    """The cause comes from a process of vLLM's that only logs it."""
+    path = write_tiny_llama(
+        tmp_path / "wide", hidden=2048, heads=8, kv_heads=8, max_positions=32768
+    )
+    settings = changed(cpu_kvcache_gib=1)
+    with pytest.raises(UserError, match=r"KV cache is needed.*: raise generate.cpu_kvcache_gib$"):
+        Engine(str(path), "float32", settings, max_model_tokens=30000, cpu_threads=1)
+
+
+def test_memory_that_others_hold_may_be_there_at_the_next_start():
+    held = "Free memory on device cuda:0 (3.1/79.2 GiB) on startup is less than desired GPU memory utilization"
+    assert not isinstance(start_error(held, False), UserError)
+    full = start_error("CUDA out of memory. Tried to allocate 2.00 GiB", False)
+    assert isinstance(full, UserError) and str(full).endswith(": raise generate.tensor_parallel")

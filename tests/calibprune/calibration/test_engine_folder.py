@@ -149,3 +149,24 @@ def test_a_process_with_the_number_of_a_dead_one_is_left_alone(orphan):
     )
     remove_leftovers()
     assert alive(engine) and alive(other) and not folder.exists()
+
+
+def test_the_first_of_several_errors_is_the_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = EngineFolder()
+    assert folder.first_error() is None
+    code = """
+import json, logging.config, os
+logging.config.dictConfig(json.load(open(os.environ["VLLM_LOGGING_CONFIG_PATH"])))
+log = logging.getLogger("vllm.core")
+for message in ("no room for it", "a process failed"):
+    try:
+        raise ValueError(message)
+    except ValueError:
+        log.exception("not started")
+"""
+    with folder.as_tmpdir():
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert "VLLM_LOGGING_CONFIG_PATH" not in os.environ
+    assert folder.first_error() == "no room for it"
+    folder.remove()
