@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -165,6 +165,9 @@ class Engine:
         config = config or arguments.create_engine_config()
 
         self._folder = EngineFolder()
+        if config.logging_config.pylogging_config_file is None:
+            errors = {"pylogging_config_file": self._folder.logging_file()}
+            config.logging_config = replace(config.logging_config, **errors)
         try:
             with self._folder.as_tmpdir():
                 self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 PREFIX = "calibprune-engine-"
 LOCK, SHARED_MEMORY, PROCESSES, ERRORS = "lock", "shared-memory", "processes", "errors"
-LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 YOUNG_SECONDS = 5.0
 """Age below which a folder may not be locked yet."""
 LONGEST_ROOT = 40
@@ -49,12 +48,10 @@ class EngineFolder:
 
     @contextlib.contextmanager
     def as_tmpdir(self) -> Iterator[None]:
-        """Makes processes started inside the block use the folder for temporary files, and records these processes, the
-        shared memory that they hold and the errors that they log."""
-        names, others = ("TMPDIR", LOGGING), set(_descendants(os.getpid()))
-        before = {name: os.environ.get(name) for name in names}
+        """Makes processes started inside the block use the folder for temporary files, and records these processes and
+        the shared memory that they hold."""
+        before, others = os.environ.get("TMPDIR"), set(_descendants(os.getpid()))
         os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = str(self.path)
-        os.environ.setdefault(LOGGING, self._logging())
         done = threading.Event()
 
         def record() -> None:
@@ -69,13 +66,12 @@ class EngineFolder:
             done.set()
             thread.join()
             self._record(others)
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
+            os.environ.pop("TMPDIR")
+            if before is not None:
+                os.environ["TMPDIR"] = before
 
-    def _logging(self) -> str:
-        """Returns the path of a configuration with which vLLM logs errors to the folder too."""
+    def logging_file(self) -> str:
+        """Returns the path of a configuration of Python's logging with which vLLM logs errors to the folder too."""
         level = os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
         stderr = {"class": "logging.StreamHandler", "level": level}
         file = {

@@ -156,8 +156,8 @@ def test_the_first_of_several_errors_is_the_cause(tmp_path, monkeypatch):
     folder = EngineFolder()
     assert folder.first_error() is None
     code = """
-import json, logging.config, os
-logging.config.dictConfig(json.load(open(os.environ["VLLM_LOGGING_CONFIG_PATH"])))
+import json, logging.config, sys
+logging.config.dictConfig(json.load(open(sys.argv[1])))
 log = logging.getLogger("vllm.core")
 for message in ("no room for it", "a process failed"):
     try:
@@ -165,8 +165,6 @@ for message in ("no room for it", "a process failed"):
     except ValueError:
         log.exception("not started")
 """
-    with folder.as_tmpdir():
-        subprocess.run([sys.executable, "-c", code], check=True)
-    assert "VLLM_LOGGING_CONFIG_PATH" not in os.environ
+    subprocess.run([sys.executable, "-c", code, folder.logging_file()], check=True)
     assert folder.first_error() == "no room for it"
     folder.remove()
