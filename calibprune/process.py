@@ -8,8 +8,9 @@ import socket
 import threading
 from pathlib import Path
 
-BACKGROUND = 15
-"""Priority of threads whose work is not waited for, from -20, the first, to 19."""
+BACKGROUND = 5
+"""Steps of priority that threads whose work is not waited for stand back, so that they get a third of what computing
+gets. With much less, other programs on the machine would hold them up until they are waited for after all."""
 
 
 def node() -> str:
@@ -60,7 +61,9 @@ def return_free_memory() -> None:
 
 
 def yield_to_others() -> None:
-    """Lets the calling thread run only on what other threads leave of the cores; without effect where the system does
-    not know priorities of threads."""
+    """Gives the calling thread less of busy cores than other threads get; without effect where the system does not know
+    priorities of threads."""
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND)
+        thread = threading.get_native_id()
+        before = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, before + BACKGROUND))

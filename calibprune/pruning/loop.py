@@ -133,7 +133,7 @@ def prune_layers(
 class Writer:
     """Commits this worker's layers in the background, one at a time, while the next ones are swept.
 
-    Its thread takes only what computing leaves of the cores.
+    Its thread gets less of busy cores than computing does.
     """
 
     def __init__(self, stage: Stage) -> None:
