@@ -47,7 +47,7 @@ def machine_facts(temp_folder: str, storage_wanted: dict[str, Any]) -> dict[str,
         "versions": versions(),
         "source": source_hash(),
         "gpus": (found := gpus()),
-        "cuda": cuda() if found else None,
+        "cuda": cuda() if found or any(Path("/dev").glob("nvidia[0-9]*")) else None,
         "compiler_lacks": compiler_lacks(),
         "memory_bytes": total,
         "free_memory_bytes": free,
@@ -141,7 +141,7 @@ def cuda() -> dict[str, Any] | None:
     line = [sys.executable, "-c", CUDA]
     try:
         answer = subprocess.run(
-            line, capture_output=True, text=True, timeout=30, check=True, env=environment
+            line, capture_output=True, text=True, timeout=15, check=True, env=environment
         )
         found = json.loads(answer.stdout)
     except subprocess.TimeoutExpired:

@@ -203,6 +203,16 @@ def test_an_engine_over_two_nodes_is_placed_as_one_and_leaves_nothing(check, clu
     assert_nothing_left()
 
 
+def test_the_kind_of_gpus_is_that_of_all_nodes(cluster, tmp_path, tiny_llama, monkeypatch):
+    config = yaml.safe_load(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
+    run = Run(Config.model_validate(config))
+    assert run.gpu_kind == "cuda"  # they only say that they have some
+    del run.__dict__["gpu_kind"]
+    monkeypatch.setattr("cluster.places.capacity", lambda bundle: 0)
+    with pytest.raises(NoRoom, match=r"1 x \(0 CPU, 1 GPU\) did not become free within 2 s"):
+        _ = run.gpu_kind
+
+
 def test_actors_see_the_gpus_that_they_asked_for_and_no_others(cluster):
     """Ray by itself hides none from an actor that asked for none."""
 
