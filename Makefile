@@ -1,6 +1,7 @@
 # make demo    set up, then prune a small real model with text that it wrote itself
 # make test    set up, then run the tests
 # make check   the same, after ruff and pyright
+# make test-gpu    on a machine with an NVIDIA GPU: set up, then run what only a GPU can show
 # `make PYTHON=python3.12 ...` chooses the interpreter that .venv is made with.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ MODEL := .cache/demo-model
 CUDA := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH_CPU := torch==2.13.0
 
-.PHONY: demo test test-slow check constraints setup clean
+.PHONY: demo test test-slow test-gpu check constraints setup clean
 
 demo: setup $(MODEL)/model.safetensors
 	$(BIN)/calibprune run configs/demo.yaml
@@ -20,6 +21,13 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+# Everything that only a GPU can show, and one layer of LLaMA-3-70B's shapes beside its floor.
+test-gpu: setup
+	$(BIN)/pytest -n 0 tests/gpu --device cuda
+	$(BIN)/python benchmarks/gpu_layer.py --repeats 3
+	$(BIN)/python benchmarks/gpu_layer.py --repeats 3 --method wanda
+	$(BIN)/python benchmarks/gpu_layer.py --repeats 3 --pattern 2:4 --batch-sequences 2
 
 check: setup
 	$(BIN)/ruff check

@@ -1,11 +1,12 @@
-"""Seconds of pruning and held-out perplexity, this project against llm-compressor, on the same tokens and threads.
+"""Compares seconds of pruning and held-out perplexity with llm-compressor, on the same tokens and threads.
 
     python benchmarks/against_llmcompressor.py --peer-python PATH --peer-script PATH [--sequences 32] [--repeats 5]
 
 The peer needs an environment of its own (`pip install llmcompressor==0.14.0.1`); its script takes --model, --method,
 --calib (a .npy token matrix), --eval, --nsamples, --seqlen, --threads and --json, and reports seconds by stage.
-Seconds of pruning alone on both sides: here from the gang ready and the model readable to the last layer committed to
-disk; there the pruning call, the model being in memory before and saved after. The whole processes stand beside it.
+Prints seconds of pruning alone and of the whole process. Pruning alone is, on this side, the time from the gang being
+ready and the model readable until the last layer is committed to disk; on the other side it is the pruning call, with
+the model in memory before and saved after.
 Both sides' perplexities are measured by the same code here, on the checkpoints that they wrote.
 """
 
@@ -58,7 +59,7 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "100000",
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
-}  # what cluster/session.py gives to its workers
+}  # as cluster/session.py sets it for its workers
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--peer-python", required=True)
@@ -96,7 +97,7 @@ def perplexity(checkpoint: str) -> float:
 
 
 def ours(method: str, folder: Path) -> tuple[float, float, str]:
-    """(seconds of pruning, seconds of the whole process, checkpoint)."""
+    """Prunes here; returns (seconds of pruning, seconds of the whole process, checkpoint)."""
     settings = PruneSettings.model_validate({"method": {"type": method}}).model_dump_json()
     places = [options.model, str(folder / "pool"), str(folder / method)]
     arguments = [*places, settings, str(options.threads), options.dtype]

@@ -1,4 +1,4 @@
-"""Held-out perplexity after pruning with text the model wrote itself, and with random tokens as the null.
+"""Compares held-out perplexity after pruning with text the model wrote itself and with random tokens.
 
     python benchmarks/calibration_data.py [configs/demo.yaml] [--sparsity 0.5]
 

@@ -2,11 +2,11 @@
 
     PYTHONPATH=. python benchmarks/chaos.py [--kills 10] [--seeds 0 1 2 3 4] [--stages prune evaluate] [--store s3]
 
-The whole job on a cluster of real raylets on this machine: a tiny random Llama in float32, real vLLM engines, runs on a
-real S3 server that refuses, loses answers and fails on order (or on disk). After every end of the driver before its
-time the same command is given again, as a user or a job scheduler would. Printed: what was killed and when, how often
-the driver gave up by itself, whether samples, pool, checkpoint and perplexities are those of the undisturbed run, bit
-for bit, the time that a kill cost, and what was left behind.
+Runs the whole job on a cluster of real raylets on this machine, with a tiny random Llama in float32, real vLLM engines,
+and a real S3 server that refuses requests and loses answers (or a disk). Whenever the driver ends too early the same
+command is run again, as a user or a job scheduler would do. Prints what was killed and when, how often the driver gave
+up by itself, whether samples, pool, checkpoint and perplexities equal those of the undisturbed run bit for bit, the
+time that a kill cost, and what was left behind.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--kills", type=int, default=10, help="of every seed")
+parser.add_argument("--kills", type=int, default=10, help="kills for every seed")
 parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
 parser.add_argument("--store", default="s3", choices=["s3", "disk"])
 parser.add_argument("--samples", type=int, default=1500)
 parser.add_argument("--layers", type=int, default=16)
 parser.add_argument(
-    "--windows", type=int, default=16, help="of held-out text; many make evaluate long"
+    "--windows", type=int, default=16, help="windows of held-out text; many make evaluate long"
 )
 parser.add_argument("--nodes", type=int, default=3, help="with one CPU each; two are asked for")
 parser.add_argument("--stages", nargs="+", help="kill only in these; default: in all")
-parser.add_argument("--kinds", nargs="+", help="of kills; default: all")
+parser.add_argument("--kinds", nargs="+", help="kinds of kills; default: all")
 parser.add_argument("--least", type=float, default=5, help="seconds between two kills")
 parser.add_argument("--most", type=float, default=30)
 parser.add_argument("--keep-log", help="a file for all that the drivers said")
@@ -72,7 +72,7 @@ evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: {options
 
 @contextlib.contextmanager
 def store() -> Iterator[tuple[str, Proxy | None]]:
-    """Where runs go, and what can let that fail."""
+    """Yields the URL for the runs, and the proxy that can make it fail."""
     if options.store == "disk":
         yield str(ROOT), None
         return

@@ -1,4 +1,4 @@
-"""What curate costs: bytes of tokens scored a second, and what the selection takes at ten million samples.
+"""Measures curate: bytes of tokens scored a second, and time and memory of the selection at ten million samples.
 
     python benchmarks/curate.py [scores selection] [--processes 2] [--samples 10000000] [--duplicates 0.1]
 
@@ -31,8 +31,8 @@ from calibprune.stage import Stage
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("what", nargs="*", default=["scores", "selection"])
 parser.add_argument("--processes", type=int, default=2)
-parser.add_argument("--shards", type=int, default=24, help="of 500 samples, for scores")
-parser.add_argument("--tokens", type=int, default=2048, help="of a sample, for scores")
+parser.add_argument("--shards", type=int, default=24, help="shards of 500 samples, for `scores`")
+parser.add_argument("--tokens", type=int, default=2048, help="tokens of a sample, for `scores`")
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--samples", type=int, default=10_000_000, help="for selection")
 parser.add_argument("--duplicates", type=float, default=0.1, help="share of samples, for selection")
@@ -61,7 +61,7 @@ def commit(stage: Stage, unit: str, table: pa.Table, folder: str, facts: dict) -
 
 
 def generated(folder: Path, shards: int) -> Stage:
-    """Samples of Zipf-distributed tokens, of which some repeat themselves, as text does."""
+    """Makes samples of Zipf-distributed tokens, some of which repeat themselves as text does."""
     random = np.random.default_rng(0)
     stage = Stage(str(folder / "generate"))
     units = [f"{shard:05d}" for shard in range(shards)]
@@ -92,7 +92,7 @@ def score(curation: Curation, units: list[str], queue: multiprocessing.Queue) ->
 
 
 def score_all(curation: Curation, processes: int) -> tuple[float, float, float, float]:
-    """(wall seconds, seconds of all cores, peak memory after the first unit, and at the end)."""
+    """Returns (wall seconds, seconds of all cores, peak memory after the first unit, peak memory at the end)."""
     context = multiprocessing.get_context("spawn")
     units = [f"scores-{number:05d}" for number in range(len(curation.portions))]
     queue = context.Queue()
@@ -114,7 +114,9 @@ def measure_scores(folder: Path) -> None:
     import calibprune.calibration.curate_units as curation_module
 
     stage = generated(folder, options.shards)
-    curation_module.PORTION_BYTES = 1  # a shard in a unit, so that every process gets as many
+    curation_module.PORTION_BYTES = (
+        1  # one shard per unit, so that every process gets the same number
+    )
     curation = plan_curation(str(folder / "curate"), SETTINGS, {"self-generated": stage})
     megabytes = (options.shards - options.processes) * ROWS * options.tokens * 4 / 1e6
     walls, cpus, growth = [], [], []
@@ -135,7 +137,7 @@ def measure_scores(folder: Path) -> None:
 
 
 def made_up_scores(stage: Stage, units: list[str]) -> None:
-    """Bands of independent bytes; near duplicates repeat nearly all bytes of an earlier sample."""
+    """Makes scores with independent MinHash bands; near duplicates repeat nearly all bytes of an earlier sample."""
     random = np.random.default_rng(0)
     one = next(f for f in SETTINGS.filters if isinstance(f, DuplicateFilter))
     count, rows = bands(one.similarity, one.permutations)
@@ -189,7 +191,7 @@ def measure_selection(folder: Path) -> None:
 
 
 def _stage(folder: Path, shards: int) -> Stage:
-    """As many shards as there are units, of no content: the selection reads scores only."""
+    """Makes one empty shard per unit, since the selection reads scores only."""
     import calibprune.calibration.curate_units as curation_module
 
     curation_module.PORTION_BYTES = 1

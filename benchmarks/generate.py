@@ -1,4 +1,4 @@
-"""What the generate stage costs beside its engine, and what its driver costs at ten million rows.
+"""Measures the generate stage against its engine alone, and its driver at ten million rows.
 
     PYTHONPATH=. python benchmarks/generate.py [speed scale] [--model .cache/demo-model] [--repeats 3]
 
@@ -36,9 +36,9 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("what", nargs="*", default=["speed", "scale"])
 parser.add_argument("--model", default=".cache/demo-model")
 parser.add_argument("--repeats", type=int, default=3)
-parser.add_argument("--samples", type=int, default=192, help="of `speed`")
-parser.add_argument("--tokens", type=int, default=64, help="of a sample, in `speed`")
-parser.add_argument("--rows", type=int, default=10_000_000, help="of `scale`")
+parser.add_argument("--samples", type=int, default=192, help="samples for `speed`")
+parser.add_argument("--tokens", type=int, default=64, help="tokens of a sample, for `speed`")
+parser.add_argument("--rows", type=int, default=10_000_000, help="rows for `scale`")
 parser.add_argument(
     "--texts", help="a source that `scale` cuts prefixes from; default: none, they are computed"
 )
@@ -46,7 +46,7 @@ options = parser.parse_args()
 
 CONCURRENT = 16
 SHARD_ROWS = 32
-"""Twice what the engine works on at a time, as in the defaults: fewer leave it idle where all samples end together."""
+"""Twice the number of samples that the engine works on at a time, as by default: with fewer it would sometimes idle."""
 BARE = """
 import json, os, sys, time
 if __name__ == "__main__":

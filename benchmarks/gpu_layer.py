@@ -1,9 +1,9 @@
-"""One decoder layer of LLaMA-3-70B's true shapes through the real sweep, statistics and solver, against its floor.
+"""Times one decoder layer of LLaMA-3-70B's true shapes in the real sweep, statistics and solver, against its floor.
 
     python benchmarks/gpu_layer.py [--method sparsegpt] [--sequences 128] [--tokens 2048] [--repeats 5]
     python benchmarks/gpu_layer.py --hidden 256 --intermediate 704 --heads 8 --kv-heads 2 --sequences 8 --tokens 128
 
-On a GPU where there is one, else on the CPU (take small shapes there, as in the second line). Weights are random.
+Runs on a GPU where there is one, else on the CPU (with small shapes, as in the second line). Weights are random.
 The floor is the time of the forward's floating-point operations and of one triangle of every Gram matrix at the rate
 that a plain matrix product of this dtype reaches on this device, and of the factorisations, measured alone.
 """
@@ -42,7 +42,7 @@ LAYERS_OF_70B = 80
 
 
 def synchronised(work) -> float:
-    """Seconds of `work`, with the device idle before and after."""
+    """Returns the seconds of `work`, with the device idle before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()
@@ -53,7 +53,7 @@ def synchronised(work) -> float:
 
 
 def write_layer(folder: Path) -> str:
-    """A model with a small vocabulary, made on the device; the second layer is there for the first one's end."""
+    """Writes a model with a small vocabulary, made on the device; its second layer marks the end of the first."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -69,7 +69,7 @@ def write_layer(folder: Path) -> str:
 
 
 def product_rate() -> float:
-    """FLOP/s of a bfloat16 product of the MLP's shape."""
+    """Returns the FLOP/s of a bfloat16 product of the MLP's shape."""
     rows = min(options.sequences * options.tokens, 16384)
     a = torch.randn(rows, options.hidden, dtype=torch.bfloat16, device=device)
     b = torch.randn(options.hidden, options.intermediate, dtype=torch.bfloat16, device=device)

@@ -1,10 +1,10 @@
-"""Seconds of the prune stage over seconds of one dense forward of the same tokens, in one run.
+"""Measures the seconds of the prune stage over those of one dense forward of the same tokens, in one run.
 
     python benchmarks/prune_speed.py [--model .cache/demo-model] [--sequences 32] [--tokens 512] [--repeats 3]
 
-Both in this process, same dtype, same threads, same micro-batches, no Ray in between. The floor of a calibrated
-method is one forward over the calibration tokens; what the common two-pass way does costs two before any solving.
-Reading the layers, committing the pruned ones (with fsync) and measuring the output error are all inside.
+Both run in this process with the same dtype, threads and micro-batches, without Ray. The floor of a calibrated method
+is one forward over the calibration tokens; the common two-pass way needs two before any solving. Reading the layers,
+committing the pruned ones (with fsync) and measuring the output error are included.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def dense_forward() -> float:
 
 
 def prune(method: str) -> tuple[float, dict[str, float]]:
-    """(seconds in all, seconds by kind of work)."""
+    """Prunes once; returns (total seconds, seconds by kind of work)."""
     wanted = PruneSettings.model_validate(
         {
             "method": {"type": method},

@@ -1,15 +1,15 @@
-"""What every method makes of a model: held-out perplexity, relative output error and seconds, over several seeds.
+"""Compares the methods: held-out perplexity, relative output error and seconds, over several seeds.
 
     PYTHONPATH=. python benchmarks/quality.py [configs/demo.yaml] [--seeds 0 1 2] [--targets 0.5 0.6 0.7 2:4 4:8]
 
 Runs `generate` and `curate` of the configuration once per seed, then prunes and evaluates every row of the table in
 this process. A row is ALLOCATION/METHOD+REFINEMENT, such as wanda, owl/sparsegpt or wanda+swaps. Rows that are done
-are kept in the run folder: the same command goes on where it was stopped, and `--table` prints what there is.
+are kept in the run folder: the same command continues where it was stopped, and `--table` prints the rows so far.
 
 perplexity   mean over the seeds, and half the range; the dense model's is in the heading
 error        sum over all linears of the relative output error, ||(W - W') X|| / ||W X||, mean over the seeds
 seconds      of the prune stage, mean over the seeds; x: over one dense forward of the same tokens
-lowered      in how many linears of all seeds refinement lowered the output error, and by which share in their median
+lowered      number of linears of all seeds whose output error refinement lowered, and by which share in the median
 """
 
 import argparse
@@ -42,18 +42,18 @@ ROWS = [
 ]  # fmt: skip
 
 ALLOCATIONS = {"alphapruning": {"type": "alphapruning", "epsilon": 0.15}}
-"""The default of 0.3 would leave nothing of some layers of the demo model at 70 %."""
+"""Allocations by name. At 70 %, the default epsilon of 0.3 would remove whole layers of the demo model."""
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("config", nargs="?", default="configs/demo.yaml")
 parser.add_argument("--rows", nargs="+", default=ROWS)
 parser.add_argument("--targets", nargs="+", default=["0.5", "0.6", "0.7", "2:4", "4:8"])
 parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-parser.add_argument("--sequences", type=int, help="of each pool; default: all")
+parser.add_argument("--sequences", type=int, help="sequences of each pool; default: all")
 parser.add_argument(
-    "--windows", type=int, help="of the held-out text; default: the configuration's"
+    "--windows", type=int, help="windows of the held-out text; default: the configuration's"
 )
-parser.add_argument("--dtype", default="auto", help="of the forwards that prune and evaluate")
+parser.add_argument("--dtype", default="auto", help="dtype of the forwards that prune and evaluate")
 parser.add_argument("--table", action="store_true", help="only print what is done")
 parser.add_argument("overrides", nargs="*", default=[], help="key.path=value")
 options = parser.parse_intermixed_args()
@@ -79,7 +79,7 @@ def settings_of(row: str, target: str) -> PruneSettings:
 
 
 def pools() -> dict[int, torch.Tensor]:
-    """Written by the model itself, one per seed."""
+    """Makes the calibration pools, one per seed, from text that the model wrote itself."""
     from cluster.session import connect
     from jobs.pipeline import run_stages
 
@@ -129,7 +129,7 @@ def measure(settings: PruneSettings, pool: torch.Tensor, texts: dict[str, torch.
 
 
 def dense_forward(pool: torch.Tensor) -> float:
-    """Seconds, the model at hand."""
+    """Returns the seconds of one dense forward, with the model in memory."""
     from transformers import AutoModelForCausalLM
 
     dtype = build_skeleton(model_settings).dtype

@@ -1,17 +1,19 @@
-"""What pruning LLaMA-3 8B, 70B and 405B takes: GPUs, memory, bytes moved, and an estimate of the time.
+"""Computes what pruning LLaMA-3 8B, 70B and 405B takes: GPUs, memory, bytes moved, and an estimate of the time.
 
     python benchmarks/sizing.py [--method sparsegpt] [--sequences 128] [--tokens 2048] [--samples 5000]
 
-Memory and bytes are what `calibprune check` works out from the headers of a checkpoint; here it has the true shapes and
-no weights: a sparse file that takes no disk. Times are ESTIMATES, none was measured on these GPUs, from
+Memory and bytes are computed as `calibprune check` does from the headers of a checkpoint; here it is a sparse file with
+the true shapes and no weights, which takes no disk. Times are ESTIMATES; none was measured on these GPUs:
 
 - generate: every token of every sample takes 2 operations a parameter, at `--decode-mfu` of the peak; and every step of
-  an engine reads all weights once, at `--hbm-share` of the memory's rate, for 256 samples at the same time. The larger.
+  an engine reads all weights once, at `--hbm-share` of the memory's rate, for 256 samples at the same time. The larger
+  counts.
 - prune, least: one dense forward over the calibration tokens at `--mfu` of the peak, or reading and writing the
-  checkpoint at `--storage` a node of eight GPUs. The larger, since the two overlap: no calibrated method is faster.
+  checkpoint at `--storage` a node of eight GPUs. The larger counts, since the two overlap; no calibrated method is
+  faster.
 - prune: the same with the forward times what our prune stage takes over a dense forward, measured by
   benchmarks/prune_speed.py on CPUs with a model of 135M: wanda 1.25, sparsegpt 2.32. GPUs may well differ.
-- evaluate: two dense forwards over the held-out tokens, or reading two checkpoints. The larger.
+- evaluate: two dense forwards over the held-out tokens, or reading two checkpoints. The larger counts.
 """
 
 import argparse
@@ -38,17 +40,17 @@ SHAPES = {
     "70B": {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64},
     "405B": {"hidden": 16384, "intermediate": 53248, "layers": 126, "heads": 128},
 }
-"""As in the published config.json; all have 8 heads of keys and values, and a vocabulary of 128256."""
+"""Shapes from the published config.json; all have 8 heads of keys and values, and a vocabulary of 128256."""
 CLUSTERS = [("8B", 1, "H100"), ("8B", 8, "H100"), ("70B", 8, "H100"), ("70B", 16, "H100"), ("405B", 8, "H200"),
             ("405B", 16, "H200")]  # fmt: skip
-"""The 812 GB of 405B do not fit eight GPUs of 80 GB, and an engine stays on one node."""
+"""Model, number of GPUs and their kind. The 812 GB of 405B need H200s: an engine stays on one node of eight GPUs."""
 GPU_BYTES = {"H100": 80 << 30, "H200": 140 << 30}
 MEMORY_BYTES_A_SECOND = {"H100": 3.35e12, "H200": 4.8e12}
 PEAK_FLOPS = 989e12
-"""Of one GPU of either kind, dense bfloat16, as its memory's rate by the data sheets."""
+"""FLOP/s of a GPU of either kind in dense bfloat16, by the data sheets."""
 GPUS_A_NODE = 8
 OVER_FORWARD = {"wanda": 1.25, "sparsegpt": 2.32}
-"""Seconds of prune over those of a dense forward: the README's table, measured on CPUs."""
+"""Seconds of prune over those of a dense forward, as measured on CPUs by prune_speed.py."""
 AT_THE_SAME_TIME = 256
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -64,7 +66,7 @@ parser.add_argument("--storage", type=float, default=2e9, help="bytes a second o
 
 
 def write_shapes(folder: Path, hidden: int, intermediate: int, layers: int, heads: int) -> str:
-    """A checkpoint of bfloat16 that has every tensor's header and none of its bytes; returns the folder."""
+    """Writes a bfloat16 checkpoint with every tensor's header and none of its bytes; returns the folder."""
     config = LlamaConfig(
         vocab_size=128256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=8192,
@@ -100,7 +102,7 @@ def write_shapes(folder: Path, hidden: int, intermediate: int, layers: int, head
 
 
 def tensor_parallel(weights: int, cache: int, gpu_bytes: int) -> int:
-    """The fewest GPUs of an engine whose memory holds the weights and 32 full sequences."""
+    """Returns the minimum number of GPUs of an engine that hold the weights and 32 full sequences."""
     for parts in (1, 2, 4, GPUS_A_NODE):
         if (weights + 32 * cache) / parts <= 0.9 * gpu_bytes:
             return parts
@@ -108,7 +110,7 @@ def tensor_parallel(weights: int, cache: int, gpu_bytes: int) -> int:
 
 
 def row(run: Run, gpus: int, kind: str, options: argparse.Namespace) -> list[str]:
-    """Engines, memory, bytes and times as the table's columns have them."""
+    """Returns a row of the table: engines, memory, bytes and times."""
     weights, gpu_bytes = model_bytes(run.skeleton), GPU_BYTES[kind]
     most = options.tokens + 1
     parts = tensor_parallel(weights, cache_bytes(run.skeleton, most), gpu_bytes)
@@ -118,7 +120,9 @@ def row(run: Run, gpus: int, kind: str, options: argparse.Namespace) -> list[str
     moved = memory.paused if memory.bytes > GPU_SHARE * gpu_bytes else 0
     on_host = max(host.layers * 3 // 5 + moved, host.outside)
 
-    flops = weights  # of one token's forward: 2 operations a parameter, which has 2 bytes
+    flops = (
+        weights  # operations of one token's forward: 2 per parameter, and a parameter has 2 bytes
+    )
     rate = gpus * PEAK_FLOPS * options.mfu
     storage = -(-gpus // GPUS_A_NODE) * options.storage
     tokens, size = options.samples * options.tokens, run.skeleton.checkpoint.bytes

@@ -1,12 +1,12 @@
-"""What submitting a run as a job costs: time to the first token, and the job's time over a direct run's.
+"""Measures the overhead of submitting a run as a job: time to the first token, and the job's time over a direct run's.
 
     PYTHONPATH=. python benchmarks/submit.py [--samples 2000] [--repeats 1]
 
-A Ray of one node on this machine, warm: a job has run on it. A tiny random Llama, real vLLM, all stages. First token:
-from giving the command until the first shard of samples is committed, the engine's start included, which is most
-of it; so the same is measured of the direct run, `python -m jobs run` on the same Ray, and the two are compared.
-Where the machine does other work too the difference says little; what a job adds before its driver's process starts
-and after it has ended is printed by itself.
+Uses a Ray of one node on this machine on which a job has run already, a tiny random Llama, real vLLM and all stages.
+The time to the first token lasts from the command until the first shard of samples is committed. Most of it is the
+engine's start, so a direct run, `python -m jobs run` on the same Ray, is measured too and compared. On a machine with
+other work the difference says little; so the time that a job adds before its driver's process starts and after it has
+ended is also printed.
 """
 
 import argparse
@@ -52,9 +52,9 @@ class Times:
     """Seconds since the command was given."""
 
     driver: float
-    """Until the process of the driver began."""
+    """Seconds until the driver's process began."""
     first: float
-    """Until the first shard of samples was committed."""
+    """Seconds until the first shard of samples was committed."""
     driver_ended: float
     whole: float
 

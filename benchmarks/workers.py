@@ -1,4 +1,4 @@
-"""What a gang costs and gains: two workers against one, resuming against an undisturbed run, memory against depth.
+"""Measures gangs: two workers against one, resuming against an undisturbed run, memory against depth.
 
     python benchmarks/workers.py [scaling resume memory] [--model .cache/demo-model] [--repeats 5]
 
@@ -64,7 +64,7 @@ def gang(workers: int, cpus: int = 1) -> Any:
 def seconds(
     group: Any, method: str, tokens: str, until: int | None = None, folder: str | None = None
 ) -> float:
-    """Of pruning on a gang that is ready; `until`: leave it after so many layers are committed."""
+    """Returns the seconds of pruning on a gang that is ready; with `until`, stops after that many committed layers."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
         stage = Stage(folder or made)
         arguments = (ModelSettings(path=options.model), settings(method), tokens, stage.url)
@@ -111,7 +111,7 @@ def resume(folder: Path) -> None:
                 with tempfile.TemporaryDirectory() as name:
                     with gang(2) as group:
                         first = seconds(group, method, tokens, layers // 2, name)
-                    with gang(2) as group:  # leaving killed the other
+                    with gang(2) as group:  # leaving the gang ended its workers
                         second = seconds(group, method, tokens, None, name)
                 extra.append((first + second - undisturbed) / undisturbed)
             print(

@@ -271,7 +271,10 @@ def model_url(path: str) -> str:
         return str(Path(path).resolve())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith((".", "~")):
         return f"hf://{path}"
-    raise UserError(f"there is no model at {path}: give a folder, a URL or a hub id like org/name")
+    raise UserError(
+        f"there is no model at {path}: give a folder, a URL or a hub id like org/name, or make the demo's model with "
+        f"`calibprune demo-model FOLDER`"
+    )
 
 
 def side_files(url: str) -> list[str]:

@@ -33,12 +33,14 @@ _CARD = b"---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n-
 
 @dataclass(frozen=True)
 class Item:
-    """A file to publish: its URL, its path in the target, and its hash where the stage recorded one."""
+    """A file to publish: its URL, its path in the target, its size, and its hash where the stage recorded one."""
 
     source: str
     path: str
     bytes: int
     sha256: str | None = None
+    remedy: str = ""
+    """What to do where the file does not have that hash."""
 
 
 class Outcome(NamedTuple):
@@ -79,11 +81,12 @@ def listing(
     stage_url: str, folder: str, closing: Sequence[str], recorded: bool
 ) -> tuple[list[Item], list[Item]]:
     """Lists what to publish of a stage: the files in any order, and the closing files in theirs."""
-    records = Stage(stage_url).records() if recorded else []
+    stage = Stage(stage_url)
+    records = stage.records() if recorded else []
     named = {record.file: record for record in records if record.file}
     sizes = storage.tree(stage_url)
     _check_no_links(stage_url, sizes)
-    _check_sizes(stage_url, named, sizes)
+    _check_sizes(stage, named, sizes)
     prefix = f"{folder}/" if folder else ""
     lost = _lost_races(named, sizes)
     last = [f"{prefix}{path}" for path in closing]
@@ -94,8 +97,11 @@ def listing(
         )
 
     def item(path: str) -> Item:
-        digest = named[path].sha256 if path in named else None
-        return Item(storage.join(stage_url, path), path.removeprefix(prefix), sizes[path], digest)
+        url, place = storage.join(stage_url, path), path.removeprefix(prefix)
+        if path not in named:
+            return Item(url, place, sizes[path])
+        record = named[path]
+        return Item(url, place, sizes[path], record.sha256, stage.how_to_remake(record.unit))
 
     def hidden(path: str) -> bool:
         return any(part.startswith(("_", ".")) for part in path.split("/"))
@@ -116,13 +122,15 @@ def _check_no_links(url: str, paths: Iterable[str]) -> None:
                 )
 
 
-def _check_sizes(url: str, named: Mapping[str, Record], sizes: Mapping[str, int]) -> None:
+def _check_sizes(stage: Stage, named: Mapping[str, Record], sizes: Mapping[str, int]) -> None:
     for path, record in named.items():
+        file, remedy = storage.join(stage.url, path), stage.how_to_remake(record.unit)
         if path not in sizes:
-            raise CorruptionError(f"{storage.join(url, path)} is missing, though it was committed")
+            raise CorruptionError(f"{file} is missing, though it was committed: remove {remedy}")
         if sizes[path] != record.bytes:
             raise CorruptionError(
-                f"{storage.join(url, path)} is damaged: it has {sizes[path]} bytes, not the recorded {record.bytes}"
+                f"{file} is damaged: it has {sizes[path]} bytes, not the recorded {record.bytes}: remove it and "
+                f"{remedy}"
             )
 
 
@@ -181,7 +189,7 @@ def batches(items: Sequence[Item], most_files: int, most_bytes: float) -> list[l
 def _check_hash(item: Item, digest: str) -> None:
     if item.sha256 is not None and digest != item.sha256:
         raise CorruptionError(
-            f"{item.source} is damaged: its sha256 is not the recorded {item.sha256}"
+            f"{item.source} is damaged: its sha256 is not the recorded {item.sha256}: remove it and {item.remedy}"
         )
 
 

@@ -66,6 +66,7 @@ class Manifest(TypedDict):
     facts: dict[str, Any]
 
 
+_REMADE_BY = "`calibprune run` with the configuration of its run makes it again"
 _RECORD, _PLAN, _MANIFEST = TypeAdapter(Record), TypeAdapter(Plan), TypeAdapter(Manifest)
 
 
@@ -227,7 +228,7 @@ class Stage:
             records, facts = parse_manifest(storage.read_bytes(url))
         except (ValueError, FileNotFoundError):
             raise CorruptionError(
-                f"{url} is damaged or missing: remove it and {self.url}/_SUCCESS, then run the same command"
+                f"{url} is damaged or missing: remove it and {self.url}/_SUCCESS; {_REMADE_BY}"
             ) from None
         return {"records": records, "facts": facts}
 
@@ -247,13 +248,19 @@ class Stage:
         try:
             data = storage.read_bytes(url)
         except FileNotFoundError:
-            raise CorruptionError(f"{url} is missing, though it was committed") from None
+            raise CorruptionError(
+                f"{url} is missing, though it was committed: remove {self.how_to_remake(record.unit)}"
+            ) from None
         if storage.sha256(data) != record.sha256:
             raise CorruptionError(
-                f"{url} is damaged: its sha256 is not the recorded {record.sha256}. Remove it and "
-                f"{self._done_url(record.unit)}, then run the same command to make it again"
+                f"{url} is damaged: its sha256 is not the recorded {record.sha256}: remove it and "
+                f"{self.how_to_remake(record.unit)}"
             )
         return data
+
+    def how_to_remake(self, unit: str) -> str:
+        """Returns advice for a unit whose file is damaged, to follow "remove it and"."""
+        return f"{self._done_url(unit)}; {_REMADE_BY}"
 
     def _parse(self, unit: str, data: bytes) -> Record:
         try:
@@ -262,8 +269,7 @@ class Stage:
             record = None
         if record is None or record.unit != unit:
             raise CorruptionError(
-                f"{self._done_url(unit)} is damaged: it is not the done record of unit {unit}. Remove it, "
-                f"then run the same command to make that unit again"
+                f"{self._done_url(unit)} is damaged: it is not the done record of unit {unit}: remove it; {_REMADE_BY}"
             )
         return record
 

@@ -45,7 +45,7 @@ def check_before_work(run: Run) -> None:
 
 def requirements(run: Run) -> dict[str, str]:
     """Describes what a run will need: parameters, tokens, bytes to move."""
-    from calibprune.pruning.allocation import foreseen, shapes_of
+    from calibprune.pruning.allocation import predicted_summary, shapes_of
     from calibprune.pruning.linears import chosen_linears
     from jobs import generate
 
@@ -61,7 +61,7 @@ def requirements(run: Run) -> dict[str, str]:
         for name in names
     )
     prunable = sum(linear.weight.numel() for linear in linears)
-    asked = foreseen(config.prune, shapes_of(skeleton, picked))
+    asked = predicted_summary(config.prune, shapes_of(skeleton, picked))
     parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
     generated = config.generate.samples * config.generate.max_tokens
     return {

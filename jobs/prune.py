@@ -14,10 +14,10 @@ from calibprune.events import Event, UnitDone, note
 from calibprune.process import host_memory
 from calibprune.pruning.allocation import (
     check_allocation,
-    foreseen,
-    in_words,
+    describe_summary,
+    deviation_message,
     is_measured,
-    missed,
+    predicted_summary,
     shapes_of,
 )
 from calibprune.pruning.export import ALLOCATION, REST, finish_checkpoint
@@ -147,9 +147,9 @@ def _prune(run: Run, stage: Stage) -> Iterator[Event]:
     settings = run.config.prune
     workers = usable_workers(run)
     chosen = chosen_linears(run.skeleton, settings)
-    removed = foreseen(settings, shapes_of(run.skeleton, chosen))
+    removed = predicted_summary(settings, shapes_of(run.skeleton, chosen))
     note(_intent(run, workers, chosen, removed))
-    _note_if_missed(run, removed)
+    _note_deviation(run, removed)
     offloading = settings.model_copy(update={"offload": True})
     memory = pruning_memory(run, workers, on_gpu=True)
     relief = Relief(
@@ -170,12 +170,12 @@ def _prune(run: Run, stage: Stage) -> Iterator[Event]:
     ):  # fmt: skip
         yield event
         if isinstance(event, UnitDone) and event.record.unit == ALLOCATION:
-            note(f"{settings.allocation.type} removes {in_words(event.record.facts)}")
-            _note_if_missed(run, event.record.facts)
+            note(f"{settings.allocation.type} removes {describe_summary(event.record.facts)}")
+            _note_deviation(run, event.record.facts)
 
 
-def _note_if_missed(run: Run, allocation: Mapping[str, Any]) -> None:
-    if line := missed(run.config.prune, allocation):
+def _note_deviation(run: Run, allocation: Mapping[str, Any]) -> None:
+    if line := deviation_message(run.config.prune, allocation):
         note(line)
 
 
@@ -200,7 +200,7 @@ def _intent(
     picked = sum(map(len, chosen))
     dense = f", {total - picked} linears left dense" if picked < total else ""
     workers_named = f"{workers} worker{'s' if workers > 1 else ''}"
-    removed = in_words(removal)
+    removed = describe_summary(removal)
     if is_measured(settings):
         removed += f", allocated by {settings.allocation.type}"
     method = settings.method.type + (f" and {settings.refine.type}" if settings.refine else "")

@@ -30,9 +30,9 @@ KINDS = ("engine", "hang", "worker", "node", "driver", "terminate", "store")
 ACTORS = ("ray::Generator", "ray::LayerWorker", "ray::UnitWorker")
 ENGINES = ("VLLM::EngineCore",)
 VICTIM_SECONDS = 90.0
-"""For a kind of kill to have a victim; then another is drawn."""
+"""Time that a kind of kill may wait for a victim before another kind is drawn."""
 MARK = "CALIBPRUNE_CHAOS"
-"""An environment variable by which a process that was started here is known, even one whose parents are gone."""
+"""Environment variable that marks the processes started here, even those whose parents are gone."""
 STAGES = ("generate", "curate", "prune", "evaluate")
 FAULTS = (
     Fault("PUT", "", 2, 503),
@@ -45,7 +45,7 @@ FAULTS = (
 
 @contextlib.contextmanager
 def nodes(count: int) -> Iterator[Cluster]:
-    """A head without CPUs and `count` nodes of one CPU each; what they run finds this process's environment."""
+    """Starts a head without CPUs and `count` nodes of one CPU each; all inherit this process's environment."""
     os.environ[MARK] = secrets.token_hex(8)
     cluster = Nodes(
         initialize_head=True,
@@ -73,7 +73,7 @@ class Strike:
 
 @dataclass
 class Drawn:
-    """The kind of the next kill. It is waited for until it has a victim: an engine is not there most of the time."""
+    """The kind of the next kill, kept until it finds a victim: most of the time no engine is running."""
 
     kinds: Sequence[str]
     kind: str = ""
@@ -87,7 +87,7 @@ class Drawn:
 
 @dataclass
 class Chaos:
-    """Strikes now and then, and gives the command again whenever the driver is gone before it was done."""
+    """Strikes at random times, and runs the command again whenever its driver ended before the run was done."""
 
     cluster: Cluster
     command: Sequence[str]
@@ -96,18 +96,18 @@ class Chaos:
     seed: int
     kills: int
     pause: tuple[float, float]
-    """Least and most seconds between two kills."""
+    """Minimum and maximum seconds between two kills."""
     proxy: Proxy | None = None
-    """In front of the store, to let it fail; None where the store is a disk."""
+    """Proxy in front of the store, to make it fail; None where the store is a disk."""
     kinds: Sequence[str] = KINDS
     stages: Sequence[str] = STAGES
-    """Only while one of these is at work."""
+    """Stages during which to strike."""
     gave_up: int = 0
-    """How often the driver ended by itself, with an error."""
+    """Number of times that the driver ended by itself, with an error."""
     strikes: list[Strike] = field(default_factory=list)
 
     def run(self, limit_seconds: float = 3600) -> float:
-        """Until the command has succeeded; returns the seconds that took. Raises TimeoutError."""
+        """Strikes until the command has succeeded; returns the seconds that took. Raises TimeoutError."""
         choice, wanted = random.Random(self.seed), Drawn(self.kinds)
         begun = time.monotonic()
         driver = self._start()
@@ -149,7 +149,7 @@ class Chaos:
         choice: random.Random,
         at: float,
     ) -> bool:
-        """One kill; returns whether there was a victim."""
+        """Strikes once; returns whether there was a victim."""
         if not self._hit(kind, driver, choice):
             return False
         self.strikes.append(Strike(kind, stage, at))
@@ -188,7 +188,7 @@ def stage_at_work(output: str) -> str:
 
 
 def digest(output: str) -> str:
-    """Of all that a run made but times: the bytes of every unit and of the checkpoint, the perplexities.
+    """Returns a hash of all that a run made except times: the bytes of every unit and the checkpoint, the perplexities.
 
     Raises AssertionError unless every row of the samples is there once.
     """
@@ -213,9 +213,9 @@ def digest(output: str) -> str:
 
 @dataclass
 class Leaks:
-    """What a cluster, this machine and a store hold beyond what they held when this was made.
+    """Finds what is left in a cluster, on this machine and in a store that was not there when this object was made.
 
-    `temporary`: the folder where this process and all that it starts keep temporary files.
+    `temporary` is the folder where this process and all that it starts keep temporary files.
     """
 
     cluster: Cluster
@@ -223,9 +223,10 @@ class Leaks:
     shared_memory: frozenset[str] = field(default_factory=lambda: frozenset(_shared_memory()))
 
     def found(self, outputs: Sequence[str], since: float = 0.0) -> dict[str, list[str]]:
-        """Names of things left, by kind; empty where nothing leaks. For runs that have ended.
+        """Returns the names of things left, by kind, once the runs have ended; empty where nothing leaks.
 
-        `since`: the time of the last kill; who is killed while he writes leaves a temporary file, which nobody reads.
+        `since` is the time of the last kill: a process that is killed while it writes leaves a temporary file, which
+        nothing reads.
         """
         actors, groups, missing = self._in_cluster()
         left = {
@@ -259,7 +260,7 @@ class Leaks:
 def kill(
     names: tuple[str, ...], choice: random.Random | None = None, number: int = signal.SIGKILL
 ) -> bool:
-    """Signals one of the processes started here whose titles begin so; returns whether there was one."""
+    """Signals a process started here whose title begins with one of `names`; returns whether there was one."""
     victims = _ours(names)
     if victims:
         with contextlib.suppress(psutil.Error):
@@ -268,7 +269,7 @@ def kill(
 
 
 def _ours(names: tuple[str, ...]) -> list[psutil.Process]:
-    """Processes of this machine that were started here and whose titles begin so, by number."""
+    """Lists the processes of this machine that were started here and whose titles begin with one of `names`."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -290,8 +291,10 @@ def _half_written(output: str, since: float) -> list[str]:
 
 
 def _shared_memory() -> list[str]:
-    """Blocks and semaphores of Python's that no process maps any more; looked for first, and once more at the end:
-    processes start and end meanwhile."""
+    """Lists Python's shared memory and semaphores that no process maps any more.
+
+    They are listed first and checked again at the end, since processes start and end meanwhile.
+    """
     there = {
         entry.name: str(entry.inode())
         for entry in os.scandir("/dev/shm")

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve w
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if "RAY_TMPDIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
-    # A Ray that is started here writes down its address there, and whoever comes next would join it.
+    # A Ray started by a test writes its address to this folder, and the next driver would join it.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
@@ -42,5 +42,5 @@ def heard() -> Iterator[Hearing]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that the others run beside it and not before."""
+    """Runs the longest file first, so that the others run beside it and not before it."""
     items.sort(key=lambda item: "test_pipeline" not in item.nodeid)

@@ -1,4 +1,4 @@
-"""What a test hears of the events of its process."""
+"""Records the events of a process for its test."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face hub on loopback, as far as uploads need one: the real library talks to it."""
+"""A repository of the Hugging Face hub on loopback, with the part of the protocol that the library's uploads need."""
 
 import base64
 import contextlib
@@ -22,12 +22,12 @@ class Hub:
     uploads: dict[str, bytes] = field(default_factory=dict)
     """Large files by their sha256, committed or not."""
     failures: dict[str, int] = field(default_factory=dict)
-    """How many of the next requests whose path ends so are answered with 503."""
+    """Number of the next requests to answer with 503, by the end of their path."""
 
 
 @contextlib.contextmanager
 def hub() -> Iterator[Hub]:
-    """Every repository that this process asks the hub for is this one."""
+    """Serves this repository for every one that this process asks the hub for."""
     state = Hub()
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Real servers on loopback for tests: three object stores, and a proxy that makes one of them fail as real ones do."""
+"""Real servers on loopback for tests: object stores, a web server, and a proxy that makes them fail as real ones do."""
 
 import contextlib
 import http.client
@@ -25,10 +25,10 @@ PATIENT_RAY = {
     "RAY_gcs_server_port_wait_time_s": "120",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
 }
-"""What a Ray waits for its own processes, where a machine is slow."""
+"""Time limits with which Ray waits for its own processes on a slow machine."""
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
 PORTS = range(30000, 32768)[int(WORKER) % 2 :: 2] if WORKER else range(30000, 32768)
-"""Of this worker of the tests, beside which there is another."""
+"""Ports of this pytest worker, which share the range with another one."""
 GIVEN_OUT: set[int] = set()
 RCLONE = Path(sys.executable).with_name("rclone")
 
@@ -121,7 +121,7 @@ def s3_at(endpoint: str, weak: bool = False) -> Iterator[None]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": endpoint,
     }
-    if weak:  # it sends the checksum of the whole object with a part of it
+    if weak:  # rclone sends the checksum of the whole object with a part of it
         variables["AWS_RESPONSE_CHECKSUM_VALIDATION"] = "when_required"
     with _environment(variables):
         s3fs.S3FileSystem.clear_instance_cache()
@@ -138,7 +138,7 @@ def make_bucket(name: str) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free on every address, which the system gives to nobody who did not ask for this very port; none comes twice."""
+    """Returns ports that are free on every address and that the system does not pick by itself; none comes twice."""
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().choice([port for port in PORTS if port not in GIVEN_OUT])
@@ -150,13 +150,13 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Fault:
-    """What the proxy does to the next `times` requests with this method whose path holds `part`."""
+    """A failure of the next `times` requests with this method whose path contains `part`."""
 
     method: str
     part: str
     times: int
     status: int | None = None
-    """Answered instead of forwarding; None forwards the request, then drops the connection: the answer is lost."""
+    """Status to answer with instead of forwarding; None forwards the request, then drops the connection."""
 
 
 @dataclass
@@ -172,7 +172,7 @@ class Proxy:
 
 @contextlib.contextmanager
 def faulty_proxy(backend: str) -> Iterator[Proxy]:
-    """A proxy on loopback in front of an HTTP server, that fails on order."""
+    """Runs a proxy on loopback in front of an HTTP server; it fails as its `faults` say."""
     lock = threading.Lock()
     target = urlsplit(backend).netloc
 
@@ -250,7 +250,7 @@ def _error(fault: Fault) -> bytes:
 
 @contextlib.contextmanager
 def _process(command: list[str], port: int) -> Iterator[None]:
-    """A server process for as long as the context lasts, from the moment its port answers."""
+    """Runs a server process while the context lasts, and waits until its port answers."""
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     try:

@@ -55,7 +55,7 @@ def prose(document: Path) -> str:
 
 
 def spans(document: Path) -> list[str]:
-    """What stands in backticks, outside of fenced blocks."""
+    """Lists what is in backticks, outside of fenced blocks."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(document))]
 
 
@@ -376,7 +376,7 @@ def fragments(message: str) -> list[str]:
 
 
 def is_printed(part: str, texts: list[str]) -> bool:
-    """Whether a part of a message stands in the code; its last word may be one that is put in there."""
+    """Returns whether a part of a message is in the code; its last word may be a value that the code puts in."""
     shorter = part.rsplit(" ", 1)[0]
     parts = [part, shorter] if len(shorter.split()) > 2 else [part]
     return any(one in text for one in parts for text in texts)

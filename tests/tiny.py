@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-level tokenizer, made on the spot: what most tests run on."""
+"""Writes the model that most tests run on: a tiny random Llama with a byte-level tokenizer."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def write_tiny_llama(
 
 
 def byte_tokenizer():
-    """256 bytes plus <s> and </s>."""
+    """Returns a tokenizer of 256 bytes, <s> and </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

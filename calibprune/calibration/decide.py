@@ -205,10 +205,8 @@ class SelectionFile:
     ) -> tuple[Int64[np.ndarray, " some"], Int64[np.ndarray, " some"]]:
         """Returns (a source's samples that cover tokens [low, high) of its row of tokens, the start of each)."""
         found, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        covering = (
-            NOWHERE,
-            NOWHERE,
-        )  # (start, sample) of the last one that starts at `low` or before
+        # (start, sample) of the last one that starts at `low` or before
+        covering = (NOWHERE, NOWHERE)
         for first, part in self._parts(samples, ["start"]):
             start = part["start"].to_numpy()
             here = np.flatnonzero((start > low) & (start < high))

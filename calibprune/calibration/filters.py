@@ -58,7 +58,7 @@ class Outcome:
     marks: UInt8[np.ndarray, " samples"]
     """KEPT, or the `mark` of the filter that dropped the sample."""
     same_as: dict[int, Int32[np.ndarray, " dropped"]] = field(default_factory=dict)
-    """By filter, the samples that the dropped ones are equal to, in the order of the dropped ones."""
+    """Samples that the dropped ones are equal to, in the order of the dropped ones, by filter."""
     cut: float | None = None
     """Perplexity from which on samples were dropped as the worst; the lowest of all sources."""
 

@@ -12,7 +12,9 @@ def _without_credentials(url: str) -> str:
     if password or re.search(
         r"://.*[?&][^=&]*(sig|token|key|secret|credential|password)", url, re.I
     ):
-        raise ValueError("no credentials in URLs: give them to the store's own library instead")
+        raise ValueError(
+            "URLs must not hold credentials: give them to the store's own library instead"
+        )
     return url
 
 

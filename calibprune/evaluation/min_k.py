@@ -34,21 +34,20 @@ def sweep_min_k(
     """
     if not documents:
         return []
-    batches = _of_one_length(documents, batch_tokens)
+    batches = _equal_length_batches(documents, batch_tokens)
     tokens = [torch.stack([documents[index] for index in batch]) for batch in batches]
 
-    def scored(logits: Tensor, targets: Tensor) -> list[float]:
+    def score_batch(logits: Tensor, targets: Tensor) -> list[float]:
         return [
-            min_k_score(token_scores(of_one, wanted), share)
-            for of_one, wanted in zip(logits, targets, strict=True)
+            min_k_score(token_scores(rows, wanted), share)
+            for rows, wanted in zip(logits, targets, strict=True)
         ]
 
-    results = yield from sweep_logits(skeleton, tokens, scored, gang)
-    mine = gang.dealt(batches)
+    results = yield from sweep_logits(skeleton, tokens, score_batch, gang)
+    mine = [index for batch in gang.dealt(batches) for index in batch]
     scores = torch.zeros(len(documents), dtype=torch.float64)
-    held = [index for batch in mine for index in batch]
-    scores[held] = torch.tensor([s for result in results for s in result], dtype=torch.float64)
-    return gang.collect(scores, held).tolist()
+    scores[mine] = torch.tensor([s for result in results for s in result], dtype=torch.float64)
+    return gang.collect(scores, mine).tolist()
 
 
 def token_scores(
@@ -71,13 +70,13 @@ def token_scores(
 
 
 def min_k_score(scores: Float[Tensor, " tokens"], share: float) -> float:
-    """Returns the mean of the lowest share of the tokens' scores, of at least one token."""
+    """Averages the lowest scores: those of this share of the tokens, rounded down, but of at least one token."""
     count = max(1, int(len(scores) * share))
     return scores.double().topk(count, largest=False).values.mean().item()
 
 
-def _of_one_length(documents: Sequence[Tensor], batch_tokens: int) -> list[list[int]]:
-    """Returns the indices of documents to forward together, batch by batch."""
+def _equal_length_batches(documents: Sequence[Tensor], batch_tokens: int) -> list[list[int]]:
+    """Groups documents of equal length into batches of up to `batch_tokens` tokens; returns their indices."""
     by_length: dict[int, list[int]] = {}
     for index, document in enumerate(documents):
         by_length.setdefault(len(document), []).append(index)

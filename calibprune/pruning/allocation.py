@@ -1,4 +1,4 @@
-"""How the sparsity is shared out over layers and linears; its mean over the parameters stays what was asked for."""
+"""Allocates the sparsity to layers and linears; its mean over the parameters stays the requested one."""
 
 import json
 import math
@@ -19,20 +19,20 @@ from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.masks import Target
 from calibprune.pruning.owl import outlier_ratios
 from calibprune.pruning.positions import Positions
-from calibprune.pruning.rounding import whole_numbers
+from calibprune.pruning.rounding import round_to_whole
 from calibprune.stage import Stage
 
 Shapes = Sequence[Mapping[str, tuple[int, int]]]
 """For every layer, (out, in) of the linears to prune, by their path inside it."""
 Scores = Sequence[Mapping[str, float]]
-"""For every layer, a number for each of the same linears."""
+"""For every layer, a number for each of the same linears, by their path."""
 Targets = list[dict[str, Target]]
-MEAN_MISS = 1e-4
-"""Of the mean sparsity, that whole numbers may miss what was asked for by without a word."""
+MAX_MEAN_DEVIATION = 1e-4
+"""Maximum deviation from the requested mean sparsity, caused by rounding, that is not reported."""
 
 
 def is_measured(settings: PruneSettings) -> bool:
-    """Whether the allocation takes a look at the model, as a unit of work of its own."""
+    """Returns whether the allocation is computed from measurements of the model, which are a unit of work."""
     return isinstance(settings.allocation, OWL | AlphaPruning)
 
 
@@ -46,18 +46,19 @@ def allocate(
     positions: Positions,
     done: set[str],
 ) -> Generator[Event, None, Targets]:
-    """What to remove from every linear, as the generator's value; the same on every worker. Collective.
+    """Computes the target of every linear: the generator's value, the same on every worker. Collective.
 
-    Measures what there is to measure, unless it is committed already, and has the first worker commit it. Yields
-    LayerEntered and UnitDone. Raises UserError where a layer's sparsity would leave 0 ... 1.
+    Measures the model where the allocation needs it, unless the measurement is committed already; the first worker
+    commits it. Yields LayerEntered and UnitDone. Raises UserError where a layer's sparsity would be outside 0 ... 1.
     """
     shapes = shapes_of(skeleton, chosen)
     if not is_measured(settings):
         return share_out(settings, shapes)
     if ALLOCATION in done:
-        read = json.loads(stage.read(stage.record(ALLOCATION)))  # of which the keys are sorted
+        read = json.loads(stage.read(stage.record(ALLOCATION)))  # its keys are sorted by name
         ordered = [
-            {path: of[path] for path in layer} for layer, of in zip(shapes, read, strict=True)
+            {path: by_path[path] for path in layer}
+            for layer, by_path in zip(shapes, read, strict=True)
         ]
         return share_out(settings, shapes, ordered)
     if isinstance(settings.allocation, AlphaPruning):
@@ -79,6 +80,7 @@ def allocate(
 
 
 def shapes_of(skeleton: Skeleton, chosen: Sequence[Sequence[str]]) -> Shapes:
+    """Returns the shapes of the chosen linears of every layer."""
     return [
         {path: (linears[path].out_features, linears[path].in_features) for path in paths}
         for paths, linears in zip(chosen, map(skeleton.linears, range(len(chosen))), strict=True)
@@ -86,24 +88,25 @@ def shapes_of(skeleton: Skeleton, chosen: Sequence[Sequence[str]]) -> Shapes:
 
 
 def check_allocation(settings: PruneSettings, shapes: Shapes) -> None:
-    """Raises UserError for what is wrong with a list of sparsities, and for a pattern that cannot be shared out."""
+    """Raises UserError for a list of sparsities that does not fit and a pattern that cannot vary between layers."""
     allocation, n_of_m = settings.allocation, settings.n_of_m
     if is_measured(settings) and n_of_m and n_of_m[0] == 1:
         raise UserError(
-            f'prune.pattern "{settings.pattern}" cannot be shared out by {allocation.type}: a layer that is pruned '
-            f"more would keep less than 1 of {n_of_m[1]}"
+            f'prune.pattern "{settings.pattern}" cannot vary between layers as {allocation.type} needs it: a layer '
+            f"that is pruned more would keep less than 1 of {n_of_m[1]}; choose another pattern, or allocation uniform"
         )
     if not isinstance(allocation, ListAllocation):
         return
     if len(allocation.sparsities) != len(shapes):
         raise UserError(
-            f"prune.allocation.sparsities has {len(allocation.sparsities)} entries, the model {len(shapes)} layers"
+            f"prune.allocation.sparsities has {len(allocation.sparsities)} entries, the model {len(shapes)} layers: "
+            f"give one for each layer"
         )
     share_out(settings, shapes)
     if settings.sparsity is None and n_of_m is None:
         return
     mean = _mean(_of_layers(allocation.sparsities, shapes), shapes)
-    if abs(mean - settings.target_sparsity) > MEAN_MISS:
+    if abs(mean - settings.target_sparsity) > MAX_MEAN_DEVIATION:
         raise UserError(
             f"prune.allocation.sparsities remove {mean:.4%} of all weights, prune.sparsity or prune.pattern says "
             f"{settings.target_sparsity:.4%}: leave prune.sparsity out, or make them agree"
@@ -111,9 +114,10 @@ def check_allocation(settings: PruneSettings, shapes: Shapes) -> None:
 
 
 def share_out(settings: PruneSettings, shapes: Shapes, scores: Scores | None = None) -> Targets:
-    """What to remove from every linear. `scores` are what OWL or AlphaPruning measured.
+    """Computes the target of every linear. `scores` are the measurements of OWL or AlphaPruning.
 
-    Raises UserError, saying which layer and what would fit, where a sparsity would leave 0 ... 1.
+    Raises UserError, naming the layer and the largest setting that would fit, where a sparsity would be outside
+    0 ... 1.
     """
     allocation, sparsity = settings.allocation, settings.target_sparsity
     highest = 1 - 1 / settings.n_of_m[1] if settings.n_of_m else 1.0
@@ -129,17 +133,18 @@ def share_out(settings: PruneSettings, shapes: Shapes, scores: Scores | None = N
         case _:
             wanted = [dict.fromkeys(layer, sparsity) for layer in shapes]
     if settings.n_of_m:
-        return whole_groups(wanted, shapes, settings.n_of_m[1])
-    return whole_weights(wanted, shapes)
+        return round_to_groups(wanted, shapes, settings.n_of_m[1])
+    return round_to_weights(wanted, shapes)
 
 
 def owl(
     ratios: Scores, shapes: Shapes, sparsity: float, lam: float, highest: float = 1.0
 ) -> list[dict[str, float]]:
-    """Sparsities that fall by up to 2 * lam from the least to the greatest outlier ratio (arXiv 2310.05175, section 3).
+    """Computes sparsities that fall by 2 * lam from the lowest to the highest outlier ratio.
 
-    Centred on `sparsity` by the mean over parameters, where the published code has the mean over layers: the same for
-    layers of one size. Raises UserError where a sparsity would leave 0 ... `highest`.
+    Yin et al. 2024 (arXiv 2310.05175), section 3. Their mean over parameters is `sparsity`; the published code takes
+    the mean over layers, which is the same for layers of equal size. Raises UserError where a sparsity would be outside
+    0 ... `highest`.
     """
     scaled = _scaled(ratios)
     mean = _mean(scaled, shapes)
@@ -158,7 +163,7 @@ def owl(
 def alpha_pruning(
     exponents: Scores, shapes: Shapes, sparsity: float, epsilon: float, highest: float = 1.0
 ) -> list[dict[str, float]]:
-    """Sparsities that rise with the exponent from 1 - epsilon to 1 + epsilon, times what makes the mean `sparsity`.
+    """Computes sparsities that rise with the exponent from 1 - epsilon to 1 + epsilon, scaled to the mean `sparsity`.
 
     Lu et al. 2024 (NeurIPS, "AlphaPruning"), section 3.3. Raises UserError where a sparsity would be above `highest`.
     """
@@ -178,30 +183,30 @@ def alpha_pruning(
     return wanted
 
 
-def whole_weights(wanted: Scores, shapes: Shapes) -> Targets:
-    """Sparsities rounded so that every row of a linear loses the same whole number of weights.
+def round_to_weights(wanted: Scores, shapes: Shapes) -> Targets:
+    """Rounds sparsities so that every row of a linear loses the same whole number of weights.
 
-    What one linear's rounding leaves over, the next one's makes up for: the mean over all parameters stays.
+    The rounding error of each linear is carried over to the next one, so that the mean over all parameters stays.
     """
     targets: Targets = []
-    owed = 0.0
+    carried = 0.0
     for layer, sizes in zip(wanted, shapes, strict=True):
         targets.append({})
         for path, sparsity in layer.items():
             rows, width = sizes[path]
             exact = width * sparsity
-            count = _rounded(exact + owed / rows, exact)
-            owed += rows * (exact - count)
+            count = _rounded(exact + carried / rows, exact)
+            carried += rows * (exact - count)
             targets[-1][path] = Target(count / width, None, path)
     return targets
 
 
-def whole_groups(wanted: Scores, shapes: Shapes, group: int) -> Targets:
-    """An N of N:M beside each sparsity, M being fixed; one N for what a layer prunes equally.
+def round_to_groups(wanted: Scores, shapes: Shapes, group: int) -> Targets:
+    """Rounds sparsities to N:M patterns with the fixed M; linears of a layer with equal sparsities get the same N.
 
-    Rounded so that the mean over all parameters stays within MEAN_MISS wherever whole Ns allow it, by the largest
-    remainders: of two layers of one size the one that would be pruned more never keeps more. Raises UserError where
-    less than 1 of M would be kept.
+    Rounds by largest remainders, so that the mean over all parameters stays within MAX_MEAN_DEVIATION wherever whole Ns
+    allow it; of two layers of equal size the one with the higher sparsity never keeps more. Raises UserError where less
+    than 1 of M would be kept.
     """
     pruned_equally = [
         (index, sparsity)
@@ -219,7 +224,7 @@ def whole_groups(wanted: Scores, shapes: Shapes, group: int) -> Targets:
         for index, sparsity in pruned_equally
     ]
     exact = [group * (1 - sparsity) for _, sparsity in pruned_equally]
-    whole = whole_numbers(exact, sizes, MEAN_MISS * group * sum(sizes))
+    whole = round_to_whole(exact, sizes, MAX_MEAN_DEVIATION * group * sum(sizes))
     kept = dict(zip(pruned_equally, whole, strict=True))
     return [
         {
@@ -231,7 +236,7 @@ def whole_groups(wanted: Scores, shapes: Shapes, group: int) -> Targets:
 
 
 def summary(targets: Targets, shapes: Shapes) -> dict[str, Any]:
-    """The allocation in a few numbers: every layer's sparsity and the mean over all parameters."""
+    """Summarises an allocation: every layer's sparsity, and the mean over all parameters."""
     sparsities = [{path: target.sparsity for path, target in layer.items()} for layer in targets]
     return {
         "sparsity": _mean(sparsities, shapes),
@@ -242,15 +247,15 @@ def summary(targets: Targets, shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def foreseen(settings: PruneSettings, shapes: Shapes) -> dict[str, Any]:
-    """The summary as far as it is known before anything is measured: without layers if something will be."""
+def predicted_summary(settings: PruneSettings, shapes: Shapes) -> dict[str, Any]:
+    """Summarises the allocation before anything is measured; without layers if it depends on measurements."""
     if is_measured(settings):
         return {"sparsity": settings.target_sparsity, "layers": []}
     return summary(share_out(settings, shapes), shapes)
 
 
-def in_words(summary: Mapping[str, Any]) -> str:
-    """Such as `60.00% of the weights, from 45.2% in layer 3 to 71.0% in layer 20`."""
+def describe_summary(summary: Mapping[str, Any]) -> str:
+    """Describes a summary, as in `60.00% of the weights, from 45.2% in layer 3 to 71.0% in layer 20`."""
     layers = {index: value for index, value in enumerate(summary["layers"]) if value is not None}
     if not layers:
         return f"{summary['sparsity']:.2%} of the weights"
@@ -261,20 +266,20 @@ def in_words(summary: Mapping[str, Any]) -> str:
     return f"{summary['sparsity']:.2%} of the weights{spread}"
 
 
-def missed(settings: PruneSettings, summary: Mapping[str, Any]) -> str | None:
-    """One line where the mean is not what was asked for, because no whole numbers that were found come nearer."""
+def deviation_message(settings: PruneSettings, summary: Mapping[str, Any]) -> str | None:
+    """Returns one line where rounding made the mean miss the requested sparsity, else None."""
     if (
         settings.sparsity is None
         and settings.n_of_m is None
         and isinstance(settings.allocation, ListAllocation)
     ):
-        return None  # the list is what was asked for
-    if abs(summary["sparsity"] - settings.target_sparsity) <= MEAN_MISS:
+        return None  # the list itself is the request
+    if abs(summary["sparsity"] - settings.target_sparsity) <= MAX_MEAN_DEVIATION:
         return None
     counts = "whole Ns" if settings.n_of_m else "whole weights of every row"
     return (
-        f"the mean is {summary['sparsity']:.3%} of the weights, not the {settings.target_sparsity:.3%} asked for: "
-        f"with layers of these sizes {counts} come no nearer"
+        f"{summary['sparsity']:.3%} of the weights are removed, not the requested {settings.target_sparsity:.3%}: with "
+        f"layers of these sizes {counts} come no nearer"
     )
 
 
@@ -283,22 +288,23 @@ def _of_layers(values: Sequence[float], shapes: Shapes) -> list[dict[str, float]
 
 
 def _scaled(scores: Scores) -> list[dict[str, float]]:
-    """Moved and stretched to 0 ... 1; all zero where all are equal."""
+    """Scales the scores linearly to 0 ... 1; all become zero where all are equal."""
     values = [value for layer in scores for value in layer.values()]
     low, span = min(values), max(values) - min(values)
     return [{p: (x - low) / span if span else 0.0 for p, x in layer.items()} for layer in scores]
 
 
 def _mean(values: Scores, shapes: Shapes) -> float:
-    """Over parameters."""
+    """Returns the mean of the linears' values, weighted by their parameters."""
     sizes = [
-        [math.prod(layer[path]) for path in of] for of, layer in zip(values, shapes, strict=True)
+        [math.prod(layer[path]) for path in by_path]
+        for by_path, layer in zip(values, shapes, strict=True)
     ]
     total = sum(map(sum, sizes))
     weighted = (
         size * value
-        for of, layer in zip(values, sizes, strict=True)
-        for size, value in zip(layer, of.values(), strict=True)
+        for by_path, layer in zip(values, sizes, strict=True)
+        for size, value in zip(layer, by_path.values(), strict=True)
     )
     return math.fsum(weighted) / total
 
@@ -313,13 +319,13 @@ def _check_range(wanted: Scores, highest: float, advice: str) -> None:
 
 
 def _rounded(value: float, exact: float) -> int:
-    """`value` to a whole number, but no further than to one of the two beside `exact`."""
+    """Rounds `value` to a whole number, limited to the two neighbours of `exact`."""
     low, high = math.floor(exact + 1e-6), math.ceil(exact - 1e-6)
     return min(max(round(value), low), high)
 
 
 def _floored(value: float) -> float:
-    """Down to three digits: what it is told to be must fit."""
+    """Rounds down to three digits, so that the setting that a message proposes does fit."""
     if not math.isfinite(value) or value <= 0:
         return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)

@@ -1,4 +1,4 @@
-"""DSnoT: pruned weights are exchanged for kept ones of the same row until the row's expected output error is near zero.
+"""DSnoT exchanges pruned weights for kept ones of the same row until the row's expected output error is near zero.
 
 Zhang et al. 2024 (arXiv 2310.08915), algorithm 1. No weight is updated.
 """
@@ -24,7 +24,7 @@ def prune(
     settings: DSnoT,
     shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
-    """Starts from Wanda's mask, or from magnitude's of every row, and exchanges weights within rows or N:M groups.
+    """Starts from Wanda's mask, or from that of row-wise magnitudes, and exchanges weights within rows or N:M groups.
 
     Needs `sum_squares`, `sums` and the `variance` that comes with them. Raises ValueError if the width does not fit
     the pattern.
@@ -34,7 +34,7 @@ def prune(
         raise ValueError("DSnoT needs the inputs' sums and sums of squares")
     shares = shares or RowShares.of(weights)
     spread = variance.clamp(min=torch.finfo(torch.float32).tiny) ** settings.variance_power
-    # the published code adds up a sequence's tokens: its threshold is in those units
+    # the published code sums over a sequence's tokens, and its threshold is in those units
     expected = sums / (statistics.sequences if settings.faithful else statistics.tokens)
 
     def mask(weight: Float[Tensor, "out in"], target: Target) -> Bool[Tensor, "out in"]:
@@ -42,7 +42,9 @@ def prune(
         importance = wanda.score(weight, squares)
         initial = importance if settings.initial == "wanda" else weight.abs()
         keep = keep_in_rows(initial, target)
-        if settings.faithful and target.path.startswith("mlp."):  # left out by the published code
+        if settings.faithful and target.path.startswith(
+            "mlp."
+        ):  # the published code leaves these at the initial mask
             return keep
         group = target.n_of_m[1] if target.n_of_m else None
         scores = initial if group else importance
@@ -63,13 +65,13 @@ def exchange(
     settings: DSnoT,
     group: int | None,
 ) -> Bool[Tensor, "out in"]:
-    """The mask after exchanges of weights in its rows, every weight at most once.
+    """Exchanges weights within the rows of a mask, each weight at most once; changes `keep` and returns it.
 
-    `contribution` W_ij * E[x_j] is what a weight adds to the expected output: their sum over the pruned ones is the
-    error. The pruned weight of the error's sign with the largest contribution over `spread`, a power of the input's
-    variance, comes back. For it goes the kept weight with the lowest score among those of the other sign or, in a
-    pattern, in the same group. A row ends when an exchange would not lower its error or, as published, when it is
-    below the threshold.
+    `contribution` W_ij * E[x_j] is what a weight adds to the expected output; the sum over a row's pruned weights is
+    the row's error. Each exchange restores the pruned weight whose contribution has the error's sign and is largest
+    relative to `spread`, a power of the input's variance. In return it removes the kept weight with the lowest score
+    whose contribution has the other sign or, in a pattern, that is in the same group. A row is finished when an
+    exchange would not lower its error or, with `faithful`, when its error is below the threshold.
     """
     rows, gain = torch.arange(len(keep), device=keep.device), contribution / spread
     fresh = torch.ones_like(keep)

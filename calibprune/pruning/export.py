@@ -1,6 +1,6 @@
-"""What makes a folder of pruned layers a Hugging Face checkpoint: the rest of the tensors, the index, the side files.
+"""Completes a folder of pruned layers to a Hugging Face checkpoint: the other tensors, the index, the side files.
 
-`config.json` is copied as it is: vLLM refuses a `sparsity_config`, so the facts of the pruning go to `pruning.json`.
+`config.json` is copied as it is: vLLM refuses a `sparsity_config`, so the facts of the pruning are in `pruning.json`.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from calibprune.stage import Record, Stage
 
 REST = "rest"
 ALLOCATION = "allocation"
-"""The unit that what was measured for the allocation is committed as."""
+"""Name of the unit with the measurements that the allocation is computed from."""
 FOLDER = "checkpoint"
 
 
 def copy_rest(tensors: Mapping[str, Tensor], stage: Stage) -> Record:
-    """Commits the tensors outside the decoder layers, as they are, as one shard."""
+    """Commits the tensors outside the decoder layers, unchanged, as one shard."""
     published = stage.put(REST, to_bytes(tensors), "safetensors", FOLDER, "model")
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     facts = {
@@ -61,6 +61,6 @@ def finish_checkpoint(stage: Stage, source_url: str, settings: PruneSettings) ->
 
 
 def overall_sparsity(layers: list[dict]) -> float:
-    """Zeros over parameters of all pruned linears, from their recorded facts."""
+    """Returns the share of zeros in all pruned linears, from their recorded facts."""
     linears = [facts for layer in layers for facts in layer.values()]
     return sum(f["zeros"] for f in linears) / max(1, sum(f["parameters"] for f in linears))

@@ -1,4 +1,4 @@
-"""One layer while it is pruned: its groups solved one after another, measured, and committed by its owner."""
+"""Prunes one decoder layer: its groups are solved one after another and measured, then its owner commits it."""
 
 import math
 import time
@@ -37,7 +37,7 @@ from calibprune.stage import Record, Stage
 from calibprune.sweep import GroupStop
 
 ERROR_TOKENS = 256
-"""Tokens, spread over all micro-batches, that a linear's relative output error is measured on."""
+"""Number of tokens, spread over all micro-batches, on which a linear's relative output error is measured."""
 
 
 def layer_unit(index: int) -> str:
@@ -45,7 +45,7 @@ def layer_unit(index: int) -> str:
 
 
 class Clock:
-    """Seconds by kind of work, lap by lap."""
+    """Adds up seconds by kind of work, lap by lap."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -55,7 +55,7 @@ class Clock:
         self._since = time.perf_counter()
 
     def lap(self, kind: str) -> None:
-        if torch.cuda.is_initialized():  # which asking whether there is one would do
+        if torch.cuda.is_initialized():  # torch.cuda.is_available() would initialise it
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[kind] += now - self._since
@@ -64,16 +64,16 @@ class Clock:
 
 @dataclass
 class LayerInWork:
-    """One layer between being put in place and being committed."""
+    """One layer, from the moment its weights are in place until it is committed."""
 
     skeleton: Skeleton
     settings: PruneSettings
     gang: Gang
     index: int
     targets: Mapping[str, Target]
-    """What to remove of the linears to prune, by their path inside the layer; the others stay dense."""
+    """Targets of the linears to prune, by their path inside the layer; the others stay dense."""
     positions: Positions
-    """That statistics are taken from, and errors are measured at."""
+    """Positions that statistics are taken from and errors are measured at."""
     loaded: Loaded
     """Everything stored under the layer; pruned weights replace theirs here."""
     clock: Clock
@@ -84,7 +84,7 @@ class LayerInWork:
         return self.facts.keys() == set(self.targets)
 
     def prune(self, stop: GroupStop) -> None:
-        """Prunes the linears of one group and, unless the forwards are to stay dense, puts them in place.
+        """Prunes the linears of one group; unless `prune.inputs` is dense, the forwards go on through the result.
 
         Collective. Raises ValueError, naming layer and group, where the group cannot be solved.
         """
@@ -115,7 +115,9 @@ class LayerInWork:
         self.clock.lap("solve")
         self._measure(paths, shares, mine, made, inputs)
         self.clock.lap("measure")
-        if self.settings.inputs == "dense":  # the forwards go on through the weights as they were
+        if (
+            self.settings.inputs == "dense"
+        ):  # the forwards need the old weights, so the result gets memory of its own
             weights = [torch.empty_like(weight) for weight in weights]
             self.loaded.tensors.update(zip(names, weights, strict=True))
         for target, part in zip(shares.mine(weights), made[-1], strict=True):
@@ -133,9 +135,9 @@ class LayerInWork:
         made: list[list[Tensor]],
         inputs: Sequence[Tensor],
     ) -> None:
-        """Every linear's zeros and relative output error, each worker measuring its own rows.
+        """Records every linear's zeros and relative output error; each worker measures its own rows.
 
-        `made` is what the method made of `before` and, where it was refined, what came of that.
+        `made` holds the method's result for `before` and, if there is a refinement, the refined result.
         """
         tokens = self._sample(inputs).to(torch.float32)
         measured = [
@@ -165,7 +167,7 @@ class LayerInWork:
         return {"asked": target.sparsity, **pattern}
 
     def _sample(self, inputs: Sequence[Tensor]) -> Tensor:
-        """A few tokens of every micro-batch of all workers, [tokens, in], the same on every worker."""
+        """Returns a few tokens of every micro-batch of all workers, [tokens, in], the same on every worker."""
         available = self.positions.tokens
         each = math.ceil(ERROR_TOKENS / sum(map(bool, available)))
         sizes = [min(each, count) for count in available]
@@ -187,8 +189,11 @@ class LayerInWork:
                 linears[path].weight = nn.Parameter(placed, requires_grad=False)
 
     def commit(self, stage: Stage, staging: Staging | None = None) -> Record:
-        """Publishes the layer's shard and its done record: the owner's part. What is on a GPU passes through the buffer
-        of `staging`, on a stream of its own, so that nothing that is computed meanwhile waits for it."""
+        """Writes the layer's shard and its done record, which only the layer's owner does.
+
+        What is on a GPU passes through the buffer of `staging`, on a stream of its own, so that nothing computed
+        meanwhile waits for it.
+        """
         started = time.perf_counter()
         tensors = to_host(self.loaded.tensors, staging or Staging())
         data = to_bytes(tensors)
@@ -208,7 +213,7 @@ class LayerInWork:
         return stage.commit(layer_unit(self.index), published, facts)
 
     def _matrices(self) -> set[str]:
-        """Everything in the layer that might be pruned: its linears and its fused experts."""
+        """Returns the paths of all matrices that might be pruned: the layer's linears and its fused experts."""
         return {*self.skeleton.linears(self.index), *self.skeleton.fused(self.index)}
 
     def _stored_name(self, path: str) -> str:
@@ -217,12 +222,12 @@ class LayerInWork:
 
 
 def _summed(of_workers: Float64[Tensor, "workers made"]) -> list[float]:
-    """Over the workers, in whatever order."""
+    """Sums over the workers; the result does not depend on their order."""
     return [math.fsum(column) for column in of_workers.T.tolist()]
 
 
 def _relative(error: float, size: float) -> float:
-    """Of a linear's output, from sums of squares; five digits, as the rest is rounding."""
+    """Computes a linear's relative output error from sums of squares, to five digits, since the others are noise."""
     relative = math.sqrt(error / size) if size else 0.0 if error == 0 else math.inf
     return float(f"{relative:.5g}")
 
@@ -241,7 +246,10 @@ def _peak_memory(device: torch.device) -> dict[str, int]:
 def gathered_statistics(
     inputs: Sequence[Tensor], need: Need, gang: Gang, micro_batches: int, clock: Clock
 ) -> Statistics:
-    """The statistics of all workers' micro-batches, `micro_batches` in all, the same on every worker. Collective."""
+    """Sums the statistics of all workers' micro-batches, `micro_batches` in total. Collective.
+
+    The result is the same on every worker.
+    """
     squares = column_squares(inputs, need)
     bound = gang.largest(magnitude_bound(squares, gang.dealt(range(micro_batches))))
     most = max(math.prod(shape[:-1]) for shape in shapes_of(inputs))

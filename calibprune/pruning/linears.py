@@ -1,4 +1,4 @@
-"""Which linears are pruned and which are left dense, by regular expressions over their names."""
+"""Chooses the linears to prune, by regular expressions over their names; the others stay dense."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -57,7 +57,7 @@ def chosen_linears(skeleton: Skeleton, settings: PruneSettings) -> list[tuple[st
 def numbers_of_all(
     chosen: Sequence[Sequence[str]], mine: Mapping[tuple[int, str], float], gang: Gang
 ) -> list[dict[str, float]]:
-    """Shares numbers of the layers' chosen linears, each known to one worker, with all workers. Collective."""
+    """Gives all workers the numbers of the chosen linears, each of which one worker knows. Collective."""
     places = [(index, path) for index, paths in enumerate(chosen) for path in paths]
     values = torch.zeros(len(places), dtype=torch.float64)
     known = [place for place, key in enumerate(places) if key in mine]

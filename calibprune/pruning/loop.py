@@ -1,9 +1,8 @@
-"""Pruning a model layer by layer in one paused sweep: layers stream in, are solved and stream out.
+"""Prunes a model layer by layer in one paused sweep: each layer is read, solved and written as the sweep passes it.
 
-The flow of the whole product's heart is `prune_layers`, which every worker of a gang runs at the same time. A worker
-holds the layer at work, the one that is read ahead and the one that is being written, its paused micro-batches and one
-group's statistics: nothing grows with the number of layers. The result does not depend on the number of workers, bit
-for bit.
+Every worker of a gang runs `prune_layers`, the core of the product, at the same time. A worker holds the layer at
+work, the one that is read ahead, the one that is being written, its paused micro-batches and one group's statistics:
+nothing grows with the number of layers. The result does not depend on the number of workers, bit for bit.
 """
 
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from calibprune.sweep import LayerStop
 
 
 def units_of(skeleton: Skeleton, settings: PruneSettings) -> list[str]:
-    """What `prune_layers` commits with these settings."""
+    """Lists the units that `prune_layers` commits with these settings."""
     measured = [ALLOCATION] if is_measured(settings) else []
     return [REST, *measured, *map(layer_unit, range(len(skeleton.layers)))]
 
@@ -48,14 +47,13 @@ def prune_layers(
 ) -> Iterator[Event]:
     """Prunes every layer that has no done record yet and commits it; every worker of the gang runs this.
 
-    `pool` is [sequences, tokens] of token ids, of which every worker sweeps its micro-batches; statistics are taken
-    from the `positions` that are True, from all without it. Emits and yields UnitDone for every unit that this worker
-    committed, and LayerEntered; yields Tick after every group of linears. Layers that are
-    done are swept through with the weights they were committed with, so that a resumed run sees the same inputs, bit
-    for bit.
+    `pool` has token ids, [sequences, tokens], and each worker sweeps its share of the micro-batches. Statistics are
+    taken from the `positions` that are True, or from all without it. Emits and yields LayerEntered, and UnitDone for
+    every unit that this worker committed; yields Tick after every group of linears. Layers that are done are swept
+    through with their committed weights, so that a resumed run sees the same inputs, bit for bit.
     Raises ValueError, naming layer and group, when a group cannot be solved (a Gram matrix that is not positive
-    definite after damping, inputs or weights that are not finite), UserError when no position counts, and PeerLost when
-    another worker is gone.
+    definite after damping, inputs or weights that are not finite), UserError when no position is True, and PeerLost
+    when another worker is gone.
     """
     count = len(skeleton.layers)
     done = _agreed(gang, stage, [REST, ALLOCATION, *map(layer_unit, range(count))])
@@ -150,8 +148,8 @@ class Writer:
         self._pool.shutdown(wait=exception[0] is None)
 
     def submit(self, layer: LayerInWork | None, last: bool = False) -> Iterator[UnitDone]:
-        """Begins to commit a layer, if it is this worker's, once the one before is written; yields what is written,
-        which after the last layer is waited for."""
+        """Begins to commit a layer if this worker owns it, once the one before is written; yields the units written,
+        and after the last layer waits for them."""
         owned = layer if layer is not None and layer.gang.owns(layer.index) else None
         yield from self.written(wait=owned is not None)
         if owned is not None:
@@ -160,14 +158,14 @@ class Writer:
             yield from self.written(wait=True)
 
     def written(self, wait: bool = False) -> Iterator[UnitDone]:
-        """The layer under way, if it is written."""
+        """Yields the unit under way if it is written; with `wait`, waits for that."""
         if self._under_way is not None and (wait or self._under_way.done()):
             record, self._under_way = self._under_way.result(), None
             yield emit(UnitDone(record))
 
 
 def _agreed(gang: Gang, stage: Stage, units: list[str]) -> set[str]:
-    """The units that are done, as the first worker sees them: the others follow it."""
+    """Returns the units that are done, as the first worker sees them, so that all workers agree."""
     done = stage.done_units() if gang.rank == 0 else set()
     flags = gang.add(torch.tensor([unit in done for unit in units], device=gang.device).long())
     return {unit for unit, flag in zip(units, flags.tolist(), strict=True) if flag}

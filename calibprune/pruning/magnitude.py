@@ -1,4 +1,4 @@
-"""Magnitude pruning: the weights closest to zero go. No calibration data."""
+"""Magnitude pruning removes the weights closest to zero. It needs no calibration data."""
 
 import torch
 from jaxtyping import Float

@@ -1,4 +1,4 @@
-"""Predicts how much memory a worker will need at most, part by part, before anything is loaded."""
+"""Predicts the peak memory of a worker, part by part, before anything is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,40 +11,41 @@ from calibprune.model import Skeleton
 from calibprune.pruning.methods import METHODS, need_of
 
 GPU_SHARE = 0.9
-"""Of a GPU's memory; the rest is left to its libraries and to fragments."""
+"""Share of a GPU's memory that is used; the rest is left to its libraries and to fragmentation."""
 
-SORTED_BYTES = 28
-"""Of every score that a GPU sorts: its value, its place, and both once more."""
+SORT_BYTES = 28
+"""Bytes for every score that a GPU sorts: value and index, twice."""
 
-LIBRARIES_AT_WORK = 100 << 20
-"""What libraries take on a CPU once they compute: compiled kernels, packing buffers, one heap per thread. Measured."""
+LIBRARY_BYTES = 100 << 20
+"""Bytes that libraries take on a CPU once they compute (kernels, packing buffers, a heap per thread), as measured."""
 
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """Peak bytes of one worker by what holds them. Parts peak at different times; `bytes` knows which together."""
+    """Peak bytes of one worker by their use. Not all parts peak at the same time, which `bytes` takes into account."""
 
     process: int
-    """The interpreter and its libraries; nothing on a GPU."""
+    """The interpreter and its libraries; 0 on a GPU."""
     layers: int
     """The layer at work, the one read ahead, the one being written and its serialised copies."""
     outside: int
-    """Embeddings and head, while they are copied at the start."""
+    """Embeddings, norm and head, while they are copied at the start."""
     paused: int
-    """What the paused forwards hold at the stop where they hold most."""
+    """Tensors that the paused forwards hold, at the stop where they hold most."""
     forward: int
-    """What one micro-batch takes more while it runs."""
+    """Additional memory of a micro-batch while it runs."""
     solving: int
     """Statistics, factorisation and copies of the widest group's weights."""
 
     @property
     def bytes(self) -> int:
+        """Peak bytes of the worker."""
         at_work = self.layers + self.paused + max(self.forward, self.solving)
         return self.process + max(at_work, self.outside)
 
     @property
     def largest(self) -> str:
-        """The name of the part that holds most at the peak, the process left out."""
+        """Name of the part that holds most at the peak, the process left out."""
         at_work = {"layers": self.layers, "paused": self.paused}
         running = "forward" if self.forward > self.solving else "solving"
         at_work[running] = getattr(self, running)
@@ -64,9 +65,9 @@ def worker_memory(
     workers: int,
     process_bytes: int = 0,
 ) -> WorkerMemory:
-    """The prediction for the first worker of `workers`, which also copies what lies outside the layers.
+    """Predicts the memory of the first of `workers` workers, which also copies the tensors outside the layers.
 
-    `sequences` of `tokens` tokens make the pool. On a GPU (`skeleton.device`) only what lies there is counted.
+    The pool has `sequences` sequences of `tokens` tokens. On a GPU (`skeleton.device`) only GPU memory is counted.
     """
     on_gpu = skeleton.device.type == "cuda"
     stored = skeleton.checkpoint.locations
@@ -89,9 +90,9 @@ def worker_memory(
     weights = (method.weight_bytes + (8 if settings.refine else 0)) * most // workers
     per_row = settings.n_of_m is not None or getattr(settings.method, "per_row", False)
     if method.compares_matrices and not per_row:
-        weights += (SORTED_BYTES if on_gpu else 8) * most
+        weights += (SORT_BYTES if on_gpu else 8) * most
     return WorkerMemory(
-        process=0 if on_gpu else process_bytes + LIBRARIES_AT_WORK,
+        process=0 if on_gpu else process_bytes + LIBRARY_BYTES,
         layers=layer * (2 if on_gpu else 5),
         outside=max(rest, default=0) if on_gpu else 3 * sum(rest),
         paused=mine * tokens * held_per_token * itemsize,
@@ -149,13 +150,16 @@ def offload_needed(device: torch.device, needed: WorkerMemory, wanted: bool | No
 
 
 def _held_per_token(hidden: int, widths: list[int]) -> int:
-    """Numbers that a paused forward holds per token at its widest stop: what is about to enter the linears and, as
-    wide as the hidden states, what entered their block before, the residual, the layer's input and the model's."""
+    """Returns how many numbers a paused forward holds per token at its widest stop.
+
+    They are the inputs of the linears that come next and, as wide as the hidden states, the input of their block, the
+    residual, the layer's input and the model's.
+    """
     return 4 * hidden + max(widths)
 
 
 def _weights_of_groups(skeleton: Skeleton) -> list[int]:
-    """Weights of the linears of the first layer that may share an input: those of one block and one width."""
+    """Counts the weights of the first layer's linears that may share an input: those of one block and one width."""
     groups: dict[tuple[str, int], int] = {}
     for name, linear in skeleton.linears(0).items():
         key = (name.rpartition(".")[0], linear.in_features)

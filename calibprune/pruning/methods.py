@@ -1,4 +1,4 @@
-"""The table of pruning methods: config type -> function and the sums that it needs."""
+"""The table of pruning methods, by their settings class, and the functions that call one on a group of linears."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,19 +17,20 @@ from calibprune.pruning.statistics import Need, Statistics
 
 @dataclass(frozen=True)
 class Method:
-    """`prune(weights, statistics, targets, settings, shares)` and the sums that it reads of the statistics."""
+    """A pruning method: its function `prune(weights, statistics, targets, settings, shares)`, and what that needs."""
 
     prune: Callable[..., list[Tensor]]
     need: Need
+    """Sums that the function reads of the statistics."""
     updates: bool = False
-    """Whether the weights that stay are changed."""
+    """Whether the method changes the weights that it keeps."""
     weight_bytes: int = 9
-    """Bytes for every weight of a worker's share while it is solved: in float32 scores or updated weights, a copy, and
-    the mask."""
+    """Bytes for every weight of a worker's share while it is solved: scores or updated weights and a copy, both in
+    float32, and the mask."""
     gram_bytes: int = 20
-    """Bytes for every entry of the Gram matrix, if it is needed: int64 sums, then float32 sums and factors."""
+    """Bytes for every entry of the Gram matrix where it is needed: int64 sums, then float32 sums and factors."""
     compares_matrices: bool = False
-    """Whether every worker has all scores of the linears at once, unless it is per row or in a pattern."""
+    """Whether every worker holds the scores of whole linears, unless they are compared per row or in a pattern."""
 
 
 METHODS: dict[type[BaseModel], Method] = {
@@ -64,9 +65,9 @@ def prune_group(
 ) -> list[Float[Tensor, "_ in"]]:
     """Prunes this worker's rows of linears that share one input; returns new weights, each in its own dtype.
 
-    `weights` are the linears' rows that `shares` gives to this worker, all of them where it is None; `targets` what
-    to remove, one per linear. The arguments stay as they are, arithmetic is float32. Collective. Raises ValueError on
-    weights that are not finite, before or after, and what the method raises.
+    `weights` are the rows that `shares` gives to this worker, all rows where it is None; `targets` has one target per
+    linear. Does not change its arguments; computes in float32. Collective. Raises ValueError for weights that are not
+    finite, before or after pruning, and what the method raises.
     """
     _check_finite(weights, targets, "weights")
     method, shares = METHODS[type(settings)], shares or RowShares.of(weights)
@@ -84,7 +85,7 @@ def refine_group(
     refine: config.Swaps,
     shares: RowShares | None = None,
 ) -> list[Float[Tensor, "_ in"]]:
-    """Improves `pruned`, which the method with these `settings` made of `weights`; otherwise as `prune_group`."""
+    """Improves `pruned`, the result of the method with these `settings` for `weights`; otherwise like `prune_group`."""
     damping = getattr(settings, "damping", 0.0) if METHODS[type(settings)].updates else None
     shares = shares or RowShares.of(weights)
     refined = swaps.refine(weights, pruned, statistics, targets, refine, shares, damping)

@@ -33,8 +33,8 @@ def outlier_ratios(
 ) -> Generator[LayerEntered, None, list[dict[str, float]]]:
     """Returns the percentage of outliers for every layer and its linears to prune. Collective.
 
-    With `per: layer` all linears of a layer have the layer's. Every layer is measured by its owner. Raises ValueError,
-    naming layer and group, for inputs that are not finite.
+    With `per: layer` all linears of a layer get the layer's percentage. A layer is measured by its owner. Raises
+    ValueError, naming layer and group, for inputs that are not finite.
     """
     allocation = settings.allocation
     assert isinstance(allocation, OWL)
@@ -46,7 +46,7 @@ def outlier_ratios(
     def leave(index: int) -> None:
         if gang.owns(index) and squares:
             weights = {path: skeleton.linears(index)[path].weight for path in chosen[index]}
-            ratios = of_layer(weights, squares, allocation)
+            ratios = layer_outliers(weights, squares, allocation)
             mine.update({(index, path): ratio for path, ratio in ratios.items()})
         squares.clear()
         skeleton.evict(skeleton.layers[index])
@@ -79,12 +79,12 @@ def outlier_ratios(
     return numbers_of_all(chosen, mine, gang)
 
 
-def of_layer(
+def layer_outliers(
     weights: Mapping[str, Tensor], squares: Mapping[str, Tensor], allocation: OWL
 ) -> dict[str, float]:
-    """Computes the percentage of outliers for each linear: the layer's, or its own with `per: linear`.
+    """Computes the percentage of outliers for each linear: the layer's, or with `per: linear` its own.
 
-    `weights` [out, in] and `squares`, the inputs' sums of squares [in], by path.
+    `weights` [out, in], and `squares` [in], the inputs' sums of squares, are given by the linears' paths.
     """
     sizes = {path: weight.numel() for path, weight in weights.items()}
     sums = {

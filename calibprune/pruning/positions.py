@@ -1,6 +1,6 @@
-"""Which positions of the calibration pool statistics are taken from, and their rows of a group's inputs.
+"""Selects the positions of the calibration pool that statistics are taken from, in the inputs of a group.
 
-The forwards themselves run over every position: what does not count is still context for what does.
+The forwards themselves run over every position, since a position that does not count is still context for others.
 """
 
 import math
@@ -16,7 +16,7 @@ from calibprune.offload import Fetched
 
 
 class Positions:
-    """The positions of a pool [sequences, tokens] that count: those that are True in `counted`, or all."""
+    """The positions that count of a pool [sequences, tokens]: those that are True in `counted`, or all."""
 
     def __init__(
         self,
@@ -25,8 +25,8 @@ class Positions:
         batch_sequences: int,
         gang: Gang,
     ) -> None:
-        """Raises ValueError for fewer micro-batches than workers and for another shape than the pool's, UserError where
-        no position counts.
+        """Raises ValueError for fewer micro-batches than workers and where `counted` has another shape than the pool,
+        UserError where no position counts.
         """
         sizes = [batch.numel() for batch in pool.split(batch_sequences)]
         if len(sizes) < gang.size:
@@ -46,17 +46,17 @@ class Positions:
         batches = counted.split(batch_sequences)
         self._mine = gang.dealt(batches)
         self.tokens = [int(batch.sum()) for batch in batches]
-        """Of every micro-batch of the whole gang, those that count."""
+        """Number of positions that count in each micro-batch of the whole gang."""
 
     def of(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """This worker's micro-batches at the positions that count."""
+        """Selects the positions that count from this worker's micro-batches."""
         return inputs if self._mine is None else Counted(inputs, self._mine)
 
 
 class Counted(Sequence[Tensor]):
     """Micro-batches [sequences, tokens, in] or [sequences * tokens, in] at the positions that count: [counted, in].
 
-    Selected one at a time, each only while it is looked at.
+    A micro-batch is selected when it is read, so that only one selection is in memory at a time.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Counted(Sequence[Tensor]):
 
     @property
     def sequences(self) -> int:
-        """Of which the positions are, where the inputs tell them apart."""
+        """Number of sequences with a position that counts; a batch without a sequence dimension is one sequence."""
         return sum(
             int(counted.any(1).sum() if len(shape) > 2 else counted.any())
             for counted, shape in zip(self._counted, shapes_of(self._inputs), strict=True)
@@ -90,14 +90,14 @@ class Counted(Sequence[Tensor]):
 
 
 def shapes_of(inputs: Sequence[Tensor]) -> list[torch.Size]:
-    """Without fetching what is in host memory."""
+    """Returns the shapes of micro-batches without fetching those in host memory."""
     if isinstance(inputs, Fetched | Counted):
         return inputs.shapes
     return [batch.shape for batch in inputs]
 
 
 def sequences_of(inputs: Sequence[Tensor]) -> int:
-    """Sequences that the tokens of all micro-batches are from."""
+    """Counts the sequences that the tokens of all micro-batches come from."""
     if isinstance(inputs, Counted):
         return inputs.sequences
     return sum(math.prod(shape[:-2]) for shape in shapes_of(inputs))

@@ -1,4 +1,4 @@
-"""RIA: weights are scored by their share of their row and of their column, times a power of the norm of their input."""
+"""RIA scores weights by their share of their row and of their column, times a power of the norm of their input."""
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -41,7 +41,7 @@ def score(
     of_rows: Float64[Tensor, " out"],
     norms: Float32[Tensor, "in"],
 ) -> Float32[Tensor, "out in"]:
-    """S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^a, of |W|, its sums, the norms."""
-    tiny = torch.finfo(torch.float32).tiny  # rows and columns of nothing but zeros score zero
+    """Computes S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^a from |W|, its sums and the norms."""
+    tiny = torch.finfo(torch.float32).tiny  # gives rows and columns of zeros the score zero
     by_column, by_row = (sums.to(torch.float32).clamp(min=tiny) for sums in (of_columns, of_rows))
     return (size / by_column + size / by_row[:, None]) * norms

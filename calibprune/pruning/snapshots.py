@@ -1,4 +1,4 @@
-"""Hidden states between two layers, kept now and then, so that a resumed sweep need not begin at the first layer."""
+"""Saves the hidden states before a layer at intervals, so that a resumed sweep need not begin at the first layer."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,9 +14,9 @@ FOLDER = "snapshots"
 
 
 class Snapshots:
-    """Every `interval` layers, each micro-batch's hidden states in a file of its own; None: never.
+    """Snapshots of the hidden states every `interval` layers, a file for each micro-batch; None for no snapshots.
 
-    A snapshot counts once all its micro-batches are committed. The last two are kept.
+    A snapshot is valid once all its micro-batches are committed. The last two are kept.
     """
 
     def __init__(self, stage: Stage, gang: Gang, micro_batches: int, interval: int | None) -> None:
@@ -24,7 +24,7 @@ class Snapshots:
         self._units = [f"batch-{index:05d}" for index in range(micro_batches)]
 
     def latest(self, before: int) -> int:
-        """The last layer up to `before` that can be entered from a snapshot; 0 if none can. Collective."""
+        """Returns the last layer, at most `before`, that can be entered from a snapshot; 0 if none can. Collective."""
         if self._interval is None:
             return 0
         found = 0
@@ -35,8 +35,8 @@ class Snapshots:
         return int(self._gang.largest(found))
 
     def reader(self, layer: int, device: torch.device) -> Callable[[int], Tensor] | None:
-        """What reads the hidden states of this worker's micro-batch of a number, [sequences, tokens, hidden]; None for
-        layer 0."""
+        """Returns a function that reads the hidden states, [sequences, tokens, hidden], of this worker's micro-batch
+        with a number; None for layer 0."""
         stage = self._at(layer)
 
         def read(mine: int) -> Tensor:
@@ -46,7 +46,7 @@ class Snapshots:
         return read if layer else None
 
     def write(self, layer: int, hidden: Sequence[Tensor]) -> None:
-        """Commits this worker's micro-batches if it is time to; removes the snapshot before the previous one."""
+        """Commits this worker's micro-batches if a snapshot is due; removes the snapshot before the previous one."""
         if self._interval is None or layer % self._interval:
             return
         stage = self._at(layer)

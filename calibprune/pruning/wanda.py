@@ -1,4 +1,4 @@
-"""Wanda: weights are scored by their size times the norm of their input. No weight is updated."""
+"""Wanda scores weights by their size times the norm of their input, and updates no weight."""
 
 import torch
 from jaxtyping import Float, Float32
@@ -20,8 +20,8 @@ def prune(
 ) -> list[Float[Tensor, "_ in"]]:
     """Zeroes the lowest scores of every output row, or of every N:M group.
 
-    Every row is its own comparison, so rows may be pruned anywhere. Needs `sum_squares`. Raises ValueError if the
-    width does not fit the pattern. Sun et al. 2023 (arXiv 2306.11695), equation 1.
+    Weights are compared within their row, so that any worker can prune any row. Needs `sum_squares`. Raises ValueError
+    if the width does not fit the pattern. Sun et al. 2023 (arXiv 2306.11695), equation 1.
     """
     if statistics.sum_squares is None:
         raise ValueError("Wanda needs the inputs' sums of squares")
@@ -35,5 +35,5 @@ def prune(
 def score(
     weight: Float[Tensor, "out in"], sum_squares: Float32[Tensor, "in"]
 ) -> Float32[Tensor, "out in"]:
-    """S_ij = |W_ij| * ||X_j||, the norm over all calibration tokens (arXiv 2306.11695, equation 1)."""
+    """Computes S_ij = |W_ij| * ||X_j|| with the norm over all calibration tokens (arXiv 2306.11695, equation 1)."""
     return weight.to(torch.float32).abs() * sum_squares.sqrt()

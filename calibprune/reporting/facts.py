@@ -1,4 +1,4 @@
-"""What report.json holds, section by section. A section is None where its stage has not finished."""
+"""Types of the contents of report.json, section by section. A section is None where its stage has not finished."""
 
 from typing import Any, NotRequired, TypedDict
 
@@ -26,7 +26,7 @@ class ModelFacts(TypedDict):
 
 
 class SetAside(TypedDict):
-    """A shard that was given up."""
+    """A shard of samples that failed repeatedly and was given up."""
 
     reason: str
     rows: list[int]
@@ -34,14 +34,14 @@ class SetAside(TypedDict):
 
 
 class GenerateFacts(TypedDict):
-    """What the model wrote."""
+    """The samples that the model wrote."""
 
     samples: int
     tokens: int
     tokens_per_second: float | None
     """Speed while engines were ready; None where it is unknown."""
     finish_reasons: dict[str, int]
-    """Number of samples by why their generation ended, in vLLM's words."""
+    """Number of samples by the reason for which their generation ended, as vLLM names it."""
     set_aside: list[SetAside]
 
 
@@ -58,7 +58,7 @@ class SampleText(TypedDict):
 
 
 class Histogram(TypedDict):
-    """`counts` between `edges`, which are one more; both are empty where there was nothing to count."""
+    """Number of values between consecutive `edges`; both lists are empty where there are no values."""
 
     edges: list[float]
     counts: list[int]
@@ -86,7 +86,7 @@ class BeforeAfter(TypedDict):
 
 
 class FilterStep(TypedDict):
-    """What is left after a filter."""
+    """The samples that a filter kept and dropped."""
 
     filter: str | None
     """Type of the filter; None for the first step, before any."""
@@ -96,7 +96,7 @@ class FilterStep(TypedDict):
 
 
 class SourceFacts(TypedDict):
-    """What one source gave to the calibration pool."""
+    """The contribution of one source to the calibration pool."""
 
     samples: int
     tokens: int
@@ -117,7 +117,7 @@ class Duplicates(TypedDict):
 
 
 class Vocabulary(TypedDict):
-    """What was read of one source or reference."""
+    """Size of the text that was read of one source or reference, in documents, tokens and n-grams."""
 
     documents: int
     tokens: int
@@ -127,7 +127,7 @@ class Vocabulary(TypedDict):
 
 
 class Likeness(TypedDict):
-    """How much a source resembles a reference."""
+    """Similarity of a source to a reference."""
 
     jaccard: float
     """Jaccard similarity of the two sets of n-grams."""
@@ -149,7 +149,7 @@ class Scores(TypedDict):
 
 class MinKFacts(TypedDict):
     share: float
-    """Share of a document's tokens that its score is the mean of: the least expected ones."""
+    """Share of a document's tokens, the least expected ones, whose mean score is the document's score."""
     sources: dict[str, Scores]
     references: dict[str, Scores]
 
@@ -159,16 +159,16 @@ class AnalysisFacts(TypedDict):
 
     ngram: int
     vocabulary: dict[str, dict[str, Vocabulary]]
-    """By "sources" or "references", then by name."""
+    """Sizes by "sources" or "references", then by name."""
     similarity: dict[str, dict[str, Likeness]]
-    """By source, then by reference; empty without references."""
+    """Similarities by source, then by reference; empty without references."""
     similarity_tokens: int
-    """First tokens of each that were compared."""
+    """Number of tokens, from the start of each source and reference, that were compared."""
     min_k: MinKFacts | None
 
 
 class CurateFacts(TypedDict):
-    """How the samples became the calibration pool."""
+    """The calibration pool and the samples that it was selected from."""
 
     samples: int
     kept: int
@@ -185,11 +185,11 @@ class CurateFacts(TypedDict):
     """The samples before any filter, then after each."""
     perplexity: CutHistogram
     lengths: BeforeAfter
-    """Tokens of a sample."""
+    """Number of tokens of a sample."""
     repetition: BeforeAfter
     """Share of a sample's n-grams that occurred in it before."""
     repeats: BeforeAfter
-    """Tokens of the longest passage that occurs twice in a sample."""
+    """Number of tokens of the longest passage that occurs twice in a sample."""
     duplicates: Duplicates
     analysis: NotRequired[AnalysisFacts]
 
@@ -224,7 +224,7 @@ class LayerFacts(TypedDict):
 
 
 class PruneFacts(TypedDict):
-    """How the model was pruned."""
+    """The pruned model, with the settings and totals of the pruning."""
 
     method: str
     pattern: str
@@ -258,7 +258,7 @@ class Report(TypedDict):
     versions: dict[str, str] | None
     """Versions that the results depend on; None where an older run did not record them."""
     model: ModelFacts | None
-    """None where an older run did not record them and the model is gone."""
+    """The dense model; None where an older run did not record these facts and the model is gone."""
     stages: dict[str, StageFacts]
     """Every finished stage by its name."""
     generate: GenerateFacts | None
@@ -268,4 +268,4 @@ class Report(TypedDict):
     sparsity: float | None
     """Share of the pruned linears' weights that are zero."""
     perplexity: dict[str, EvaluateFacts]
-    """By the name of the text."""
+    """Held-out perplexities by the name of the text."""

@@ -1,6 +1,6 @@
-"""The report's figures: one pure function per figure, from facts of the report to a matplotlib Figure.
+"""Draws the report's figures: one pure function per figure, from facts of the report to a matplotlib Figure.
 
-Draw and save them under `style.RC`.
+Call the functions and save the figures with `style.RC` in effect.
 """
 
 import math
@@ -30,16 +30,16 @@ MEASURES: dict[Measure, tuple[str, Callable[[float], str]]] = {
     "coverage": ("N-grams found in the reference", text.percent),
     "unigram_js": ("Unigram divergence", lambda bits: f"{bits:.3f}"),
 }
-"""Title of its figure and form of its values, for every measure of likeness."""
+"""For every measure of similarity, the title of its figure and the function that formats its values."""
 
-ROW = 34
+ROW_HEIGHT = 34
 """Height of a row of bars, in pixels."""
-FEW_REFERENCES = 4
-"""References that fit a figure of half the page's width."""
+MAX_NARROW_REFERENCES = 4
+"""Maximum number of references in a figure of half the page's width."""
 
 
 def perplexity_bars(perplexity: Mapping[str, EvaluateFacts]) -> Figure:
-    """Held-out perplexity, a pair of bars (dense, pruned) for every text; one that is not finite has no bar."""
+    """Draws held-out perplexity as a pair of bars (dense, pruned) for every text; infinity and NaN have no bar."""
     title = "Held-out perplexity of the dense and of the pruned model"
     figure = canvas(title, HALF_WIDTH, 10 + 54 * len(perplexity))
     axes = figure.subplots()
@@ -54,8 +54,8 @@ def perplexity_bars(perplexity: Mapping[str, EvaluateFacts]) -> Figure:
 
 
 def stage_seconds(stages: Mapping[str, StageFacts]) -> Figure:
-    """Working time of every stage."""
-    figure = canvas("Time of every stage", HALF_WIDTH, 10 + ROW * len(stages))
+    """Draws the working time of every stage."""
+    figure = canvas("Time of every stage", HALF_WIDTH, 10 + ROW_HEIGHT * len(stages))
     axes = figure.subplots()
     seconds = [facts["seconds"] for facts in stages.values()]
     bars = axes.barh(range(len(seconds)), seconds, 0.6, color=style.PRUNED)
@@ -65,8 +65,10 @@ def stage_seconds(stages: Mapping[str, StageFacts]) -> Figure:
 
 
 def filter_bars(steps: Sequence[FilterStep]) -> Figure:
-    """What every filter kept and dropped of the samples that reached it. `steps` are those with a filter."""
-    figure = canvas("Samples that every filter kept and dropped", HALF_WIDTH, 10 + ROW * len(steps))
+    """Draws the samples that each filter kept and dropped, of those that reached it; every step must have a filter."""
+    figure = canvas(
+        "Samples that every filter kept and dropped", HALF_WIDTH, 10 + ROW_HEIGHT * len(steps)
+    )
     axes, rows = figure.subplots(), range(len(steps))
     kept = np.array([step["kept"] for step in steps])
     dropped = np.array([step["dropped"] for step in steps])
@@ -84,7 +86,7 @@ def filter_bars(steps: Sequence[FilterStep]) -> Figure:
 
 
 def filter_steps(steps: Sequence[FilterStep]) -> Figure:
-    """The samples' perplexity before any filter and after each, over common edges with equal ratios."""
+    """Draws histograms of the samples' perplexity before any filter and after each, over the same edges."""
     names = ["before any filter"]
     for number, step in enumerate(steps[1:], 1):
         again = sum(step["filter"] == other["filter"] for other in steps) > 1
@@ -106,14 +108,14 @@ def filter_steps(steps: Sequence[FilterStep]) -> Figure:
 
 
 def lengths(histogram: BeforeAfter) -> Figure:
-    """Tokens of the samples before and after all filters."""
+    """Draws histograms of the samples' lengths in tokens, before and after all filters."""
     figure, axes = _before_and_after("Histograms of the samples' lengths", histogram)
     axes.set_xlabel("tokens of a sample")
     return figure
 
 
 def repetition(histogram: BeforeAfter) -> Figure:
-    """Share of a sample's n-grams that occurred in it before, before and after all filters."""
+    """Draws histograms of the share of a sample's n-grams that are repeated, before and after all filters."""
     title = "Histograms of how much the samples repeat themselves"
     figure, axes = _before_and_after(title, histogram)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -122,7 +124,7 @@ def repetition(histogram: BeforeAfter) -> Figure:
 
 
 def repeats(histogram: BeforeAfter) -> Figure:
-    """Tokens of the longest passage that occurs twice in a sample, before and after all filters."""
+    """Draws histograms of the tokens of the longest passage that a sample repeats, before and after all filters."""
     title = "Histograms of the longest passages that occur twice in a sample"
     figure, axes = _before_and_after(title, histogram)
     axes.set_xlabel("tokens of the longest passage that occurs twice in a sample")
@@ -140,7 +142,7 @@ def _before_and_after(title: str, histogram: BeforeAfter) -> tuple[Figure, Axes]
 def _histograms(
     title: str, edges: Sequence[float], series: Sequence[tuple[str, Sequence[int]]]
 ) -> tuple[Figure, Axes]:
-    """Histograms drawn over one another: the first and the last filled, those between as lines."""
+    """Draws histograms over one another: the first and the last filled, those between as lines."""
     between = [hue for hue in style.SERIES if hue not in (style.DENSE, style.PRUNED, style.DROPPED)]
     middle = [between[place % len(between)] for place in range(len(series) - 2)]
     hues = [style.DENSE, *middle, style.PRUNED][: len(series)]
@@ -161,14 +163,14 @@ def _histograms(
 
 
 def similarity_map(similarity: Mapping[str, Mapping[str, Likeness]], measure: Measure) -> Figure:
-    """One measure of likeness, a cell for every source (row) and reference (column); darker is more alike."""
+    """Draws one measure of similarity in a cell for each source (row) and reference (column), darker where higher."""
     title, written = MEASURES[measure]
     references = list(next(iter(similarity.values())))
     values = np.array([[row[name][measure] for name in references] for row in similarity.values()])
     tones = -values if measure == "unigram_js" else values
     labels = np.vectorize(written)(values)
     names = [style.shortened(name, 20) for name in references]
-    width = HALF_WIDTH if len(names) <= FEW_REFERENCES else FULL_WIDTH
+    width = HALF_WIDTH if len(names) <= MAX_NARROW_REFERENCES else FULL_WIDTH
     slanted = style.names_width(similarity) + style.names_width(names) * len(names) > width
     figure = canvas(title, width, 30 * len(values) + (100 if slanted else 24))
     axes = figure.subplots()
@@ -180,7 +182,7 @@ def similarity_map(similarity: Mapping[str, Mapping[str, Likeness]], measure: Me
 
 
 def min_k_rows(min_k: MinKFacts) -> Figure:
-    """Min-K%++ scores of every source's and reference's documents: a small histogram each, and its mean."""
+    """Draws a small histogram of the documents' Min-K%++ scores, with the mean, for every source and reference."""
     hues = {"source": style.PRUNED, "reference": style.DENSE}
     rows = [(name, facts, hues["source"]) for name, facts in min_k["sources"].items()]
     rows += [(name, facts, hues["reference"]) for name, facts in min_k["references"].items()]
@@ -205,7 +207,7 @@ def min_k_rows(min_k: MinKFacts) -> Figure:
 
 
 def _bar_rows(axes: Axes, names: Iterable[str]) -> None:
-    """Rows of bars, whose labels make an axis of values unnecessary."""
+    """Names the rows of bars and hides the axis of values, which the bars' labels make unnecessary."""
     style.name_rows(axes, names)
     axes.set_xlim(left=0)
     axes.margins(x=0)

@@ -1,6 +1,6 @@
-"""The figures of the pruned layers, and the tables behind them.
+"""Draws the figures of the pruned layers, and builds the tables behind them.
 
-Pure functions from facts of the report to a matplotlib Figure, to be called and saved under `style.RC`.
+Call the pure functions and save their figures with `style.RC` in effect.
 """
 
 import math
@@ -21,10 +21,10 @@ from calibprune.reporting.facts import LayerFacts
 from calibprune.reporting.style import FULL_WIDTH, HALF_WIDTH, canvas
 
 Quantity = Literal["relative_error", "sparsity"]
-COLUMN = 48
-"""Largest width of a decoder layer, in pixels."""
-READABLE_COLUMN = 36
-"""Narrowest column, in pixels, that has room for a number."""
+MAX_COLUMN = 48
+"""Maximum width of a decoder layer's column, in pixels."""
+MIN_LABELLED_COLUMN = 36
+"""Minimum width, in pixels, of a column with a number in each cell."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LayerTable:
     linears: list[str]
     values: Float[np.ndarray, "linears layers"]
     means: Float[np.ndarray, " layers"]
-    """Means of the layers, weighted by parameters."""
+    """Mean of every layer, weighted by parameters."""
 
     @property
     def finite(self) -> Float[np.ndarray, " some"]:
@@ -43,14 +43,16 @@ class LayerTable:
 
     @property
     def rows(self) -> Iterator[tuple[int, list[float | None]]]:
-        """(layer, values of its linears and their mean)"""
+        """Yields (layer, values of its linears followed by their mean), with None in the place of NaN."""
         columns = np.vstack([self.values, self.means]).T.tolist()
         for layer, values in zip(self.layers, columns, strict=True):
             yield layer, [None if math.isnan(value) else value for value in values]
 
 
 def layer_table(layers: Sequence[LayerFacts], quantity: Quantity) -> LayerTable:
-    """Linears whose names differ only in a number (experts) share a row, weighted by their parameters."""
+    """Tabulates a quantity. Linears whose names differ only in a number (experts) share a row, which has their mean,
+    weighted by parameters.
+    """
     layers = sorted(layers, key=lambda layer: layer["layer"])
     linears = list(dict.fromkeys(_kind(name) for layer in layers for name in layer["linears"]))
     sums, weights = np.zeros((2, len(linears), len(layers)))
@@ -59,21 +61,21 @@ def layer_table(layers: Sequence[LayerFacts], quantity: Quantity) -> LayerTable:
             row = linears.index(_kind(name))
             sums[row, column] += facts[quantity] * facts["parameters"]
             weights[row, column] += facts["parameters"]
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
+    with np.errstate(invalid="ignore"):  # 0 / 0 gives the NaN of a layer without such a linear
         means = sums.sum(axis=0) / weights.sum(axis=0)
         return LayerTable([layer["layer"] for layer in layers], linears, sums / weights, means)
 
 
 def _kind(linear: str) -> str:
-    """`mlp.experts.7.up_proj` -> `mlp.experts.*.up_proj`."""
+    """Replaces the numbers in a linear's name: `mlp.experts.7.up_proj` becomes `mlp.experts.*.up_proj`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", linear)
 
 
 def layer_map(table: LayerTable, quantity: Quantity) -> Figure:
-    """A cell for every decoder layer and linear, and above it the layers' means.
+    """Draws a cell for every decoder layer and linear, and the layers' means above them.
 
     In a large map of errors the darkest tone stands for the 98th percentile and above, so that one outlier does not
-    bleach the rest.
+    make the rest pale.
     """
     error = quantity == "relative_error"
     written = text.ratio if error else text.percent
@@ -84,7 +86,7 @@ def layer_map(table: LayerTable, quantity: Quantity) -> Figure:
     cells[:, np.subtract(table.layers, span.start)] = table.values
     title = f"{quantity.replace('_', ' ').capitalize()} of every decoder layer and linear"
     width, height = _width(span, table.linears), 21 * len(table.linears)
-    has_room = width - style.names_width(table.linears) > READABLE_COLUMN * len(span)
+    has_room = width - style.names_width(table.linears) > MIN_LABELLED_COLUMN * len(span)
     figure = canvas(title, width, (140 if has_room else 180) + height)
     upper, lower = figure.subplots(2, sharex=True, height_ratios=[64, height])
     dots = "." if len(span) < 80 else None
@@ -114,7 +116,7 @@ def layer_map(table: LayerTable, quantity: Quantity) -> Figure:
 
 
 def layer_seconds(layers: Sequence[LayerFacts]) -> Figure:
-    """Where the seconds of every layer went, stacked by kind of work."""
+    """Draws the seconds of every layer as a bar, stacked by kind of work."""
     positions = [layer["layer"] for layer in layers]
     span = range(min(positions), max(positions) + 1)
     parts = list(dict.fromkeys(part for layer in layers for part in layer["seconds"]))
@@ -135,8 +137,8 @@ def layer_seconds(layers: Sequence[LayerFacts]) -> Figure:
 
 
 def _width(span: range, names: Sequence[str]) -> float:
-    """Width of a figure with a column for every layer: few layers make no billboard."""
-    return min(FULL_WIDTH, style.names_width(names) + 50 + COLUMN * len(span))
+    """Returns the width of a figure with a column for every layer, which is narrow where there are few layers."""
+    return min(FULL_WIDTH, style.names_width(names) + 50 + MAX_COLUMN * len(span))
 
 
 def _layer_axis(axes: Axes, span: range, width: float) -> None:

@@ -1,6 +1,6 @@
-"""The report's page: from the facts of report.json to one self-contained HTML file.
+"""Renders the report's page, one self-contained HTML file, from the facts of report.json.
 
-Collecting the facts and writing the files is the report stage's work. A section without facts is left out.
+The report stage collects the facts and writes the files. A section without facts is left out.
 """
 
 import io
@@ -29,13 +29,14 @@ from calibprune.reporting.layer_figures import (
     layer_table,
 )
 
-SET_ASIDE_SHOWN = 3
-SAME_SPARSITY = 5e-4
-"""Largest difference between sparsities that are shown as one number and not as a map."""
+MAX_SET_ASIDE_SHOWN = 3
+"""Maximum number of abandoned shards that are listed."""
+MIN_SPARSITY_SPREAD = 5e-4
+"""Minimum difference between linears' sparsities for a map of them; below it, one number is shown instead."""
 
 
 def render_page(report: Report) -> str:
-    """The whole page as HTML; equal reports give equal pages, and any text in them is shown as text."""
+    """Renders the whole page as HTML. Equal reports give equal pages; text in a report is never taken for HTML."""
     report = cast(Report, _printable(report))
     stages = report["stages"]
     pruned = report["prune"]["layers"] if report["prune"] else []
@@ -63,7 +64,7 @@ def render_page(report: Report) -> str:
         colours=style.COLOURS,
         change=text.change,
         set_aside=_set_aside,
-        few_references=figures.FEW_REFERENCES,
+        max_narrow_references=figures.MAX_NARROW_REFERENCES,
     )
 
 
@@ -73,7 +74,7 @@ def _draw(
     layers: Sequence[LayerFacts],
     tables: Mapping[Quantity, LayerTable],
 ) -> dict[str, Markup]:
-    """The figures that there are facts for, by name."""
+    """Draws the figures that there are facts for; returns them by name."""
     with matplotlib.rc_context(style.RC):
         drawn = _curate_figures(report["curate"]) if report["curate"] else {}
         if report["perplexity"]:
@@ -81,7 +82,7 @@ def _draw(
         if stages:
             drawn["stages"] = figures.stage_seconds(stages)
         for quantity, table in tables.items():
-            if quantity != "sparsity" or np.ptp(table.finite) >= SAME_SPARSITY:
+            if quantity != "sparsity" or np.ptp(table.finite) >= MIN_SPARSITY_SPREAD:
                 drawn[quantity] = layer_map(table, quantity)
         if layers:
             drawn["layers"] = layer_seconds(layers)
@@ -109,14 +110,14 @@ def _curate_figures(curate: CurateFacts) -> dict[str, Figure]:
 
 
 def _tables(layers: Sequence[LayerFacts]) -> dict[Quantity, LayerTable]:
-    """The tables of the layers; one without a finite value is left out."""
+    """Builds the tables of the layers; one without a finite value is left out."""
     quantities: tuple[Quantity, ...] = ("relative_error", "sparsity")
     tables = {quantity: layer_table(layers, quantity) for quantity in quantities}
     return {quantity: tables[quantity] for quantity in quantities if tables[quantity].finite.size}
 
 
 def _refined(layers: Sequence[LayerFacts]) -> dict[str, Any] | None:
-    """How much the refinement lowered the linears' errors; None without a refinement."""
+    """Summarises how much refinement lowered the linears' errors; None without a refinement."""
     linears = [linear for layer in layers for linear in layer["linears"].values()]
     pairs = [(x["unrefined_error"], x["relative_error"]) for x in linears if "unrefined_error" in x]
     lowered = [1 - after / before for before, after in pairs if after < before < math.inf]
@@ -127,21 +128,21 @@ def _refined(layers: Sequence[LayerFacts]) -> dict[str, Any] | None:
 
 
 def _set_aside(shards: Sequence[SetAside]) -> str:
-    """One line that says which rows are missing, and why."""
+    """Returns one line that says which rows are missing, and why."""
     rows = sum(shard["rows"][1] - shard["rows"][0] for shard in shards)
     listed = "; ".join(
         f"{first:,} to {stop - 1:,} ({shard['reason']})"
-        for shard in shards[:SET_ASIDE_SHOWN]
+        for shard in shards[:MAX_SET_ASIDE_SHOWN]
         for first, stop in [shard["rows"]]
     )
-    more = len(shards) - SET_ASIDE_SHOWN
+    more = len(shards) - MAX_SET_ASIDE_SHOWN
     ending = f"; and {more} more" if more > 0 else ""
     noun, verb = ("shard", "was") if len(shards) == 1 else ("shards", "were")
     return f"{len(shards)} {noun}, {rows:,} rows, {verb} set aside: rows {listed}{ending}"
 
 
 def _printable(value: Any) -> Any:
-    """The same values; characters that HTML or UTF-8 cannot hold become U+FFFD."""
+    """Replaces characters that HTML or UTF-8 cannot hold by U+FFFD, in every text of a tree of values."""
     if isinstance(value, str):
         return re.sub(
             "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", value
@@ -162,7 +163,7 @@ def _moment(timestamp: str) -> str:
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:
-    """The tree in YAML 1.2, in its own order."""
+    """Writes the tree as YAML 1.2, in its own order."""
     yaml, written = YAML(typ="safe", pure=True), io.StringIO()
     yaml.default_flow_style = False
     yaml.representer.sort_base_mapping_type_on_output = False

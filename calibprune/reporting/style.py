@@ -1,4 +1,4 @@
-"""The look of the report's figures, and how a matplotlib Figure becomes an <svg> element inside a page.
+"""Defines the look of the report's figures, and converts a matplotlib Figure to an <svg> element of the page.
 
 One unit of a figure is one CSS pixel. Text stays text, and colours are CSS variables of the page, so that a figure
 follows the reader's colour scheme.
@@ -38,15 +38,17 @@ COLOURS = {
     GREEN: ("green", "#9dbb6d"),
     ROSE: ("rose", "#d17f9f"),
 }
-"""CSS variable and colour in the dark scheme, by the colour in the light scheme, which is the one in the figures."""
+"""CSS variable and dark-scheme colour for every light-scheme colour; figures are drawn in the light ones."""
 SERIES = (DENSE, PRUNED, TEAL, GOLD, VIOLET, DROPPED, GREEN, ROSE)
 HEAT = ListedColormap([(*to_rgb(PRUNED), 0.07 + 0.93 * step / 255) for step in range(256)])
-"""Opacities of one colour, so that the tones follow the colour scheme."""
+"""One colour with rising opacity, so that the tones suit either colour scheme."""
 
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a "$" in a name is a "$"
-    "font.sans-serif": ["DejaVu Sans"],  # matplotlib measures with it; the page sets its own face
+    "text.parse_math": False,  # a "$" in a name is not the start of a formula
+    "font.sans-serif": [
+        "DejaVu Sans"
+    ],  # matplotlib computes widths with it; the page sets its own font
     "font.size": 12,
     "text.color": INK,
     "figure.facecolor": "none",
@@ -80,22 +82,22 @@ RC: dict[Any, Any] = {
     "legend.columnspacing": 1.4,
 }
 HALF_WIDTH, FULL_WIDTH = 440, 960
-LEGEND_ROW = 18
-CHARACTER = 7
-"""Width that a character may need, in pixels."""
+LEGEND_ROW_HEIGHT = 18
+CHARACTER_WIDTH = 7
+"""Width that is reserved for a character, in pixels."""
 MAX_CHARACTERS = 34
-"""Length of the longest name that is written whole."""
+"""Maximum length of a name that is not shortened."""
 
 
 def canvas(title: str, width: float, height: float) -> Figure:
-    """An empty figure, in pixels. `title` is its text alternative."""
+    """Returns an empty figure of a size in pixels. `title` is its text alternative."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
     figure.set_label(title)
     return figure
 
 
 def name_rows(axes: Axes, names: Iterable[str]) -> None:
-    """One named row after the other, the first on top."""
+    """Names the rows of a figure, the first on top."""
     labels = [shortened(name) for name in names]
     axes.set_yticks(range(len(labels)), labels, color=INK)
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -108,7 +110,10 @@ def heat_map(
     scale: tuple[float, float],
     labels: Shaped[np.ndarray, "rows columns"] | None = None,
 ) -> QuadMesh:
-    """Cells between the palest and the darkest tone of `scale`, blank where NaN."""
+    """Draws a cell for every value, palest at the low and darkest at the high end of `scale`, blank where NaN.
+
+    `labels` are written into the cells.
+    """
     low, high = scale
     tones = np.clip(tones, low, high)
     corners = np.arange(len(columns) + 1) + columns.start - 0.5, np.arange(len(tones) + 1) - 0.5
@@ -124,38 +129,40 @@ def heat_map(
 
 
 def legend(figure: Figure, entries: Iterable[tuple[str, str]]) -> None:
-    """(name, colour) above the figure, which grows by as many rows as they need."""
+    """Puts a legend of (name, colour) above the figure, which grows by as many rows as it needs."""
     patches = [Patch(color=hue, label=shortened(name)) for name, hue in entries]
     widths = [35 + names_width([str(patch.get_label())]) for patch in patches]
     in_one_row = sum(widths) <= figure.bbox.width
     columns = len(patches) if in_one_row else max(1, int(figure.bbox.width / max(widths)))
     figure.legend(handles=patches, loc="outside upper left", ncols=columns)
-    figure.set_figheight(figure.get_figheight() + LEGEND_ROW / 72 * -(-len(patches) // columns))
+    figure.set_figheight(
+        figure.get_figheight() + LEGEND_ROW_HEIGHT / 72 * -(-len(patches) // columns)
+    )
 
 
-def shortened(name: str, most: int = MAX_CHARACTERS) -> str:
-    """A name of at most `most` characters, its middle left out."""
-    if len(name) <= most:
+def shortened(name: str, max_characters: int = MAX_CHARACTERS) -> str:
+    """Returns a name of at most `max_characters` characters, with its middle left out where it is longer."""
+    if len(name) <= max_characters:
         return name
-    return f"{name[: (most - 1) // 2]}…{name[len(name) - most // 2 :]}"
+    return f"{name[: (max_characters - 1) // 2]}…{name[len(name) - max_characters // 2 :]}"
 
 
 def names_width(names: Iterable[str]) -> float:
-    """About the pixels that the longest of these names takes."""
-    return CHARACTER * max((len(shortened(name)) for name in names), default=0)
+    """Estimates the width of the longest of these names, in pixels."""
+    return CHARACTER_WIDTH * max((len(shortened(name)) for name in names), default=0)
 
 
 def to_svg(figure: Figure, name: str) -> Markup:
-    """The figure as an <svg> element; equal figures give equal bytes. `name` makes its ids unique in a page."""
+    """Converts a figure to an <svg> element; equal figures give equal bytes. `name` makes its ids unique in a page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts may have it
         figure.savefig(buffer, format="svg")
-    # The head goes: it has sizes in points, metadata and a style sheet that would hold for the whole page.
+    # Drop the head, which has sizes in points, metadata, and a style sheet that would apply to the whole page.
     _, _, drawing = buffer.getvalue().partition("</defs>")
-    # The names of groups go: they are the same in every figure.
+    # Drop the ids of groups, which are the same in every figure.
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
-    # Colours become the page's.
+    # Replace colours by the page's variables.
     for light, (variable, _) in COLOURS.items():
         drawing = drawing.replace(f": {light}", f": var(--{variable})")
     width, height = figure.bbox.width, figure.bbox.height

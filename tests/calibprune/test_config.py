@@ -1,4 +1,4 @@
-"""Settings: every shipped file loads, and what is wrong with one is explained in one line."""
+"""Settings: every shipped file loads, and every error in a setting is explained in one line."""
 
 import os
 import subprocess
@@ -162,7 +162,7 @@ def test_settings_that_contradict_each_other_are_refused(minimal, overrides, mes
 
 @pytest.mark.parametrize("key", ["output", "model.path", "prune.pool"])
 def test_credentials_in_a_url_are_refused_and_not_repeated(minimal, key):
-    with pytest.raises(UserError, match="no credentials in URLs") as caught:
+    with pytest.raises(UserError, match="URLs must not hold credentials") as caught:
         load_config(minimal, [f"{key}=s3://AKIA123:hunter2@bucket/run"])
     assert "hunter2" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Events: what they say, who hears them, and that a notebook sees them by logging alone."""
+"""Events: their text, their handlers, and a notebook that sees them through logging alone."""
 
 import logging
 import subprocess
@@ -52,7 +52,7 @@ def test_a_notebook_sees_progress_by_basic_config_alone(tiny_llama, tmp_path):
 
 
 def test_importing_the_library_does_nothing_else(tmp_path):
-    """No folder is made, no variable set, no logging changed."""
+    """It makes no folder, sets no variable and changes no logging."""
     code = (
         "import os, logging; before = dict(os.environ); import calibprune, calibprune.events, calibprune.stage; "
         "assert dict(os.environ) == before; assert not logging.getLogger('calibprune').handlers"

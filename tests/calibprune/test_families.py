@@ -49,7 +49,7 @@ def write_model(folder: Path, family: str, dtype: torch.dtype) -> Path:
     causal = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
     torch.manual_seed(0)
     model = causal(config).to(dtype)
-    with torch.no_grad():  # norms that do something
+    with torch.no_grad():  # random norms, which change the result
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -78,7 +78,7 @@ def test_zeros_where_asked_and_the_saved_checkpoint_computes_what_the_sweep_did(
         | ({"refine": "swaps"} if method == "alps" else {})
     )
     last = list(skeleton.linears(LAYERS - 1))[-1]
-    seen, groups = [], set()  # what the last linear of all saw while the model was being pruned
+    seen, groups = [], set()  # the input of the very last linear while the model was being pruned
     prune = layer.LayerInWork.prune
 
     def watch(self, stop):
@@ -123,7 +123,7 @@ def test_zeros_where_asked_and_the_saved_checkpoint_computes_what_the_sweep_did(
 
 
 def fused_experts(folder: Path) -> Path:
-    """A mixture of experts whose experts are one tensor per layer, in the model and in its checkpoint."""
+    """Makes a mixture of experts whose experts are one tensor per layer, in the model and in its checkpoint."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig(

@@ -1,4 +1,4 @@
-"""Run folders, checkpoints and pools of strangers are data: nothing in them is executed, nor leads out of them."""
+"""Untrusted run folders, checkpoints and pools are data: nothing in them is executed or leads out of them."""
 
 import json
 import math
@@ -30,7 +30,7 @@ CODE = "from pathlib import Path\nPath({!r}).write_text('ran')\n"
 
 
 def told(error) -> str:
-    """The message, which has to be one line."""
+    """Returns the message, which has to be one line."""
     text = str(error.value)
     assert "\n" not in text and "\x1b" not in text
     return text
@@ -38,7 +38,7 @@ def told(error) -> str:
 
 @pytest.fixture
 def outside(tmp_path):
-    """A file that no run folder may get at."""
+    """Makes a file that no run folder may reach."""
     path = tmp_path / "outside" / "secret-aaa-00000000.parquet"
     path.parent.mkdir()
     path.write_bytes(b"secret")
@@ -56,7 +56,7 @@ def stage(tmp_path):
 
 
 def replace(path, **changes):
-    """Changes a record in the file, or in the manifest."""
+    """Changes the record in a done record's file, or in a manifest."""
     content = json.loads(path.read_text())
     target = content["records"][0] if "records" in content else content
     target.update(changes)
@@ -211,7 +211,7 @@ def change(path, **changes):
 
 
 def plant_code(model, mark):
-    """Code in every place where a library may look for it. It leaves a mark where it runs."""
+    """Puts code wherever a library may look for it; the code leaves a mark if it runs."""
     for name in (
         "evil.py",
         "modeling_evil.py",
@@ -293,7 +293,7 @@ def test_an_unknown_model_that_needs_its_own_code_is_refused(model, tmp_path):
 
 
 def test_code_runs_where_it_is_trusted(model, tmp_path, monkeypatch):
-    """Else the tests above would pass for the wrong reason."""
+    """Otherwise the tests above would pass for the wrong reason."""
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
@@ -389,7 +389,7 @@ def test_a_chat_template_stays_in_its_sandbox(tmp_path, template):
 
 
 def pickled_parquet(path, mark):
-    """A parquet file whose columns and metadata carry pickles, as extension types of pyarrow once did."""
+    """Makes a parquet file whose columns and metadata contain pickles, as extension types of pyarrow once did."""
     evil = pickle.dumps(Mark(str(mark)))
     extension = {
         b"ARROW:extension:name": b"arrow.py_extension_type",

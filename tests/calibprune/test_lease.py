@@ -19,9 +19,9 @@ from calibprune.lease import FILE, Lease
 from tests.servers import s3_server, weak_s3_server
 
 SHORT = {"heartbeat_seconds": 0.2, "expire_seconds": 20.0}
-"""Time to live that no busy machine takes from a holder."""
+"""Lease that a holder can renew in time even on a busy machine."""
 BRIEF = {"heartbeat_seconds": 0.2, "expire_seconds": 4.0}
-"""Where a test waits until a lease has expired."""
+"""Lease for tests that wait until it has expired."""
 HOLDER = """
 import sys, time
 from calibprune.errors import LeaseLost
@@ -62,7 +62,7 @@ def content(run_url):
 
 
 def make_foreign(run_url, **changes):
-    """A lease as a driver on another machine left it."""
+    """Writes a lease as a driver on another machine would leave it."""
     with Lease(run_url, **SHORT):
         left = content(run_url) | {"owner": "foreign", "host": "elsewhere", "pid": 7} | changes
     storage.write_json(storage.join(run_url, FILE), left)
@@ -138,7 +138,7 @@ def test_a_foreign_lease_ends_ours(tmp_path):
     lease = Lease(str(tmp_path), **SHORT)
     with lease:
         foreign = content(str(tmp_path)) | {"owner": "foreign"}
-        # again where ours was about to write
+        # recreated just before ours was written
         wait_for(lambda: lease.lost or storage.write_json(lease.url, foreign))
         with pytest.raises(
             LeaseLost, match=r"took over .* driver with .* nothing committed is lost"
@@ -161,7 +161,7 @@ def test_a_lease_that_cannot_be_written_is_lost(tmp_path):
 
     def put_in_the_way():
         shutil.rmtree(run, ignore_errors=True)
-        with contextlib.suppress(IsADirectoryError):  # the holder has just made it again
+        with contextlib.suppress(IsADirectoryError):  # the holder has just recreated it
             return run.write_text("in the way")
 
     with Lease(str(run), heartbeat_seconds=0.5, expire_seconds=4.0) as lease:
@@ -186,7 +186,7 @@ def test_an_unreadable_lease_expires(tmp_path):
 
 
 def race(run_url, drivers):
-    """What happens to several that ask at the same moment: the owners that hold on, after a few heartbeats."""
+    """Lets several processes ask at the same moment; returns the owners that still hold it after a few heartbeats."""
     barrier, leases, refused = threading.Barrier(drivers), [], []
 
     def ask():
@@ -231,7 +231,7 @@ def test_on_a_store_without_conditional_writes(tmp_path, heard):
 
 @pytest.mark.parametrize("content", [b"", b"{half", b"[]", b'{"owner": 3}', b"[" * 100_000])
 def test_a_damaged_lease_is_written_again_by_its_holder(tmp_path, content):
-    """Also by one that took over from somebody: only another driver's name ends a lease."""
+    """This includes a holder that took over from another driver: only another driver's name ends a lease."""
     make_foreign(str(tmp_path), host=os.uname().nodename, pid=os.getpid(), process_start="1")
     with Lease(str(tmp_path), heartbeat_seconds=0.1, expire_seconds=10.0) as lease:
         owner = content_of(tmp_path)

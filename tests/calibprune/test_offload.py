@@ -1,4 +1,4 @@
-"""Paused forwards whose tensors are elsewhere meanwhile compute what they would have computed."""
+"""Paused forwards whose tensors are moved away meanwhile compute the same."""
 
 import sys
 import weakref
@@ -19,7 +19,7 @@ HIDDEN, INTERMEDIATE, LAYERS = 64, 160, 3
 
 
 class Elsewhere:
-    """Stands for host memory: makes copies, and knows which storages were let go."""
+    """Stands for host memory: makes copies, and records which storages were freed."""
 
     def __init__(self) -> None:
         self.left: list[weakref.ref] = []
@@ -94,7 +94,7 @@ def test_what_is_widest_leaves_at_the_widest_stop(path):
 
     run(path, parking, at_stop)
     tokens, itemsize = TOKENS.numel(), 4
-    # what enters the linear and, as wide as the hidden states, what entered the MLP, the residual, the layer, the model
+    # inputs of the linear and, as wide as the hidden states, of the MLP, the residual, the layer and the model
     assert held[1] >= tokens * (INTERMEDIATE + 4 * HIDDEN) * itemsize
     # only what enters the linear is new since the stop before, at the same MLP
     assert copied[1] <= tokens * INTERMEDIATE * itemsize

@@ -1,4 +1,4 @@
-"""What a process of ours does to the machine that it runs on."""
+"""How processes of calibprune choose the folder for compiled code."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ KEEP = "from calibprune.process import keep_compiled_code_private as keep; keep(
 
 
 def variable_of(code: str, folder: Path, **environment: str) -> str:
-    """TORCHINDUCTOR_CACHE_DIR after the code, in a process of its own that has the folder for temporary files."""
+    """Returns TORCHINDUCTOR_CACHE_DIR after running the code in a process with this folder for temporary files."""
     left_out = ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
     given = {k: v for k, v in os.environ.items() if k not in left_out} | environment
     code += "; import os; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
@@ -51,7 +51,7 @@ def test_a_folder_that_was_chosen_stays(tmp_path):
 
 @pytest.mark.parametrize("actor", ["layer_worker", "generator", "unit_worker"])
 def test_an_actor_is_imported_before_any_folder_for_compiled_code_is_made(tmp_path, actor):
-    """Each chooses the folder as soon as it starts, which is after its class has been imported."""
+    """An actor chooses the folder when it starts, which is after its class has been imported."""
     assert variable_of(f"import cluster.{actor}", tmp_path) == "None"
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""What is published of each stage, into folders, buckets and repositories of the hub."""
+"""Publishing each stage to folders, buckets and repositories of the hub."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ PAGE = {"recorded": False, "closing": ("report.json", "index.html")}
 
 
 def make_run(url):
-    """A run with a finished generate and prune, a report, and what crashes and races left behind."""
+    """Makes a run with a finished generate and prune, a report, and the remains of crashes and races."""
     generate = Stage(storage.join(url, "generate"))
     units = [f"{n:05d}" for n in range(5)]
     generate.plan({}, units)
@@ -119,8 +119,11 @@ def test_damaged_data_is_not_published(run, tmp_path, damage, target):
     else:
         storage.write(file, b"?" * (495 if damage == "other bytes" else 9))
     target = str(tmp_path / "there") if target == "folder" else target
-    with hub() as there, pytest.raises(CorruptionError, match=r"part-00002-\w+\.parquet"):
+    with hub() as there, pytest.raises(CorruptionError, match=r"part-00002-\w+\.parquet") as error:
         publish(f"{url}/generate", target)
+    assert f"{generate.url}/_done/00002.json; `calibprune run` with the configuration" in str(
+        error.value
+    )
     assert not (tmp_path / "there" / "manifest.json").exists() and not there.files
 
 

@@ -1,4 +1,4 @@
-"""What others wrote, as it is told: no secret, no control character, one line."""
+"""Untrusted text in messages: no secret, no control character, one line."""
 
 import pytest
 

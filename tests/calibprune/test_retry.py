@@ -1,4 +1,4 @@
-"""What storage does when a real S3 server, seen through a proxy, fails in passing or refuses."""
+"""Storage on a real S3 server that, behind a proxy, fails for a moment or refuses."""
 
 import gzip
 import io
@@ -118,7 +118,7 @@ def test_trouble_that_lasts_is_told_in_the_end(proxy, url, monkeypatch):
 
 
 def test_an_outage_is_nobodys_bad_input(proxy, url, monkeypatch):
-    """By the exit code it is decided whether a scheduler tries again."""
+    """The exit code decides whether a scheduler tries again."""
     monkeypatch.setattr("calibprune.retry.RETRY_SECONDS", 0.2)
     monkeypatch.setattr(probe, "PATIENCE_SECONDS", 0.2)
     proxy.faults.append(Fault("PUT", "run-", 9999, 503))
@@ -222,7 +222,7 @@ def test_patience_is_bounded():
 
 @pytest.fixture
 def texts(url, monkeypatch) -> list[str]:
-    """What each of three files holds that are larger than what is read at once."""
+    """Returns the contents of three files that are larger than what is read at once."""
     monkeypatch.setattr(storage.resolve(url)[0], "default_block_size", 50_000)
     found = [f"{row} " + random.randbytes(500).hex() for row in range(400)]
     table = io.BytesIO()
@@ -239,7 +239,7 @@ def texts(url, monkeypatch) -> list[str]:
     ["a.jsonl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("b.parquet", "c.txt.gz"))],
 )
 def test_texts_are_read_through_passing_trouble_wherever_it_comes(proxy, url, texts, name):
-    opened = name == "b.parquet"  # and so small that it is read as a whole then
+    opened = name == "b.parquet"  # small enough to be read as a whole
     proxy.faults += [Fault("HEAD", name, 7, 503)] if opened else []
     found = []
     for text in documents(storage.join(url, name)):

@@ -20,7 +20,7 @@ from tests.servers import gcs_server, make_bucket, moto, rclone, s3_at
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """Endpoints of the S3 servers, each with the bucket `runs`, and the URL of a gs:// bucket."""
+    """Starts the servers: endpoints of S3 servers, each with the bucket `runs`, and the URL of a gs:// bucket."""
     folder = tmp_path_factory.mktemp("objects")
     with moto() as strong, rclone(folder) as weak, gcs_server("runs") as gs:
         for endpoint in (strong, weak):
@@ -201,7 +201,9 @@ def test_a_damaged_done_record_is_named_with_what_to_do(tmp_path, content):
         stage.commit(unit, None, {})
     (tmp_path / "_done" / "aaa.json").write_bytes(content)
     for reading in (stage.done, stage.finish):
-        with pytest.raises(CorruptionError, match=r"_done/aaa\.json is damaged.*Remove it"):
+        with pytest.raises(
+            CorruptionError, match=r"_done/aaa\.json is damaged.*remove it; `calibprune run` with"
+        ):
             reading()
     assert list(stage.done(["bbb"])) == ["bbb"]
 
@@ -251,15 +253,18 @@ print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).r
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "missing"])
-def test_a_damaged_file_is_named(folder, damage):
+def test_a_damaged_file_is_named_with_what_to_do(folder, damage):
     stage = finished_stage(folder)
     record = stage.records()[1]
     url = storage.join(folder, record.file)
     storage.remove(url)
     if damage == "other bytes":
         storage.write(url, b"0000X")
-    with pytest.raises(CorruptionError, match=record.file):
+    with pytest.raises(CorruptionError, match=record.file) as error:
         stage.read(record)
+    assert f"_done/{record.unit}.json; `calibprune run` with" in str(error.value)
+    storage.remove(storage.join(folder, "_done", f"{record.unit}.json"))
+    assert stage.plan({"seed": 1}, ["00000", "00001"]) == [record.unit]
 
 
 def test_a_changed_setting_is_refused_by_name(tmp_path):

@@ -15,7 +15,7 @@ TOKENS = torch.randint(0, 258, (6, 48), generator=torch.Generator().manual_seed(
 
 
 def streamed(skeleton, *, pause_at_groups=True):
-    """Sweeps without pruning; returns (final hidden states, stops, most layers in memory at once)."""
+    """Sweeps without pruning; returns (final hidden states, stops, maximum number of layers in memory)."""
     base = skeleton.model.base_model
     sweep = Sweep(
         lambda ids: base(input_ids=ids, use_cache=False).last_hidden_state,
@@ -46,7 +46,7 @@ def streamed(skeleton, *, pause_at_groups=True):
 
 @torch.no_grad()
 def plain(path, dtype):
-    """The model's own forward, over the same micro-batches."""
+    """Runs the model's own forward over the same micro-batches."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).base_model
     return torch.cat([model(ids, use_cache=False).last_hidden_state for ids in TOKENS.split(2)])
 

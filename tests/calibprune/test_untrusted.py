@@ -1,4 +1,4 @@
-"""Strangers' patterns and templates end in bounded time and memory, with one line."""
+"""Untrusted patterns and templates end in bounded time and memory, with one line."""
 
 import re
 import time
@@ -71,5 +71,5 @@ def test_a_template_without_an_end_is_named(monkeypatch, template, limit):
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "{{ 1 / 0 }}"])
 def test_a_template_that_ends_passes(template):
-    """With an error too: the tokenizer says it better, with the prompt."""
+    """This includes a template with an error, which the tokenizer reports better, with the prompt."""
     check_template(template, CHATS, {"bos_token": "<s>"}, "the template of m")

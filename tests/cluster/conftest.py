@@ -50,7 +50,7 @@ def pool(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def marked_pool(pool, tmp_path_factory) -> str:
-    """The same, with positions marked as generated."""
+    """The pool with positions marked as generated."""
     folder = tmp_path_factory.mktemp("marked-pool")
     table = pq.read_table(Path(pool) / "pool.parquet")
     marks = pa.array(GENERATED.tolist(), pa.list_(pa.bool_()))
@@ -60,7 +60,7 @@ def marked_pool(pool, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(models, tmp_path_factory):
-    """The files of a run without any gang, in this process: what every other run has to equal."""
+    """Prunes without a gang in this process; every other run must give the same files."""
     made: dict[tuple, dict[str, bytes]] = {}
 
     def files(dtype: str, way: dict, positions: torch.Tensor | None = None) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Gangs to prune with in tests: models, a pool, what a run without a gang writes, and runs that survive failures."""
+"""Pruning with gangs in tests: models, a pool, the files of a run without a gang, and runs that survive failures."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ BUNDLE = Bundle(cpus=1, gpus=0)
 SETTINGS = ClusterSettings(start_timeout_seconds=280)
 TOKENS = torch.randint(0, 258, (11, 40), generator=torch.Generator().manual_seed(1))
 GENERATED = torch.arange(40) >= torch.tensor([2, 9, 40, 40, 38, 1, 20, 0, 40, 40, 40])[:, None]
-"""Positions that count in one of the pools: none in the second and the last micro-batch of two sequences."""
+"""Positions that count in one of the pools; none in the second and in the last micro-batch of two sequences."""
 WAYS = [
     {"method": {"type": method}, "pattern": pattern, "batch_sequences": 2}
     for method in ("wanda", "sparsegpt")
@@ -32,7 +32,7 @@ MORE_WAYS = [
      "allocation": {"type": "owl", "m": 2}},
     {"method": "dsnot", "pattern": "4:8", "batch_sequences": 2, "allocation": "alphapruning"},
 ]  # fmt: skip
-"""Between them the other methods, refinement, and what is measured to share out the sparsity."""
+"""Settings that together cover the other methods, refinement, and allocations that measure the model."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -42,7 +42,7 @@ def shards(stage: Stage) -> dict[str, bytes]:
 
 
 class Run:
-    """A pruning on a gang that is to survive what its failpoints do to it."""
+    """A pruning on a gang that has to survive its failpoints."""
 
     def __init__(self, models, pool, folder: Path, heard: Hearing) -> None:
         self.stage, self.heard = Stage(str(folder)), heard

@@ -1,4 +1,4 @@
-"""What a stage may not leave behind in a cluster that goes on: actors, placement groups, held CPUs and GPUs."""
+"""Finds what a stage must not leave behind in a cluster: actors, placement groups, reserved CPUs and GPUs."""
 
 import time
 from typing import Any
@@ -9,7 +9,7 @@ from ray.util import placement_group_table
 
 
 def leftovers() -> dict[str, Any]:
-    """Whatever is not as before the first stage; empty where nothing is left. Detached actors are actors too."""
+    """Lists what is left of a stage, detached actors included; empty where nothing is."""
     actors = [a for a in state.actors().values() if a["State"] != "DEAD"]
     groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
     free, total = ray.available_resources(), ray.cluster_resources()
@@ -23,7 +23,7 @@ def leftovers() -> dict[str, Any]:
 
 
 def assert_nothing_left(seconds: float = 90) -> None:
-    """Killing takes Ray a moment."""
+    """Waits a few seconds, since Ray takes a moment to kill actors."""
     deadline = time.monotonic() + seconds
     while left := leftovers():
         assert time.monotonic() < deadline, left

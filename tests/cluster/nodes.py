@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine: real raylets, each with as many CPUs as asked for."""
+"""Runs a Ray cluster of several nodes on this machine: real raylets, each with a given number of CPUs."""
 
 import time
 import urllib.request
@@ -16,7 +16,7 @@ DEATHS_SEEN_SOON = {
 
 
 class Nodes(Cluster):
-    """Of which one is started again where it did not come up in time: Ray waits 15 s for its agents, always."""
+    """A cluster that starts a node again if it did not come up in time: Ray waits only 15 s for a node's agents."""
 
     def add_node(self, *arguments, **settings):
         for _ in range(2):
@@ -30,9 +30,9 @@ class Nodes(Cluster):
 
 @contextmanager
 def cluster_of(*cpus: int, metrics: bool = False) -> Iterator[Nodes]:
-    """Nodes with so many CPUs; this process is connected to them as a driver.
+    """Starts nodes with these numbers of CPUs and connects this process to them as a driver.
 
-    `metrics`: not before the head serves them, since a process that finds no agent within seconds sends it none ever.
+    With `metrics`, waits until the head serves them: a process that finds no agent within seconds never sends it any.
     """
     cluster = Nodes(
         initialize_head=True,

@@ -35,7 +35,7 @@ def read(path: Path) -> dict:
 
 
 def pinned() -> dict[str, str]:
-    """Versions of constraints.txt, by package."""
+    """Returns the versions in constraints.txt, by package."""
     lines = (DEPLOY / "constraints.txt").read_text().splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {one.name: str(one.specifier).removeprefix("==") for one in requirements}
@@ -51,7 +51,7 @@ def groups(document: dict) -> list[dict]:
 
 
 def check_kuberay(document: dict) -> None:
-    """Raises a ValidationError for what KubeRay or Kubernetes would refuse or drop in silence."""
+    """Raises a ValidationError for what KubeRay or Kubernetes would refuse or silently drop."""
     jsonschema.validate(document, json.loads((SCHEMAS / "kuberay.json").read_text()))
     for group in groups(document):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}} | group["template"]
@@ -165,7 +165,7 @@ def test_scripts_pass_shellcheck(script, tmp_path):
     else:
         path = tmp_path / "script.sh"
         path.write_text(read(DEPLOY / "skypilot.yaml")[script.split()[1]])
-    # excluded: the activate script of an environment, which is not there to be looked into
+    # excluded: an environment's activate script, which does not exist here
     command = [BIN / "shellcheck", "--shell=bash", "--exclude=SC1090,SC1091", path]
     for check in (["bash", "-n", path], command):
         done = subprocess.run(check, capture_output=True, text=True, check=False)
@@ -176,7 +176,7 @@ def test_scripts_pass_shellcheck(script, tmp_path):
 
 
 def slurm_command() -> str:
-    """What the script runs, as bash understands its first lines."""
+    """Returns the command that the script runs, as bash parses it."""
     lines = (DEPLOY / "slurm.sbatch").read_text().splitlines()
     wanted = [line for line in lines if re.match(r"(config|output|run)=", line)]
     script = "\n".join([*wanted, 'echo "${run[*]}"'])
@@ -186,7 +186,7 @@ def slurm_command() -> str:
 
 
 def commands() -> dict[str, str]:
-    """By file, the command that it runs or, where the cluster stays, that its first lines tell to submit."""
+    """Returns each file's command: the one that it runs or, for a cluster that stays, the one in its comments."""
     found = {"slurm.sbatch": slurm_command()}
     for path in (*KUBERAY, DEPLOY / "cluster-launcher.yaml", DEPLOY / "skypilot.yaml"):
         lines = [
@@ -246,7 +246,7 @@ def test_one_image_of_this_version():
     assert image in (DEPLOY / "Dockerfile").read_text()
 
 
-# -- what must not be lost when somebody edits them -------------------------------------------------
+# -- what must survive edits ----------------------- -------------------------------------------------
 
 
 def test_the_image_holds_what_a_run_needs_and_no_secrets():

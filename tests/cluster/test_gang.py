@@ -1,4 +1,4 @@
-"""Gangs of real actors over several Ray nodes: the same bytes for any number of workers, whatever happens to them."""
+"""Gangs of real actors on several Ray nodes: the same bytes for any number of workers and after any loss."""
 
 import re
 import shutil
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 class Idle:
-    """Holds what it was given."""
+    """Does nothing but hold its resources."""
 
 
 class Stepping:
@@ -69,14 +69,14 @@ def nodes(failpoints):
 
 @pytest.fixture(autouse=True)
 def nothing_left(nodes):
-    """Whatever a test does to its gangs, nothing of them is left after it."""
+    """Checks that a test leaves nothing of its gangs."""
     yield
     assert_nothing_left()
 
 
 @pytest.fixture(scope="module")
 def perplexities(models):
-    """Of one process without a gang."""
+    """Measures the perplexities in one process without a gang."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -187,7 +187,7 @@ def test_what_the_records_say_is_served_as_prometheus_metrics(nodes, run):
 
 
 def _series(text: str, name: str) -> bool:
-    """Whether a line has this metric with at least these labels, the value being that of half the weights."""
+    """Returns whether a line has this metric with at least these labels and a value of about 0.5."""
     metric, labels = name.removesuffix("}").split("{")
     for line in text.splitlines():
         if line.startswith(f"ray_{metric}{{") and all(label in line for label in labels.split(",")):

@@ -31,7 +31,7 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_costs_no_unit(tmp_path):
         deadline = time.monotonic() + 240
 
         def units():
-            """Enough for two until the first node has left, then 20 more."""
+            """Yields enough units for two nodes until the first node has left, then 20 more."""
             while not left:
                 ready = list(itertools.islice(names, max(0, len(done) + 6 - len(given))))
                 given.extend(ready)
@@ -63,7 +63,7 @@ def where(units: Sequence[str]) -> Iterator[Event]:
 
 
 def test_a_worker_that_asks_for_nothing_goes_where_work_is_placed():
-    """Not to a head that is to have none, though the driver is there."""
+    """It does not go to a head without CPUs, although the driver runs there."""
     with cluster_of(0, 1) as cluster:
         with Crew(
             UnitWorker, 1, Bundle(0, 0), [where, Label("run", "x")], start_seconds=240, kind="worker"

@@ -14,7 +14,7 @@ def test_a_node_that_dies_and_one_that_comes_back(failpoints, run, alone):
         lost = cluster.list_all_nodes()[-1]
         events = run.events(workers=3)
         stopped, killed, returned = failpoints / "solve-2-0", False, False
-        stopped.write_text(str(int(signal.SIGSTOP)))  # all wait for the first worker, at layer 2
+        stopped.write_text(str(int(signal.SIGSTOP)))  # the others wait for this worker at layer 2
         for _ in events:
             if not killed and not stopped.exists():
                 cluster.remove_node(lost, allow_graceful=False)  # SIGKILL of its raylet

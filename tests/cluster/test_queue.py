@@ -1,4 +1,4 @@
-"""Units of work over real Ray actors that die, fail, hang, come late and leave."""
+"""Units of work on real Ray actors that die, fail, hang, join late and leave."""
 
 import os
 import re
@@ -31,13 +31,13 @@ def cluster():
 
 @pytest.fixture(autouse=True)
 def nothing_left(cluster):
-    """Whatever a test does to its actors, none is left after it."""
+    """Checks that a test leaves none of its actors."""
     yield
     assert_nothing_left()
 
 
 class Worker:
-    """Commits units; misbehaves once, or always, for the units it is told to."""
+    """Commits units; misbehaves once or always for certain units."""
 
     def __init__(self, folder: str, trouble: dict[str, str]) -> None:
         self._folder, self._trouble = Path(folder), trouble
@@ -80,7 +80,7 @@ class Worker:
 def run(
     folder, trouble, *, units=6, workers=2, start_seconds=240, in_flight=2, batches=None, **options
 ):
-    """(attempt that did it, for every unit done; cause, for every unit set aside)"""
+    """Returns (the attempt that made it, for every unit done; the cause, for every unit set aside)."""
     if batches is None:
         batches = [[str(unit)] for unit in range(units)]
     with Crew(
@@ -129,7 +129,7 @@ def test_a_unit_that_fails_too_often_is_set_aside_and_all_others_are_done(
 
 
 def alone(queue: Queue, *beside: str) -> str | None:
-    """The one unit of the next batch."""
+    """Returns the only unit of the next batch."""
     batch = queue.take(beside)
     return batch and batch[0]
 
@@ -278,7 +278,7 @@ def test_a_place_that_others_hold_is_told_while_waiting_and_after(
 
 
 def test_on_an_idle_cluster_nothing_is_waited_for(cluster, tmp_path, monkeypatch, heard):
-    """An actor that is starting holds its place, which is then busy: with nobody else's work."""
+    """The place of an actor that is starting counts as busy, but not with the work of others."""
     monkeypatch.setattr("cluster.places.FIRST_LINE_SECONDS", 0.0)
     cpus = int(ray.cluster_resources()["CPU"])
     deadline = time.monotonic() + 60
@@ -305,7 +305,7 @@ def test_an_interrupted_crew_leaves_nothing(cluster, tmp_path):
 
 
 def commit(folder: str, trouble: dict[str, str], units: Sequence[str]) -> Iterator[Event]:
-    """A file for every call names its units; a unit in `trouble` dies once or always, raises, or falls silent."""
+    """Writes a file with the units of every call; for a unit in `trouble` it dies once or always, raises, or hangs."""
     made = Path(folder, "calls")
     made.mkdir(exist_ok=True)
     (made / f"{len(list(made.iterdir()))} {' '.join(units)}").touch()
@@ -322,12 +322,14 @@ def commit(folder: str, trouble: dict[str, str], units: Sequence[str]) -> Iterat
             before.touch()
             os._exit(1)
         yield UnitDone(Stage(folder).commit(unit, None, {}))
-        while not Path(folder, f"heard-{unit}").exists():  # else what follows might take it along
+        while not Path(
+            folder, f"heard-{unit}"
+        ).exists():  # otherwise the next call might include it
             time.sleep(0.01)
 
 
 def make(folder: Path, batches, trouble=None, cpus=1, start_seconds=240.0, **options):
-    """The units that workers were heard to have made."""
+    """Returns the units whose completion was reported."""
     function = partial(commit, str(folder), trouble or {})
     done: list[str] = []
     with Crew(
@@ -342,7 +344,7 @@ def make(folder: Path, batches, trouble=None, cpus=1, start_seconds=240.0, **opt
 
 
 def calls(folder: Path) -> list[str]:
-    """The units that every call was made for."""
+    """Returns the units of every call."""
     return sorted(path.name.split(" ", 1)[1] for path in (folder / "calls").iterdir())
 
 
@@ -374,11 +376,11 @@ def test_work_of_which_nothing_is_heard_any_more_ends(cluster, tmp_path):
     with pytest.raises(TimeoutError, match=r"the work has been silent for 2 s"):
         make(tmp_path, [("a", "b", "c")], {"b": "silent"}, patience=Patience(2.5, final=True))
     assert list(Stage(str(tmp_path)).done()) == ["a"]
-    assert time.monotonic() - since > 6  # it was heard of for four seconds
+    assert time.monotonic() - since > 6  # it reported progress for four seconds
 
 
 class Holder:
-    """Holds what it was given."""
+    """Does nothing but hold its resources."""
 
 
 def test_workers_without_a_core_work_beside_others_that_hold_all(cluster, tmp_path):

@@ -1,6 +1,6 @@
-"""The Slurm script for real on one node: Ray's symmetric-run, the run, and what it makes of their ends.
+"""Runs the Slurm script on one node: Ray's symmetric-run, the run, and the exit codes that follow.
 
-Only `srun` is taken out, which with one node would do no more than start the same command. The script runs in process
+Only `srun` is left out, which on one node would just start the same command. The script runs in process
 and network namespaces of its own, since `ray symmetric-run` ends with `ray stop`, which stops every Ray that it sees.
 """
 
@@ -46,11 +46,11 @@ pytestmark = [
 
 @pytest.fixture
 def run(tmp_path, tiny_llama) -> Iterator[tuple[Path, Path]]:
-    """A configuration and its output. The model writes nothing: no vLLM."""
+    """Writes a configuration that needs no vLLM; returns it and its output."""
     config, output = tmp_path / "run.yaml", tmp_path / "out"
     config.write_text(CONFIG.format(model=tiny_llama, output=output))
     yield config, output
-    shutil.rmtree(ray_folder(), ignore_errors=True)  # kept by the script where something went wrong
+    shutil.rmtree(ray_folder(), ignore_errors=True)  # the script keeps it after an error
 
 
 def slurm_job(folder: Path, *arguments: object, before: str = "") -> subprocess.CompletedProcess:
@@ -67,10 +67,10 @@ def slurm_job(folder: Path, *arguments: object, before: str = "") -> subprocess.
         "SLURM_CPUS_ON_NODE": "2",
         "HEAD_IP": "127.0.0.1",
         "TRIES": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # there is no other, and the name of this machine means another
+        "GLOO_SOCKET_IFNAME": "lo",  # the only address here, since the name of this machine means another one
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PYTHONPATH": str(SCRIPT.parents[2]),
-        "RAY_ADDRESS": "192.0.2.1:6379",  # of somebody else's Ray: must not be joined
+        "RAY_ADDRESS": "192.0.2.1:6379",  # another user's Ray, which must not be joined
     }
     command = f"python -c '{LOOPBACK_UP}'\n{before}\nbash {script} {' '.join(map(str, arguments))}"
     return subprocess.run(

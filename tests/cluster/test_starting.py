@@ -1,4 +1,4 @@
-"""A Ray of our own that does not come up in time, as on a machine that is too busy, is started again."""
+"""A Ray that calibprune starts and that does not come up in time, as on a busy machine, is started again."""
 
 import psutil
 import pytest

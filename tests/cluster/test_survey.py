@@ -1,4 +1,4 @@
-"""What a survey of real raylets tells, and refuses: versions that differ, folders and models out of reach."""
+"""A survey of real raylets: its report, and its refusals (different versions, unreachable folders and models)."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def differing(nodes, tmp_path_factory):
-    """A node with other packages and one without ours: (survey of all nodes, id of the one, id of the other)."""
+    """Starts a node with other packages and one without calibprune; returns (survey of all nodes, their two ids)."""
     other, bare = (tmp_path_factory.mktemp(name) for name in ("other", "bare"))
     for name, version in {"torch": "2.12.0+cpu", "transformers": "5.18.1"}.items():
         info = other / f"{name}-{version}.dist-info"
@@ -74,7 +74,7 @@ def test_what_a_node_cannot_reach_is_named_with_the_reason(nodes, tiny_llama, tm
 
 
 def test_a_folder_that_is_another_one_there_is_refused(tmp_path):
-    """As a path on the disk of each machine is."""
+    """The same path on each machine's own disk is not a shared folder."""
     seen = str(tmp_path / "here" / "seen.tmp"), "what the driver wrote"
     (tmp_path / "here").mkdir()
     error = probe.storage_errors(str(tmp_path / "there"), seen)["output_error"]

@@ -26,7 +26,7 @@ def calibprune(
 
 
 def calibprune_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """The same in this process, where importing everything has been paid for: (exit code, stdout, stderr)."""
+    """Runs it in this process, which has imported everything already; returns (exit code, stdout, stderr)."""
     capsys.readouterr()
     with mock.patch.object(sys, "argv", ["calibprune", *map(str, arguments)]):
         try:
@@ -60,5 +60,5 @@ def stop_when(
 
 
 def done(run: Path, stage: str) -> int:
-    """Units of a stage that are committed."""
+    """Counts the committed units of a stage."""
     return len(list((run / stage / "_done").glob("*.json")))

@@ -1,4 +1,4 @@
-"""A Ray of one node on this machine that wants a token, and a way to it that can be cut."""
+"""Runs a Ray of one node that requires a token, and a connection to it that can be cut."""
 
 import os
 import secrets
@@ -40,7 +40,7 @@ class Head:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a shell on somebody's own machine would have: the token, and nothing else of this Ray."""
+        """Environment of a shell on a user's own machine: it has the token, and nothing else of this Ray."""
         mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         return _plain_environment() | mine
 
@@ -49,7 +49,7 @@ class Head:
         return Client(f"http://127.0.0.1:{port or self.dashboard}", headers=headers)
 
     def processes(self, *titles: str) -> list[psutil.Process]:
-        """What runs for this Ray and has a command line that begins so."""
+        """Lists the processes of this Ray whose command lines begin so."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -59,7 +59,7 @@ class Head:
         return found
 
     def everything_written(self) -> Iterator[bytes]:
-        """Whatever this Ray keeps in files: logs, packages, what it unpacked of them."""
+        """Returns the contents of all files of this Ray: logs, packages, and what was unpacked from them."""
         for path in self.folder.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 yield path.read_bytes()
@@ -67,7 +67,7 @@ class Head:
 
 @contextmanager
 def head_with_token(cpus: int = 2) -> Iterator[Head]:
-    """Raises RuntimeError with Ray's own words where it does not come up. Others on the machine go on afterwards."""
+    """Starts a head. Raises RuntimeError with Ray's message where it does not come up. Leaves other Rays running."""
     head, process = _start(cpus, tries=3)
     try:
         yield head
@@ -110,7 +110,7 @@ def _end(head: Head, process: subprocess.Popen) -> None:
 
 
 class Line:
-    """A port of this machine behind which another one is, while it is not cut."""
+    """A port of this machine that forwards to another one while it is not cut."""
 
     def __init__(self, to: int) -> None:
         self._to, self._server = to, socket.create_server(("127.0.0.1", 0))
@@ -120,7 +120,7 @@ class Line:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """Ends what goes over it, and every later call, until it is mended."""
+        """Ends the connections over it, and every later one until it is restored."""
         self._is_cut = True
         for one in [end for pair in self._pairs for end in pair]:
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""A cluster that others work in too: no more of it is taken than was asked for."""
+"""A cluster with the work of others: a run takes no more of it than was requested."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ def asking_for(**cluster) -> Run:
 
 
 def most_at_once(run: Run, folder: Path, awaited: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Units of curate that were in work at the same time, of sixteen; the first wait until `awaited` have begun."""
+    """Returns the maximum number of curate's units at work at once; the first ones wait until `awaited` have begun."""
 
     def take_a_while(curation: Curation, units: Sequence[str]) -> Iterator[Event]:
         began = time.monotonic()

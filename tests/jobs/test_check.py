@@ -1,4 +1,4 @@
-"""`calibprune check` against real raylets: what it says of the cluster, and what it refuses for."""
+"""`calibprune check` against real raylets: its report of the cluster, and its refusals."""
 
 import os
 import re
@@ -42,7 +42,7 @@ evaluate: {{perplexity: [{{name: docs, path: python-docs}}], sequences: 2, seque
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes that say they have two GPUs each; this process is a driver of them."""
+    """Starts two nodes that claim to have two GPUs each; this process is their driver."""
     found = Nodes(
         initialize_head=True,
         head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False},
@@ -88,7 +88,7 @@ def test_a_cluster_of_which_nobody_answers_is_not_fine(check, monkeypatch):
     machine_facts = probe.machine_facts
 
     def slowly(temp_folder: str, storage_wanted: dict[str, Any]) -> dict[str, Any]:
-        if storage_wanted:  # nothing is wanted of the driver itself
+        if storage_wanted:  # the driver's own node needs nothing
             time.sleep(600)
         return machine_facts(temp_folder, storage_wanted)
 
@@ -125,7 +125,7 @@ def test_no_cluster_is_looked_at_unless_asked(check, monkeypatch):
             r"prune: 5 x \(1 CPU, 1 GPU\) were asked for, the cluster has 4 CPU, 4 GPU in all, room for 4",
         ),
         (
-            # what paused forwards hold is more than any machine has
+            # paused forwards hold more than any machine has
             ["curate.sequences=1000000000", "generate.samples=2000000000", "generate.shard_rows=10000",
              "cluster.gpus_per_worker=0"],
             r"prune: 2 workers of [\d.]+ [GT]iB of host memory do not fit the nodes' memory.*; "
@@ -149,7 +149,7 @@ def test_a_run_that_never_fits_is_refused_before_its_first_stage(cluster, tmp_pa
         run_stages(Config.model_validate(config), ["generate", "curate", "prune"])
     run = Run(Config.model_validate(config))
     assert not run.begun
-    run.open()  # as if nodes had been lost since: what lacks is waited for
+    run.open()  # as if nodes had been lost since: a resumed run waits for them
     config["generate"]["tensor_parallel"] = 3
     with pytest.raises(NoRoom, match=r"1 x \(3 CPU, 3 GPU\) did not become free within 2 s"):
         run_stages(Config.model_validate(config), ["generate"])
@@ -214,7 +214,7 @@ def test_the_kind_of_gpus_is_that_of_all_nodes(cluster, tmp_path, tiny_llama, mo
 
 
 def test_actors_see_the_gpus_that_they_asked_for_and_no_others(cluster):
-    """Ray by itself hides none from an actor that asked for none."""
+    """Ray by itself hides no GPU from an actor that asked for none."""
 
     class Seeing:
         def seen(self) -> str | None:
@@ -240,7 +240,7 @@ def test_gpus_that_are_still_to_come_are_waited_for_where_vllm_needs_them():
 
 @pytest.mark.slow
 def test_the_command_joins_a_cluster_by_its_address(cluster, tmp_path, tiny_llama):
-    """As a driver of its own."""
+    """It joins in a process of its own."""
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
     told = subprocess.run(

@@ -58,7 +58,7 @@ def test_check_says_what_a_run_will_need_and_writes_nothing(capsys, config, tmp_
 
 
 def test_a_file_that_ends_too_early_is_named(capsys, config, monkeypatch):
-    """Typer takes an EOFError for the end of a user's input and says "Aborted." of it."""
+    """Typer takes an EOFError for the end of a user's input and prints "Aborted."."""
 
     def read(*arguments):
         raise EOFError("model.safetensors: bytes 8 to 16 were asked for, 2 came")
@@ -293,7 +293,7 @@ def test_a_hub_that_cannot_be_reached_is_told(config):
 
 
 def test_a_store_that_is_out_for_long_is_no_bad_input(capsys, config, monkeypatch):
-    """Exit code 2 would end a run for good: who restarts it takes that for something to mend."""
+    """Exit code 2 would end a run for good: a scheduler would take it for an error that the user has to fix."""
     monkeypatch.setattr("calibprune.retry.RETRY_SECONDS", 0.5)
     with s3_at("http://127.0.0.1:9"):
         code, _, errors = calibprune_here(capsys, "run", config, "output=s3://bucket/run")

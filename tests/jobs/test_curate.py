@@ -1,4 +1,4 @@
-"""curate over real Ray actors: the same bytes as in one process, whatever died on the way."""
+"""curate on real Ray actors: the same bytes as in one process, whichever actors died."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def cluster(failpoints):
 
 @pytest.fixture
 def run(tmp_path, tiny_llama, monkeypatch):
-    """A run whose samples are written already, in several portions."""
+    """Makes a run whose samples are written already, in several portions."""
     monkeypatch.setattr(units_of_work, "PORTION_BYTES", 6000)
     samples = [RNG.integers(0, 200, RNG.integers(40, 90)).tolist() for _ in range(60)]
     (tmp_path / "lines.txt").write_text("\n".join(f"line {i} of {i * 7919}" for i in range(30)))

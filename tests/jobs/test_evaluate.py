@@ -1,4 +1,4 @@
-"""Evaluating by itself, on what other stages left."""
+"""Running evaluate alone, on the results of other stages."""
 
 import json
 from typing import cast

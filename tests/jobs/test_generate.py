@@ -1,4 +1,4 @@
-"""What the driver of generate hands to others, and when it gives up."""
+"""The driver of generate: how it shares out shards, and when it gives up."""
 
 import re
 import time
@@ -36,7 +36,7 @@ def cluster():
 
 
 class Hub(MemoryFileSystem):
-    """A hub of models in memory."""
+    """A hub of models, in memory."""
 
     protocol = "hf"
     store, pseudo_dirs = {}, [""]
@@ -48,7 +48,7 @@ class Hub(MemoryFileSystem):
 
 @pytest.fixture
 def hub_run(tmp_path, monkeypatch) -> Run:
-    """A run of a model that only the hub has."""
+    """Makes a run of a model that only the hub has."""
     monkeypatch.setitem(_registry, "hf", Hub)
     model = write_tiny_llama(tmp_path / "tiny")
     filesystem = Hub()
@@ -70,7 +70,7 @@ def hub_run(tmp_path, monkeypatch) -> Run:
 
 
 def test_prefixes_of_a_model_on_the_hub_are_cut_and_read_where_no_cache_has_it(cluster, hub_run):
-    """In this process, instead of in Ray's: what the driver hands over is the same."""
+    """Runs in this process instead of in an actor; the driver passes on the same."""
     stage, units = hub_run.stage("generate"), prefix_units(hub_run.config.generate)
     config, url = hub_run.config, hub_run.skeleton.checkpoint.url
     list(generate._cut(config.model, url, config.generate, stage.url, units))
@@ -81,7 +81,7 @@ def test_prefixes_of_a_model_on_the_hub_are_cut_and_read_where_no_cache_has_it(c
 
 
 def test_shards_are_made_while_later_prefixes_are_still_being_cut(tmp_path, monkeypatch, heard):
-    """Two samples a prefix, four prefixes a file: shards of five lie in one file or in two."""
+    """With two samples per prefix and four prefixes per file, the prefixes of five rows are in one file or in two."""
     monkeypatch.setattr("calibprune.calibration.prefixes.PREFIXES_PER_FILE", 4)
     prefixes = {"type": "prompts", "path": "prompts.txt"}
     settings = {"samples": 30, "shard_rows": 5, "samples_per_prefix": 2, "prefixes": prefixes}
@@ -93,7 +93,7 @@ def test_shards_are_made_while_later_prefixes_are_still_being_cut(tmp_path, monk
 
     def ready(cutting):
         monkeypatch.setattr(generate._Prefixes, "_cutting", cutting)
-        stack = ExitStack()  # of the files the second is done
+        stack = ExitStack()  # the second file of prefixes is done
         made_of = generate._Prefixes(made, made.stage("generate"), set(files[1:]), stack)
         return made_of, made_of.ready(shards)
 
@@ -113,14 +113,14 @@ def test_shards_are_made_while_later_prefixes_are_still_being_cut(tmp_path, monk
     prefixes, given = ready(broken)
     assert list(given) == [one, None] and str(prefixes.trouble) == "the source is gone"
     assert "no more prefixes, the shards that have theirs go on: the source is gone" in heard.text
-    shards.pop(0)  # of which one had its prefixes
+    shards.pop(0)  # one of them had its prefixes
     _, given = ready(broken)
     with pytest.raises(RuntimeError, match="the source is gone"):
         list(given)
 
 
 class Scribe:
-    """Commits shards without an engine, but for the bad ones."""
+    """Commits shards without an engine, except for the bad ones."""
 
     def __init__(self, stage_url: str, bad: set[str]) -> None:
         self._stage, self._bad = Stage(stage_url), bad
@@ -138,7 +138,7 @@ class Scribe:
 
 @pytest.fixture
 def driver(cluster, tmp_path, monkeypatch):
-    """Has the driver go through 30 shards with a Scribe; returns what is not done."""
+    """Lets the driver make 30 shards with a Scribe; returns the ones not done."""
     config = {"model": {"path": "x"}, "output": str(tmp_path)}
     config |= {"generate": {"samples": 30, "shard_rows": 1}}
     made = Run(Config.model_validate(config))

@@ -70,7 +70,7 @@ def engine_of(driver: subprocess.Popen) -> psutil.Process | None:
 def test_rows_come_exactly_once_whatever_is_killed(folder, undisturbed):
     points = folder / "points"
     points.mkdir()
-    for name in ("between-data-and-done-00001", "writing-part-00003"):  # the actor dies there
+    for name in ("between-data-and-done-00001", "writing-part-00003"):  # here the actor dies
         (points / name).touch()
     run = folder / "disturbed"
     log = folder / "log"
@@ -90,7 +90,7 @@ def test_rows_come_exactly_once_whatever_is_killed(folder, undisturbed):
 
 @contextmanager
 def deadly(points: Path, name: str) -> Iterator[None]:
-    """A failpoint that strikes every time."""
+    """Sets a failpoint that strikes every time."""
     stop = threading.Event()
 
     def lay() -> None:

@@ -1,4 +1,4 @@
-"""What identifies the stages of the shipped configurations: runs that were begun by earlier versions resume.
+"""Identities of the stages of the shipped configurations: runs that earlier versions began can be resumed.
 
 A difference from the recorded values refuses every run that was begun before: change them only where the result
 changes. Left out are versions of libraries and hashes of this test's own data.
@@ -22,7 +22,7 @@ CPUS = ["cluster.workers=2", "cluster.gpus_per_worker=0", "cluster.cpus_per_work
 
 
 class OfTest:
-    """Stands for a pool, of which only the identity counts."""
+    """Stands for a pool; only its identity matters."""
 
     identity = "pool"
 

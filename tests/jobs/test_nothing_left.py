@@ -1,4 +1,4 @@
-"""A cluster that goes on after a run, and between its stages: every CPU is free again, no actor is left."""
+"""After a run, and between its stages, every CPU of the cluster is free again and no actor is left."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A run has one driver: one that lives is left alone, one that lost its run ends and leaves what is committed."""
+"""A run has one driver: a living one is not disturbed; one that lost its run ends and keeps what is committed."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def cluster():
 
 @pytest.fixture
 def holder(config):
-    """Another driver of the run, which lives."""
+    """Runs another driver of the run."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, config.output], stdout=subprocess.PIPE
     ) as process:
@@ -58,7 +58,7 @@ def holder(config):
 
 
 def test_a_run_with_a_living_driver_is_refused_before_anything_starts(config, holder, monkeypatch):
-    monkeypatch.setattr(pipeline, "connect", None)  # whoever joins a cluster stumbles
+    monkeypatch.setattr(pipeline, "connect", None)  # joining a cluster raises
     with pytest.raises(UserError, match=f"process id {holder.pid} on .* refused"):
         pipeline.run_stages(config, ["generate", "curate"])
     assert storage.names(config.output) == [FILE]
@@ -66,7 +66,7 @@ def test_a_run_with_a_living_driver_is_refused_before_anything_starts(config, ho
 
 
 class Slow:
-    """A stage of many units that take a moment each."""
+    """A stage with many units that take a moment each."""
 
     NAME, PUBLISHED = "generate", {}
 
@@ -74,7 +74,7 @@ class Slow:
         self.committed = 0
 
     def skip(self, run: Run) -> None:
-        """It is needed."""
+        """Returns None, since the stage is needed."""
 
     def plan(self, run: Run) -> Plan:
         return Plan({}, [f"shard-{number:05d}" for number in range(10_000)])
@@ -103,7 +103,7 @@ def test_a_driver_whose_run_another_took_over_ends_in_mid_stage(
 
 
 def take_over(output: str) -> None:
-    """As a driver on another machine would."""
+    """Takes the run over as a driver on another machine would."""
     url = storage.join(output, FILE)
     mine = storage.read_json(url)
     storage.write_json(url, mine | {"owner": "foreign", "host": "elsewhere", "pid": 7})

@@ -1,4 +1,4 @@
-"""What the terminal and JSON lines show of events, by real handlers on the project's logger."""
+"""Events as text and as JSON lines, by the real handlers on the project's logger."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What travels with a job, and what stays: what git ignores, runs, and files named as credentials are."""
+"""Files that travel with a job, and files that stay: those that git ignores, runs, and files named like credentials."""
 
 import shutil
 import subprocess
@@ -58,7 +58,7 @@ TRAVELS = [
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the source, and all sorts of other files."""
+    """Makes a copy of the source with all sorts of other files."""
     for name in source_tree(HERE).files:  # type: ignore[union-attr]
         if name.split("/")[0] in ("calibprune", "cluster", "jobs", "configs"):
             write(tmp_path / name, (HERE / name).read_bytes())
@@ -83,7 +83,7 @@ def packed(folder: Path, target: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("with_git", [False, True])
 def test_source_travels_and_credentials_caches_and_outputs_do_not(tree, tmp_path_factory, with_git):
-    if with_git:  # somebody who has committed a credential does not want it to travel either
+    if with_git:  # a credential that was committed must not travel either
         subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
         subprocess.run(["git", "add", "-f", *SECRETS], cwd=tree, check=True)
     contents = packed(tree, tmp_path_factory.mktemp("zip") / "package.zip")
@@ -158,7 +158,7 @@ def test_too_much_is_refused_with_the_largest_files_named(tree, monkeypatch):
 
 
 def test_a_tree_that_an_outer_one_ignores_travels_whole(tree):
-    """Git lists nothing there."""
+    """In such a tree git lists nothing."""
     outer = tree / "work"
     outer.mkdir()
     for name in ("calibprune", "jobs"):

@@ -1,4 +1,4 @@
-"""The main job end to end, by its command line: real Ray, real vLLM, a random Llama made on the spot."""
+"""The whole run by its command line: real Ray, real vLLM, a random Llama."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def write_config(folder: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder) -> Path:
-    """An undisturbed run of all stages."""
+    """Makes an undisturbed run of all stages."""
     result = calibprune("run", write_config(folder, "undisturbed"))
     assert result.returncode == 0, result.stderr
     assert "report/index.html" in result.stdout
@@ -156,7 +156,7 @@ def test_engine_driver_and_node_are_killed_and_the_same_command_ends_with_the_sa
 
         @contextmanager
         def driver_until(stage: str, units: int) -> Iterator[subprocess.Popen]:
-            """The command, until so many units of the stage are committed."""
+            """Runs the command until that many units of the stage are committed."""
             command = [*chaos.command(config, str(run)), f"cluster.address={cluster.address}"]
             with log.open("a") as said:
                 driver = subprocess.Popen(command, stdout=said, stderr=said)
@@ -232,7 +232,7 @@ def test_a_sparsity_shared_out_over_layers_is_told_kept_and_reported(finished, f
 
 @pytest.fixture(scope="module")
 def joined():
-    """A Ray that this process has joined: its own commands need not start one each."""
+    """Joins a Ray, so that the commands run in this process need not start one each."""
     with connect(ClusterSettings()):
         yield
 

@@ -1,4 +1,4 @@
-"""What is assess of clusters that this machine is not: GPUs of some size, builds for some CUDA, heads without vLLM."""
+"""Checks of clusters unlike this machine: GPUs of different sizes, builds for some CUDA, heads without vLLM."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ TWO = survey(node("1", gpus=2), node("2", gpus=2))
         ({"gpu_bytes": 85 * GIB}, None, "the smallest has 80.0 GiB: 15.0 GiB move to host memory"),
         ({"gpu_bytes": 90 * GIB}, "a worker needs 90.0 GiB on every GPU", None),
         ({"host_bytes": 33 * GIB}, "4 workers of 33.0 GiB of host memory do not fit", None),
-        # what moves to the host counts there
+        # what moves to host memory counts as host memory
         ({"gpu_bytes": 85 * GIB, "host_bytes": 20 * GIB}, "4 workers of 35.0 GiB of host", "move"),
         ({"count": 5, "least": 5}, "5 x (1 CPU, 1 GPU) were asked for", None),
         ({"actor": "engine", "count": 5, "least": 1}, None, "room for 4 of 5 engines; the others"),
@@ -80,7 +80,7 @@ def test_a_node_that_gave_no_answer_may_have_the_memory():
     bare = Node("3" * 8, "10.0.0.3", {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0})
     silent = Survey(TWO.nodes[:1], ((bare, "no answer within 60 s"),), TWO.driver)
     assert assess(need(host_bytes=30 * GIB), silent) == ([], [])
-    (missing,), _ = assess(need(host_bytes=33 * GIB), silent)  # the one that answered has not
+    (missing,), _ = assess(need(host_bytes=33 * GIB), silent)  # the node that answered has not
     assert "4 workers of 33.0 GiB of host memory do not fit" in missing
 
 

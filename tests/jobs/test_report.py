@@ -1,4 +1,4 @@
-"""What the report gathers from the records of the stages."""
+"""The report's facts, collected from the records of the stages."""
 
 import json
 import shutil
@@ -92,7 +92,7 @@ def test_the_analysis_stands_with_the_selection_if_it_is_what_is_configured(tiny
 
 
 def committed_at(stage: Stage, unit: str, at: float, seconds: float) -> None:
-    """A shard of 8 tokens that took some seconds."""
+    """Commits a shard of 8 tokens that took some seconds."""
     facts = {"rows": 4, "tokens": 8, "finish_reasons": {}, "seconds": seconds}
     published = stage.put(unit, unit.encode(), "parquet", "data", "part")
     done = Path(stage.url, "_done", f"{unit}.json")
@@ -101,7 +101,7 @@ def committed_at(stage: Stage, unit: str, at: float, seconds: float) -> None:
 
 
 def test_a_resumed_run_is_told_whole(tiny_llama, tmp_path):
-    """Times, speed and losses of every driver, of which the first was killed 30 seconds after its start."""
+    """The report counts times, speed and losses of both drivers; the first was killed 30 seconds after its start."""
     run = a_run(tiny_llama, tmp_path / "run")
     run.open()
     stage, now = run.stage("generate"), time.time()
@@ -121,7 +121,7 @@ def test_a_resumed_run_is_told_whole(tiny_llama, tmp_path):
     assert found["stages"]["generate"]["seconds"] == pytest.approx(30 + 100, abs=1)
     assert found["stages"]["generate"]["drivers"] == 2
     assert len(found["stages"]["generate"]["losses"]) == 2
-    # 20 s of the first, and 40 s of the second, whose shards overlap
+    # 20 s by the first driver, and 40 s by the second, whose shards overlap
     assert found["generate"]["tokens_per_second"] == pytest.approx(24 / 60, rel=0.01)
 
 

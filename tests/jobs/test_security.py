@@ -1,4 +1,4 @@
-"""No secret in what a run leaves behind or says, nothing outside its folder, no way in through a local Ray."""
+"""A run writes and prints no secret, leaves nothing outside its folder, and opens no way in through its Ray."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ evaluate: {{perplexity: [], sequence_tokens: 32}}
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_llama):
-    """A run that needs no vLLM; its output is to be given."""
+    """Writes a run that needs no vLLM; the command gives its output."""
     folder = tmp_path_factory.mktemp("security")
     (folder / "pool").mkdir()
     tokens = [[(7 * i + j) % 200 + 2 for j in range(32)] for i in range(4)]
@@ -49,7 +49,7 @@ def config(tmp_path_factory, tiny_llama):
 
 
 def check_clean(*texts: str | bytes) -> None:
-    """No planted value, nor the part of an address that signs it, in any of the texts."""
+    """Checks that no text has a planted secret or the signature of an address."""
     for text in texts:
         data = text if isinstance(text, bytes) else text.encode()
         for secret in (*PLANTED.values(), PASSWORD, "X-Amz-Signature=abc"):
@@ -57,7 +57,7 @@ def check_clean(*texts: str | bytes) -> None:
 
 
 def watched(arguments, environment):
-    """(the finished command, where its processes listened while they worked: names by address)."""
+    """Runs a command; returns it, and the addresses its processes listened on, with the processes' names."""
     command = [sys.executable, "-m", "jobs", *map(str, arguments)]
     process = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -82,8 +82,8 @@ def watched(arguments, environment):
 
 @pytest.fixture(scope="module")
 def finished(config):
-    """A whole run on an S3 server, with secrets all over the environment."""
-    scratch = Path(tempfile.mkdtemp(prefix="sec-"))  # short: sockets will lie below it
+    """Makes a whole run on an S3 server, with secrets in many variables of the environment."""
+    scratch = Path(tempfile.mkdtemp(prefix="sec-"))  # a short path, since sockets will be in it
     with moto() as endpoint, s3_at(endpoint):
         import s3fs
 
@@ -130,7 +130,7 @@ def test_workers_of_one_machine_meet_on_loopback(finished):
 
 @pytest.mark.slow
 def test_our_own_ray_lets_nobody_in_without_its_token(tmp_path):
-    """Ray listens on every interface, whatever it is told; its token is what keeps others out."""
+    """Ray listens on every interface, whatever its settings; only its token keeps others out."""
     code = """
 import os, subprocess, sys
 from pathlib import Path
@@ -170,7 +170,7 @@ with connect(ClusterSettings()):
 
 @pytest.mark.parametrize("traceback", [False, True])
 def test_a_librarys_error_tells_no_secret(capsys, monkeypatch, traceback):
-    """As botocore words it, and as one of the causes that a traceback goes through."""
+    """Tries botocore's own message, also as one of the causes in a traceback."""
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CALIBPRUNE_TRACEBACK", "1" if traceback else "")
@@ -227,7 +227,7 @@ def test_a_signed_address_that_is_refused_is_not_repeated(capsys, tmp_path, monk
 )
 def test_credentials_have_no_place_in_a_configuration(config, monkeypatch, override):
     monkeypatch.setenv("SERVICE_PASSWORD", "my-secret-hunter2")
-    with pytest.raises(UserError, match="no credentials") as error:
+    with pytest.raises(UserError, match="must not hold credentials") as error:
         load_config(str(config), [override])
     assert "hunter2" not in str(error.value)
 
@@ -298,7 +298,7 @@ def test_names_cannot_steer_the_terminal(capsys, config, tmp_path):
 
 @pytest.mark.slow
 def test_a_pool_of_another_vocabulary_is_refused(config, tmp_path):
-    """On a GPU such an index ends the process; on any device it is not this model's pool."""
+    """On a GPU such an index ends the process; on any device the pool is not this model's."""
     pq.write_table(pa.table({"token_ids": [[5, 10**6], [1, 2]]}), tmp_path / "a.parquet")
     done = calibprune(
         "prune", config, f"prune.pool={tmp_path}", f"output={tmp_path}/out", "cluster.workers=1"

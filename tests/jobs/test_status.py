@@ -1,4 +1,4 @@
-"""status reads how a run stands from its folder alone, whatever state that is in."""
+"""status reads the state of a run from its folder alone, even a damaged one."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def a_run(folder: Path, **settings) -> str:
 
 
 def lose(stage_url: str, *losses: Lost) -> None:
-    """Writes losses of a stage down, as its driver does."""
+    """Writes the losses of a stage, as its driver does."""
     with listening(FailureFiles(stage_url)):
         for loss in losses:
             emit(loss)
@@ -71,7 +71,7 @@ def test_twenty_thousand_units_are_counted_by_name_without_reading_one(tmp_path)
     done.mkdir()
     for unit in range(4_000):
         file = done / f"{unit:05d}.json"
-        file.write_bytes(b"{")  # no record: whoever reads it stumbles
+        file.write_bytes(b"{")  # not a record: reading it raises
         at = now - 30 - (4_000 - unit) * 0.05
         os.utime(file, (at, at))
     (done / "stray.json").touch()
@@ -98,7 +98,9 @@ def test_a_pause_between_two_drivers_does_not_count():
     opened = after[0] - 100
     assert seconds_each(before + after, opened) == pytest.approx(4)
     assert seconds_each(before + after) == pytest.approx(4)
-    assert seconds_each([*before, after[0]], opened) == pytest.approx(2)  # one commit says nothing
+    assert seconds_each([*before, after[0]], opened) == pytest.approx(
+        2
+    )  # the pace is unknown after one commit
     assert seconds_each([5.0]) is None and seconds_each([]) is None
     slow = [3600.0 * hour for hour in range(10)]
     assert seconds_each(slow, 0.0) == seconds_each(slow) == 3600
@@ -137,7 +139,7 @@ def test_failures_and_units_set_aside_are_told_the_last_one_with_its_age(tmp_pat
     stage = Stage(f"{run}/generate")
     commit(stage, 2, units=5)
     stage.commit("00003", None, {"set_aside": "poisoned", "rows_missing": [0, 4]})
-    now, units = time.time(), ("00001", "00003", "00004")  # the first was made after all
+    now, units = time.time(), ("00001", "00003", "00004")  # the first unit was made in the end
     lose(
         stage.url,
         Lost("engine", "it died", ("00001", "00002"), 1, "node-7", "engine 3", now - 300),

@@ -38,7 +38,7 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """Source of a version of its own, with credentials lying about."""
+    """Makes a checkout with a version of its own and files with credentials."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in source_tree(HERE).files:  # type: ignore[union-attr]
         if name.split("/")[0] in ("calibprune", "cluster", "jobs"):
@@ -145,7 +145,7 @@ def test_the_exit_code_is_the_drivers_and_that_of_a_stopped_job_is_no_success(he
 def test_a_log_is_shown_once_though_its_connection_is_lost_for_a_while(
     head, quick, caplog, tmp_path
 ):
-    """It is lost in the middle of the log, and the job ends while it is."""
+    """The connection is lost in the middle of the log, and the job ends meanwhile."""
     caplog.set_level("INFO", "calibprune")
     line, flag, shown = Line(head.dashboard), tmp_path / "flag", []
     entry = f"seq 0 9; {waits_for(flag)}; seq 10 19; exit 3"
@@ -164,7 +164,7 @@ def test_a_log_is_shown_once_though_its_connection_is_lost_for_a_while(
         job = follow(head.client(line.port), job_id, shown.append)
         cutting.result()
     assert exit_code(job) == 3
-    lines = "".join(shown).splitlines()  # Ray's own stand among them
+    lines = "".join(shown).splitlines()  # Ray's own lines are among them
     assert [int(line) for line in lines if line.isdigit()] == list(range(20))
 
 
@@ -187,13 +187,13 @@ def test_the_log_of_a_silent_job_is_read_less_often_than_its_state(head, quick, 
 
 
 def test_a_proxy_whose_cluster_is_away_for_a_moment_ends_nothing(head, quick, tmp_path):
-    """Nor does its "not found" mean that the job is gone."""
+    """Its "not found" does not mean either that the job is gone."""
     with faulty_proxy(head.address) as proxy:
         client = head.client(int(proxy.endpoint.rsplit(":", 1)[1]))
         output = f"output={tmp_path}/plain"
         entry = f"echo begun; sleep 1000; : python -m jobs run x.yaml {output}"
         job_id = client.submit_job(entrypoint=entry)
-        with pytest.raises(BrokenPipeError):  # what reads the log is gone, not the cluster
+        with pytest.raises(BrokenPipeError):  # the reader of the log is gone, not the cluster
             follow(head.client(), job_id, _closed_pipe)
         job = f"/api/jobs/{job_id}"
         proxy.faults += [Fault("GET", job, 1, code) for code in (502, 500, 404, None)]
@@ -398,7 +398,7 @@ def test_a_run_has_one_name_however_its_url_is_written():
 
 @pytest.fixture(scope="module")
 def slow_config(tmp_path_factory, pool) -> Path:
-    """A run whose pruning takes some tens of seconds."""
+    """Writes a run whose pruning takes some tens of seconds."""
     folder = tmp_path_factory.mktemp("slow")
     model = write_tiny_llama(folder / "model", layers=60, hidden=256, intermediate=640)
     return write_config(folder, model, pool, "sparsegpt")

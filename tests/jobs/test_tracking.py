@@ -36,7 +36,7 @@ def finish(run: Run, name: str, seconds: float) -> None:
 
 
 def interrupted_and_resumed(run: Run) -> str:
-    """Tracks a run that fails after a stage, and once more to its end; returns the id by which it is known there."""
+    """Tracks a run that fails after a stage, and again until it ends; returns its id in the tracker."""
     with pytest.raises(ZeroDivisionError), tracking(run) as track:
         finish(run, "generate", 2.5)
         track()
@@ -88,7 +88,7 @@ def test_a_tracker_that_fails_later_is_logged_and_the_run_goes_on(mlflow, tmp_pa
         finish(run, "generate", 2.5)
         track()
     assert "tracking: cannot log to it" in caplog.text
-    with tracking(run) as track:  # nor does it keep a run from being taken up again
+    with tracking(run) as track:  # nor does it prevent a run from being resumed
         track()
     assert "mlflow cannot be started, going on without" in caplog.text
     (tmp_path / "away").rename(tmp_path / "mlruns")
@@ -109,7 +109,7 @@ def test_a_tracker_that_cannot_be_started_ends_a_new_run_in_one_line(mlflow, tmp
 
 
 def test_trackio_holds_one_run(tmp_path):
-    """In a process of its own: the library reads its folder from the environment when it is imported."""
+    """Runs in a process of its own, since the library reads its folder from the environment when it is imported."""
     pytest.importorskip("trackio")
     code = (
         "import json, sys, pathlib; from tests.jobs.test_tracking import *\n"

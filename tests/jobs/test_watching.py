@@ -1,4 +1,4 @@
-"""Units over real Ray actors as a watcher sees them: names, metrics and the dashboard, the log, the failure files."""
+"""Units on real Ray actors as a watcher sees them: names, metrics and the dashboard, the log, the failure files."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def cluster():
 
 
 class Worker:
-    """Commits units, reports as the real ones do, and fails unit 1 the first time."""
+    """Commits units, reports like the real workers, and fails at unit 1 the first time."""
 
     def __init__(self, stage_url: str) -> None:
         self._stage, self._failed = Stage(stage_url), False
@@ -81,7 +81,7 @@ def expressions() -> list[str]:
 
 
 def served() -> dict[str, list[str]]:
-    """The lines of every metric that the nodes serve, by name."""
+    """Returns the lines of every metric that the nodes serve, by name."""
     found: dict[str, list[str]] = {}
     for one in ray.nodes():
         for line in (

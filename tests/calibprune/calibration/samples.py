@@ -1,4 +1,4 @@
-"""Shards of samples made up for tests."""
+"""Makes shards of invented samples for tests."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def sample_table(token_ids, logprobs=None, first_row=0, prefix_length=1) -> pa.T
 
 
 def generated(folder: Path, token_ids, logprobs=None, shard_rows=4, facts=None, **changes) -> Stage:
-    """A finished generate stage of these samples; `facts` of its manifest."""
+    """Makes a finished generate stage of these samples, with `facts` in its manifest."""
     stage = Stage(str(folder))
     logprobs = [-1.0] * len(token_ids) if logprobs is None else logprobs
     starts = range(0, len(token_ids), shard_rows)
@@ -58,7 +58,7 @@ def settings(**changes) -> CurateSettings:
 
 
 def curate(curation: Curation) -> None:
-    """Makes all units that are missing but those of documents."""
+    """Makes all missing units except those of documents."""
     done = curation.stage.done_units()
     missing = [unit for unit in curation.units() if unit not in done]
     for phase in PHASES[2:]:
@@ -68,7 +68,7 @@ def curate(curation: Curation) -> None:
 
 
 def curated(folder: Path, wanted: CurateSettings, **stages: Stage) -> Curation:
-    """A finished curate stage; `stages`: the generate stage of each source, `own` for the one that has no name."""
+    """Makes a finished curate stage; `stages` has each source's generate stage by name, `own` for self-generated."""
     named = {"self-generated" if name == "own" else name: stage for name, stage in stages.items()}
     curation = plan_curation(str(folder), wanted, named)
     curation.stage.plan({}, curation.units())

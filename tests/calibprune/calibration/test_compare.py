@@ -1,4 +1,4 @@
-"""Facts about sources and references: sizes levelled, small, and the model's scores by text."""
+"""Comparing sources with references: sizes do not matter, the facts stay small, and the model's scores are per text."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_a_source_is_nearer_to_what_it_resembles():
 
 
 def test_the_amount_of_text_does_not_decide():
-    """Parts of one text: the larger reference is compared like the smaller one."""
+    """Two parts of one text: the larger reference is as similar as the smaller one."""
     corpus = documents(4, 60)
     references = {"small": corpus[:10], "large": corpus}
     facts = analyse(settings(documents=50, ngram=3), {"source": documents(5, 30)}, references)

@@ -1,4 +1,4 @@
-"""The whole stage: from shards of several sources to a pool, and to it again after any interruption."""
+"""The whole curate stage: from shards of several sources to a pool, and to the same pool after any interruption."""
 
 import asyncio
 import gc
@@ -109,7 +109,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
                                             ("document", r"0 of its 4 kept samples are.*max_tokens")])  # fmt: skip
 def test_too_little_text_says_which_source_has_what_and_needs_what(tmp_path, pack, said):
     stage = generated(tmp_path / "generate", repeated([5] * 4))
-    with pytest.raises(UserError, match=f"self-generated is to .*{said}"):
+    with pytest.raises(UserError, match=f"self-generated must .*{said}"):
         curated(tmp_path / "curate", settings(pack=pack, filters=[]), own=stage)
 
 
@@ -137,7 +137,7 @@ FILTERS = [
 
 @pytest.fixture
 def two(tmp_path):
-    """Two generated sources and one of documents, with something for every filter to drop."""
+    """Makes two generated sources and one of documents, with something for every filter to drop."""
     samples = [RNG.integers(0, 9000, RNG.integers(40, 90)).tolist() for _ in range(50)]
     samples[3], samples[8], samples[9] = [1, 2], samples[1], [*samples[2][:-2], 1, 2]
     samples[12] = [7] * 60
@@ -172,7 +172,7 @@ def small_units(monkeypatch):
 
 
 def complete(folder, wanted, stages):
-    """Makes what is missing, documents included, as often as asked."""
+    """Makes the missing units, those of documents included."""
     curation = plan_curation(str(folder), wanted, stages)
     missing = set(curation.stage.plan({}, curation.units()))
     tokenizer = byte_tokenizer()
@@ -209,7 +209,7 @@ def test_sources_side_by_side(tmp_path, two, small_units):
 
 
 def by_hand(made, stages):
-    """The pool, and which positions the model wrote, put together from the selection alone."""
+    """Builds the pool, and which positions the model wrote, from the selection alone."""
     wanted, selection, rows, owners = made.settings, all_of(made.stage), [], []
     for portion in made.portions:
         for shard in portion.shards:
@@ -297,7 +297,7 @@ def test_a_perplexity_filter_of_documents_goes_by_what_the_model_says(tmp_path):
 
 def test_scoring_holds_one_shard_at_a_time(tmp_path):
     def peak(shards):
-        """The least of three: what else a process does meanwhile only adds to it."""
+        """Returns the lowest of three peaks, since whatever else the process does only adds to one."""
         samples = RNG.integers(0, 50_000, (40 * shards, 500)).tolist()
         stage = generated(tmp_path / f"of{shards}", samples, shard_rows=40)
         wanted, found = settings(filters=FILTERS), []
@@ -314,7 +314,7 @@ def test_scoring_holds_one_shard_at_a_time(tmp_path):
 
     peak(1)  # compiles
     few, many = peak(4), peak(16)
-    # some copies of its scores, and not its 2,000 bytes of tokens
+    # room for some copies of a sample's scores, but not for its 2,000 bytes of tokens
     assert many - few < 12 * 40 * 600
 
 

@@ -22,7 +22,7 @@ def end_to_end(samples):
 
 
 def changed(sample, similarity):
-    """A copy whose last tokens are others, so that the Jaccard similarity of n-grams is about this."""
+    """Replaces the last tokens so that the Jaccard similarity of n-grams is about `similarity`."""
     grams = len(sample) - NGRAM + 1
     common = round(2 * grams * similarity / (1 + similarity))
     copy = sample.copy()

@@ -70,7 +70,7 @@ def completions(engine, loop):
 
 @pytest.fixture(scope="module")
 def scheduled(engine, loop):
-    """With the settings that the engine was made with."""
+    """Samples with the settings that the engine was made with."""
     return loop.run(engine.complete(PREFIXES, SEEDS))
 
 
@@ -89,7 +89,7 @@ def logprobs(checkpoint):
 
 
 def taken(logprobs, ids: list[int], first: int) -> float:
-    """The sum of the log-probabilities of the tokens from position `first` on."""
+    """Sums the log-probabilities of the tokens from position `first` on."""
     after = logprobs(ids)
     return sum(after[i - 1, ids[i]].item() for i in range(first, len(ids)))
 
@@ -107,7 +107,7 @@ def test_the_same_seeds_give_the_same_tokens_in_any_order_and_company(
 
 
 def test_long_prefixes_with_a_common_start_change_nothing(engine, loop):
-    """More of them at once than a step of the engine has room for, and what they share computed once."""
+    """There are more prefixes than a step of the engine has room for, and their common start is computed once."""
     common = [(7 * i) % 250 + 2 for i in range(200)]
     prefixes = [[0, *common, 20 + i // 4] for i in range(60)]
     settings = changed(stop_at_eos=False)
@@ -132,7 +132,7 @@ def test_log_probability_is_the_models_own(logprobs, sampled, request):
 
 
 def test_log_probabilities_wait_in_one_piece_a_sample(engine, loop):
-    """And not as an object for every token."""
+    """They are not kept as an object for every token."""
     answer = loop.run(engine._answer([0], _sampling(SETTINGS, 1))).outputs[0]
     assert isinstance(answer.logprobs, FlatLogprobs) and len(answer.logprobs) > 1
     assert math.fsum(answer.logprobs.logprobs) == pytest.approx(answer.cumulative_logprob)
@@ -269,7 +269,7 @@ def test_rows_are_the_same_in_any_shards(engine, loop, logprobs, tmp_path):
 
 
 def test_the_model_draws_its_prefixes_from_its_own_distribution(engine, loop, logprobs, tmp_path):
-    """Whatever the samples are continued with: the mean log-probability of the drawn tokens is what it has to be."""
+    """However the samples are continued, the mean log-probability of the drawn tokens is the expected one."""
     sampling = {"temperature": 0.3, "top_k": 5, "top_p": 0.5, "min_p": 0.3, "max_tokens": 1}
     settings = changed(prefixes={"type": "vocabulary"}, **sampling)
     table = written(engine, loop, tmp_path, settings, range(300))
@@ -311,7 +311,7 @@ def test_version_names_the_package():
 
 
 def test_a_dead_engine_says_so(engine, loop):
-    """Last: it kills the engine that the tests above share."""
+    """Comes last, since it kills the engine that the tests above share."""
     import psutil
 
     async def kill_while_it_works():

@@ -1,4 +1,4 @@
-"""What killed engines leave behind is removed by the next one, what living ones hold is not."""
+"""The next engine removes what killed engines left behind, but not what living ones hold."""
 
 import contextlib
 import os
@@ -43,12 +43,13 @@ if __name__ == "__main__":
 
 @pytest.fixture(params=["", "killed"])
 def holder(tmp_path, monkeypatch, request):
-    """A process group that holds a folder and a semaphore; its folder's path, the semaphore's, and its end. `killed`:
-    the process that made the semaphore has been, while the engine started."""
+    """Runs a process group that holds a folder and a semaphore; yields the paths of both and a function that ends it.
+
+    With `killed`, the process that made the semaphore was killed while the engine started.
+    """
     monkeypatch.setattr(engine_folder, "YOUNG_SECONDS", -1.0)
-    own = tempfile.mkdtemp(
-        prefix="own-", dir="/tmp"
-    )  # what other tests leave beside it is theirs to remove
+    # a folder of its own, since other tests remove their leftovers themselves
+    own = tempfile.mkdtemp(prefix="own-", dir="/tmp")
     monkeypatch.setattr(tempfile, "tempdir", own)
     monkeypatch.setenv("TMPDIR", own)
     script = tmp_path / "holder.py"

@@ -1,4 +1,4 @@
-"""Every filter against what it says in plain words; and that they apply in turn."""
+"""Every filter against its description; and filters apply in turn."""
 
 import math
 

@@ -45,7 +45,7 @@ def test_budgets_are_fixed_and_the_rest_is_shared():
 @pytest.mark.parametrize("sequences", [2, 4])
 def test_budgets_that_do_not_fit_the_pool_are_refused(sequences):
     with pytest.raises(
-        UserError, match=f"come to 3 sequences of 8 tokens, the pool has {sequences}"
+        UserError, match=f"add up to 3 sequences of 8 tokens, the pool has {sequences}"
     ):
         mixture(mixed(sequences, {"budget_tokens": 24}))
 

@@ -1,4 +1,4 @@
-"""Prefixes and seeds are functions of (settings, seed, row) alone, whatever was cut when."""
+"""Prefixes and seeds are functions of (settings, seed, row) alone, in whatever order they are cut."""
 
 import json
 from itertools import count
@@ -51,7 +51,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def small_files(monkeypatch):
-    """Files of 4 prefixes, documents in batches of 3."""
+    """Makes files of 4 prefixes and batches of 3 documents."""
     monkeypatch.setattr(prefixes, "PREFIXES_PER_FILE", 4)
     monkeypatch.setattr(prefix_sources, "BATCH", 3)
 
@@ -227,7 +227,7 @@ def test_cutting_reads_no_further_than_it_must(tokenizer, tmp_path, small_files)
 
 
 def test_a_range_of_tokens_is_drawn_for_every_prefix(tokenizer, tmp_path):
-    """Against a straightforward reading of what is promised, with documents of every length."""
+    """Compares with a straightforward implementation of the promise, with documents of every length."""
     words = ["abcdefghijkl"[: 1 + (7 * i) % 12] for i in range(400)]
     source = tmp_path / "words.parquet"
     pq.write_table(pa.table({"words": words}), source)
@@ -255,7 +255,7 @@ def test_only_the_start_of_a_document_matters(tokenizer, tmp_path):
 
 
 def test_a_text_of_few_tokens_is_read_far_enough(tmp_path):
-    """One token for thirty characters: longer than the start that is tokenised first."""
+    """A token has thirty characters, so that the part that is tokenised first is too short."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["x" * 30])
     path = tmp_path / "dense.txt"

@@ -129,7 +129,7 @@ def test_where_the_start_is_not_enough_the_whole_is_tokenised():
 
 
 class Forwards:
-    """Scores with plain forwards of the model, one sample after another."""
+    """Stands for the engine: scores by plain forwards of the model, one sample after another."""
 
     def __init__(self, folder):
         from transformers import AutoModelForCausalLM
@@ -162,4 +162,4 @@ def test_documents_get_their_log_probability_from_the_model(tmp_path, texts, tin
             ids = row["token_ids"]
             wanted = engine.logprob(ids, 1) if len(ids) > 1 else 0.0
             assert row["cumulative_logprob"] == pytest.approx(wanted)
-    assert engine.asked == (26 if bos else 25)  # of one token alone there is nothing to ask
+    assert engine.asked == (26 if bos else 25)  # a document of one token has nothing to score

@@ -1,4 +1,4 @@
-"""Every kind of text source, and the one-line errors of those that are none."""
+"""Every kind of text source, and the one-line errors of what is not one."""
 
 import gzip
 import json
@@ -95,7 +95,7 @@ def test_a_path_that_is_no_text_is_refused_at_once(tmp_path, path, message):
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
-    """By the file system, as root may read everything."""
+    """The file system refuses, since root may read every file."""
 
     class Closed(LocalFileSystem):
         def open(self, path, *args, **kwargs):
@@ -115,7 +115,7 @@ def test_a_dataset_id_without_the_hub(path):
 
 
 def ask_hub(endpoint):
-    """What a process of its own prints that opens a dataset of the hub, on both of its streams."""
+    """Opens a dataset of the hub in a process of its own; returns what that prints on both streams."""
     reading = (
         "from calibprune.calibration.texts import documents\n"
         "try: documents('org/name')\n"
@@ -129,7 +129,7 @@ def ask_hub(endpoint):
 
 
 def test_a_hub_that_cannot_be_reached_is_named_in_one_line():
-    """Its own libraries retry for half a minute and log every attempt."""
+    """The hub's libraries would retry for half a minute and log every attempt."""
     start = time.monotonic()
     assert ask_hub("http://127.0.0.1:9") == (
         "StoreUnavailable no text at org/name: no such file or folder here, and the Hugging Face hub cannot be "
@@ -180,7 +180,11 @@ def test_what_can_only_be_a_local_path_is_not_asked_of_the_hub(
             r"line 2 of .*: \\ud800 is half of a character",
         ),
         ("a.jsonl.gz", b"nonsense", "a.jsonl.gz is not a complete gzip file"),
-        ("a.txt.gz", gzip.compress(b"text\n" * 9999)[:-20], "a.txt.gz is not a complete gzip file"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text\n" * 9999, mtime=0)[:-20],
+            "a.txt.gz is not a complete gzip file",
+        ),
         ("a.parquet", b"nonsense", "a.parquet is not a parquet file"),
     ],
 )

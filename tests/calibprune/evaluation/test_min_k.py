@@ -50,7 +50,7 @@ def test_every_documents_score_is_the_papers(tiny_llama, share, heard):
 
 def test_many_positions_and_impossible_tokens():
     logits = torch.randn(600, 50, generator=torch.Generator().manual_seed(0)) * 3
-    logits[:, 7] = -math.inf  # a padding of the vocabulary that the model never gives
+    logits[:, 7] = -math.inf  # padding of the vocabulary, which the model never predicts
     logits[5, 9] = -300  # possible, but not in float32
     targets = torch.arange(600) % 7
     targets[5] = 9

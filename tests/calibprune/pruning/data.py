@@ -1,4 +1,4 @@
-"""Inputs with correlated columns, as real ones have, and statistics computed the plain way in float64."""
+"""Makes inputs with correlated columns, like real ones, and computes statistics directly in float64."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from calibprune.pruning.statistics import Statistics
 
 
 def correlated_inputs(tokens: int, width: int, seed: int = 0) -> Tensor:
-    """Columns of very different sizes, mixed with one another."""
+    """Mixes columns of very different sizes with one another."""
     generator = torch.Generator().manual_seed(seed)
     factors = torch.randn(tokens, max(2, width // 4), generator=generator)
     mixing = torch.randn(max(2, width // 4), width, generator=generator)

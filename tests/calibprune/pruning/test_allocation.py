@@ -15,14 +15,14 @@ from calibprune.model import build_skeleton
 from calibprune.pruning.allocation import (
     alpha_pruning,
     check_allocation,
-    in_words,
-    missed,
+    describe_summary,
+    deviation_message,
     owl,
     share_out,
     summary,
 )
 from calibprune.pruning.alphapruning import eigenvalues, tail_exponent, tail_exponents
-from calibprune.pruning.owl import of_layer
+from calibprune.pruning.owl import layer_outliers
 from tests.calibprune.pruning.data import correlated_inputs, random_weights
 
 LAYER = {"q": (48, 48), "k": (16, 48), "up": (130, 48), "down": (48, 130)}
@@ -102,7 +102,7 @@ def test_outliers_are_counted_as_published(per):
     x = correlated_inputs(200, 48)
     weights = dict(zip("qku", random_weights(40, 8, 60, width=48), strict=True))
     squares = {path: x.square().sum(0) for path in weights}
-    found = of_layer(weights, squares, OWL(type="owl", m=3, per=per))
+    found = layer_outliers(weights, squares, OWL(type="owl", m=3, per=per))
     metric = {p: w.double().abs() * x.double().square().sum(0).sqrt() for p, w in weights.items()}
     everything = torch.cat([m.flatten() for m in metric.values()])
     for path in weights:
@@ -112,7 +112,7 @@ def test_outliers_are_counted_as_published(per):
 
 
 def published_exponent(matrix: torch.Tensor) -> float:
-    """The `xmin_peak` way of the published code, one candidate after another."""
+    """Fits the exponent as the published code does with `xmin_peak`, one candidate after another."""
     eigs = torch.linalg.svdvals(matrix).square().double().sort().values
     logs, count = eigs.log(), len(eigs)
     log10 = eigs.log10().float()
@@ -195,7 +195,7 @@ def test_whole_ns_keep_the_mean_and_the_order_of_the_scores(per, kind, pattern, 
         scores = scores_for(shapes, per, seed)
         targets = share_out(asked, shapes, scores)
         assert mean_sparsity(targets, shapes) == pytest.approx(asked.target_sparsity, abs=1e-4)
-        assert missed(asked, summary(targets, shapes)) is None
+        assert deviation_message(asked, summary(targets, shapes)) is None
         wanted = wishes(allocation, shapes, scores, asked.target_sparsity)
         group = asked.n_of_m[1]
         got = [
@@ -225,7 +225,7 @@ def test_sizes_too_coarse_come_as_near_as_any_whole_ns_and_say_so():
         misses = [abs(np.dot(sizes, c) / sizes.sum() - 0.5) for c in itertools.product(*sides)]
         miss = abs(mean_sparsity(targets, shapes) - 0.5)
         assert miss <= max(1e-4, min(misses)) + 1e-12
-        line = missed(asked, summary(targets, shapes))
+        line = deviation_message(asked, summary(targets, shapes))
         assert (line is not None) == (miss > 1e-4)
         if line:
             told += 1
@@ -270,13 +270,13 @@ def test_a_pattern_that_a_layer_leaves_says_what_would_fit():
 def test_in_words():
     wanted = settings(sparsity=0.6, allocation={"type": "owl"})
     scores = [dict.fromkeys(LAYER, value) for value in (5.0, 5.0, 1.0, 5.0, 9.0, 5.0)]
-    text = in_words(summary(share_out(wanted, EQUAL, scores), EQUAL))
+    text = describe_summary(summary(share_out(wanted, EQUAL, scores), EQUAL))
     assert text.startswith("6") and "in layer 4 to" in text and text.endswith("in layer 2")
 
 
 def test_patterns_of_which_nothing_would_stay_are_refused():
     measured = settings(pattern="1:4", allocation="owl")
-    with pytest.raises(UserError, match=r'"1:4" cannot be shared out by owl'):
+    with pytest.raises(UserError, match=r'"1:4" cannot vary between layers as owl needs it'):
         check_allocation(measured, EQUAL)
     listed = {"type": "list", "sparsities": [0.5, 0.9, 0.25, 0.25, 0.5, 0.5]}
     with pytest.raises(UserError, match=r"layer 1 would get a sparsity of 0\.900"):

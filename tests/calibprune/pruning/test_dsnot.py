@@ -12,7 +12,7 @@ SEQUENCES, LENGTH, WIDTH = 8, 50, 48
 
 
 def inputs(seed: int = 0) -> torch.Tensor:
-    """With means far from zero, as inputs have after an activation function."""
+    """Makes inputs with means far from zero, as they are after an activation function."""
     x = correlated_inputs(SEQUENCES * LENGTH, WIDTH, seed)
     return x + 0.3 * x.std(0) * torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
 
@@ -24,7 +24,7 @@ def statistics_of(x: torch.Tensor) -> Statistics:
 
 
 def reference(weight, x, settings, sparsity, n_of_m):
-    """Row by row in float64, with the published code's two queues as sorted lists."""
+    """Computes the mask row by row in float64, with the published code's two queues as sorted lists."""
     x, w = x.double().numpy(), weight.double().numpy()
     mean, variance = x.mean(0), x.var(0)
     expected = x.sum(0) / SEQUENCES if settings.faithful else mean

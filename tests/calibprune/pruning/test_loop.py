@@ -1,4 +1,4 @@
-"""The layer-by-layer pruning: what is left dense, what a done record says, what memory it takes."""
+"""Pruning layer by layer: linears left dense, facts in the done records, memory."""
 
 import json
 import math
@@ -156,7 +156,7 @@ def test_a_done_record_says_where_the_time_and_the_bytes_went(tiny_llama, tmp_pa
 
 
 def test_errors_recorded_are_those_of_the_linears_outputs(tiny_llama, tmp_path, monkeypatch):
-    """Measured on so many tokens that they are all there are."""
+    """Measures on as many tokens as the pool has."""
     from calibprune.pruning import layer
 
     monkeypatch.setattr(layer, "ERROR_TOKENS", TOKENS.numel())
@@ -179,7 +179,7 @@ def test_errors_recorded_are_those_of_the_linears_outputs(tiny_llama, tmp_path, 
 
 
 def test_refined_linears_have_both_errors_recorded(tiny_llama, tmp_path):
-    """The first is what the method alone would have had recorded."""
+    """The first is the error that the method alone would have recorded."""
     start, _ = prune(tiny_llama, tmp_path / "start", method="wanda")
     stage, _ = prune(tiny_llama, tmp_path / "refined", method="wanda", refine="swaps")
     first = [s.record(layer_unit(0)).facts["linears"] for s in (start, stage)]
@@ -194,13 +194,13 @@ def test_refined_linears_have_both_errors_recorded(tiny_llama, tmp_path):
 
 
 def some_positions() -> torch.Tensor:
-    """Continuations after prefixes of different lengths; nothing of the second micro-batch of two sequences."""
+    """Counts what follows prefixes of different lengths, and nothing of the second micro-batch of two sequences."""
     starts = torch.tensor([3, 39, 40, 40, 17, 0])
     return torch.arange(TOKENS.shape[1]) >= starts[:, None]
 
 
 def test_statistics_are_of_the_positions_that_count(tiny_llama, tmp_path):
-    """Wanda, written down for the first layer's first linears, whose inputs no pruning has changed."""
+    """Compares with Wanda computed directly for the first layer's first linears, whose inputs are still dense."""
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
     seen = []
     attention = plain.model.layers[0].self_attn

@@ -172,11 +172,14 @@ def test_inputs_that_are_always_zero_and_rows_of_zeros(settings, pattern, dead):
     weight[3] = 0
     (pruned,) = prune_group([weight], plain_statistics(x), targets(0.5, n_of_m=pattern), settings)
     assert pruned.isfinite().all()
-    by_row = pattern or settings in (WANDA, DSNOT)  # else the row of zeros is part of the half
+    by_row = pattern or settings in (
+        WANDA,
+        DSNOT,
+    )  # otherwise the row of zeros would be among the removed half
     removed = 15 * 32 + 64 if by_row else 16 * 32
     if settings is SPARSEGPT:
         assert (pruned[:, dead] == 0).all()
-        if pattern and dead == [0, 1, 2, 17]:  # three of a group of which two are to go
+        if pattern and dead == [0, 1, 2, 17]:  # three of a group from which two are removed
             removed += 15
     assert (pruned == 0).sum().item() == removed
     assert relative_error(weight, pruned, x) < 1
@@ -184,7 +187,7 @@ def test_inputs_that_are_always_zero_and_rows_of_zeros(settings, pattern, dead):
 
 @pytest.mark.parametrize("settings", [m for m in EVERY_METHOD if m is not MAGNITUDE])
 def test_widths_and_rows_of_any_size(settings):
-    """Rows shorter than a block, one row, widths that are no multiple of anything."""
+    """Tries rows shorter than a block, a single row, and widths that are no multiple of anything."""
     for rows, width in ((1, 5), (3, 131), (130, 7)):
         statistics = plain_statistics(correlated_inputs(3 * width, width))
         (pruned,) = prune_group(

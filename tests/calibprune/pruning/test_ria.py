@@ -12,7 +12,7 @@ from tests.calibprune.pruning.data import (
 
 
 def reference(weight, x, power, sparsity, n_of_m, per_row):
-    """The published score in float64, and the lowest of it in plain Python."""
+    """Computes the published score in float64 and removes the lowest scores in plain Python."""
     size = weight.double().abs()
     norms = x.double().square().sum(0).sqrt()
     scores = (size / size.sum(0) + size / size.sum(1)[:, None]) * norms**power

@@ -1,4 +1,4 @@
-"""A complete report with invented values, of as many layers as a test wants."""
+"""Makes a complete report with invented values and any number of layers."""
 
 import math
 from typing import Any

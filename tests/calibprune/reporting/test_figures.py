@@ -1,4 +1,4 @@
-"""The figures hold the values they were given, inside their frames, and nothing that a page could not embed."""
+"""The figures show the values they were given, inside their frames, and contain nothing that a page cannot embed."""
 
 import math
 import re
@@ -52,7 +52,7 @@ def every_figure(layers: int = 3) -> dict[str, Figure]:
 
 
 def texts(figure: Figure) -> list[str]:
-    """Everything that is written in the figure, in order."""
+    """Lists the texts of a figure, in order."""
     root = ElementTree.fromstring(style.to_svg(figure, "figure"))
     return [text.text or "" for text in root.iter(f"{SVG}text")]
 
@@ -62,13 +62,13 @@ def bars(figure: Figure) -> list[Rectangle]:
 
 
 def histograms(figure: Figure) -> list[list[float]]:
-    """The counts of every outline, in order."""
+    """Lists the counts of every outline, in order."""
     steps = [patch for patch in figure.axes[0].patches if isinstance(patch, StepPatch)]
     return [list(step.get_data().values) for step in steps if not step.get_fill()]
 
 
 def cells(figure: Figure) -> tuple[np.ndarray, np.ndarray]:
-    """The values of the figure's map, and the opacities of those that are drawn."""
+    """Returns the values of the figure's map, and the opacities of the cells that are drawn."""
     figure.draw_without_rendering()
     (mesh,) = (mesh for axes in figure.axes[:2] for mesh in axes.collections if isinstance(mesh, QuadMesh))  # fmt: skip
     values = np.ma.filled(mesh.get_array(), np.nan)

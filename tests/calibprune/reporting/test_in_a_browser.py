@@ -33,7 +33,7 @@ CSP = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 
 
 def opened(path: Path, page: str, profile: Path) -> str:
-    """The document as the browser has it after loading, serialised."""
+    """Loads a page in the browser; returns the resulting document as text."""
     path.write_text(page, encoding="utf-8", errors="surrogatepass")
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -51,7 +51,7 @@ def title(document: str) -> str:
 
 
 def hostile_report() -> dict:
-    """Every text of a report that a model, a file's name or an error may have written."""
+    """Puts a script into every text of a report that may come from a model, a file's name or an error."""
     report, everything = example_report(), " ".join(HOSTILE)
     report["samples"] = [
         {"row": row, "perplexity": 2.0, "tokens": 3, "prefix": text, "text": text}
@@ -91,7 +91,7 @@ def profile(tmp_path_factory):
 
 
 def test_a_browser_runs_scripts_where_it_may_and_not_under_the_pages_policy(tmp_path, profile):
-    """Else the next test would pass for the wrong reason."""
+    """Otherwise the next test would pass for the wrong reason."""
     page = render_page(example_report())
     scripted = page.replace("</main>", f"<script>{RUN}</script></main>")
     assert CSP.search(page) and "RAN" not in title(opened(tmp_path / "a.html", scripted, profile))
@@ -99,7 +99,7 @@ def test_a_browser_runs_scripts_where_it_may_and_not_under_the_pages_policy(tmp_
 
 
 def test_what_a_model_wrote_is_shown_as_text(tmp_path, profile):
-    """Without the page's policy too: escaping alone has to do."""
+    """Also tries the page without its policy, since escaping alone must be enough."""
     page = CSP.sub("", render_page(hostile_report()))
     document = opened(tmp_path / "index.html", page, profile)
     assert title(document) != "RAN" and title(document).endswith("calibprune report")

@@ -33,7 +33,7 @@ HOSTILE = "<script>alert(1)</script></pre></div><img src=x onerror=alert(2)> &am
 
 
 def parse(page: str) -> ElementTree.Element:
-    """The page as a tree. It is written so that a strict XML parser takes it."""
+    """Parses the page, which is written so that a strict XML parser accepts it."""
     return ElementTree.fromstring(page)
 
 
@@ -57,7 +57,7 @@ def tables(page: str) -> list[list[list[str]]]:
 
 
 def drawn(page: str) -> list[str]:
-    """The text alternatives of the figures, in order."""
+    """Lists the text alternatives of the figures, in order."""
     return [drawing.get("aria-label", "") for drawing in parse(page).iter(f"{SVG}svg")]
 
 
