@@ -32,7 +32,7 @@ from calibprune.pruning.memory import GPU_SHARE
 from calibprune.text import duration
 from jobs.engines import cache_bytes, engine_bytes, model_bytes
 from jobs.preflight import bytes_read, bytes_stored
-from jobs.prune import pruning_memory
+from jobs.prune import movable, pruning_memory
 from jobs.run import Run
 from tests.openlm import PUBLISHED
 from tests.openlm import write_shapes as write_openlm_shapes
@@ -119,8 +119,9 @@ def row(run: Run, gpus: int, kind: str, options: argparse.Namespace) -> list[str
     engines = gpus // parts
     _, engine = engine_bytes(run, parts, most)
     memory, host = pruning_memory(run, gpus, on_gpu=True), pruning_memory(run, gpus, on_gpu=False)
-    moved = memory.paused if memory.bytes > GPU_SHARE * gpu_bytes else 0
-    on_host = max(host.layers * 3 // 5 + moved, host.outside)
+    batches = -(-options.sequences // run.config.prune.batch_sequences)
+    moved = movable(memory, batches, gpus) if memory.bytes > GPU_SHARE * gpu_bytes else 0
+    on_host = max(host.layers + moved, host.outside)
 
     flops = (
         weights  # operations of one token's forward: 2 per parameter, and a parameter has 2 bytes

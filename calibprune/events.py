@@ -150,7 +150,8 @@ class Lost(Event):
     """An engine, worker, node, task or unit was lost, whether it is retried or not; or the driver failed."""
 
     kind: str
-    """Kind of thing that was lost: unit, engine, worker, node, driver; or `set aside`: a unit that failed too often."""
+    """Kind of thing that was lost: unit, engine, worker, node, driver; `memory`: a worker that ran out of its GPU's; or
+    `set aside`: a unit that failed too often."""
     message: str
     units: tuple[str, ...] = ()
     """Units that were in progress there."""

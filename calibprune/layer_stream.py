@@ -14,11 +14,8 @@ from torch import Tensor
 from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
-from calibprune.offload import Parking
+from calibprune.offload import ALIGNMENT, Parking, Staging
 from calibprune.sweep import Sweep
-
-ALIGNMENT = 64
-"""Bytes to which tensors are aligned on every worker, since alignment may decide the last bits of a product."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,8 @@ class LayerReader:
     """Reads layers [first, stop) of a model, which are taken in order; a context manager. Collective.
 
     `committed(index)`, which only the owner calls, returns tensors by name that replace the checkpoint's own, or None.
-    Raises UserError naming a weight of the checkpoint that is not finite.
+    On a GPU a layer passes through the one buffer of `staging`. Raises UserError naming a weight of the checkpoint that
+    is not finite.
     """
 
     def __init__(
@@ -45,11 +43,13 @@ class LayerReader:
         first: int = 0,
         stop: int | None = None,
         committed: Callable[[int], Mapping[str, Tensor] | None] = lambda index: None,
+        staging: Staging | None = None,
     ) -> None:
         self._skeleton, self._gang, self._committed = skeleton, gang, committed
         self._stop = len(skeleton.layers) if stop is None else stop
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: Future[tuple[Tensor, int]] | None = None
+        self._staging = staging or (Staging() if skeleton.device.type == "cuda" else None)
         self.outer_held: dict[str, Tensor] = {}
         """Tensors from outside the layers that the first worker has already read."""
         for index in range(first, self._stop):
@@ -72,9 +72,10 @@ class LayerReader:
             assert self._ahead is not None
             buffer, size = self._ahead.result()
             following, self._ahead = index + self._gang.size, None
+            if self._staging:  # only then may the next layer be read into the buffer
+                buffer = buffer.to(device, copy=True)
             if following < self._stop:
                 self._ahead = self._pool.submit(self._read, following)
-            buffer = buffer.to(device)
         else:
             buffer = torch.empty(total, dtype=torch.uint8, device=device)
         failpoint(f"broadcast-{index}-{self._gang.rank}")
@@ -121,8 +122,9 @@ class LayerReader:
     def _read(self, index: int) -> tuple[Tensor, int]:
         """Returns a layer's buffer and the bytes read for it."""
         places, total = self._layout(index)
-        pinned = self._skeleton.device.type == "cuda"
-        buffer = torch.zeros(total, dtype=torch.uint8, pin_memory=pinned)
+        buffer = (
+            self._staging.take(total) if self._staging else torch.zeros(total, dtype=torch.uint8)
+        )
         views = self._views(index, buffer, places)
         committed = self._committed(index)
         if committed is None:

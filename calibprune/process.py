@@ -5,7 +5,12 @@ import ctypes
 import os
 import resource
 import socket
+import threading
 from pathlib import Path
+
+BACKGROUND = 5
+"""Steps of priority that threads whose work is not waited for stand back, so that they get a third of what computing
+gets. With much less, other programs on the machine would hold them up until they are waited for after all."""
 
 
 def node() -> str:
@@ -53,3 +58,12 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def yield_to_others() -> None:
+    """Gives the calling thread less of busy cores than other threads get; without effect where the system does not know
+    priorities of threads."""
+    with contextlib.suppress(OSError, AttributeError):
+        thread = threading.get_native_id()
+        before = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, before + BACKGROUND))

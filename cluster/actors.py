@@ -1,10 +1,13 @@
 """The actors of a stage: the options that each is started with, a group of them, and why one died."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.exceptions import RayError
+from ray.util import client
 from ray.util.placement_group import (
     placement_group,
     placement_group_table,
@@ -39,7 +42,7 @@ class Actors:
         spinning: bool = False,
         label: Label | None = None,
     ) -> None:
-        self._bundle, self._label = bundle, label
+        self.bundle, self._label = bundle, label
         self._group = placement_group([bundle.as_resources()] * count, strategy="PACK")
         while_waiting = while_waiting or Waiting(count, bundle, timeout_seconds).check
         try:
@@ -80,6 +83,7 @@ class Actors:
         self.nodes = [f"{names.get(node_of[i], '?')} ({node_of[i][:8]})" for i in order]
         hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
         self.hosts = [hosts.get(node_of[i]) for i in order]
+        self.node_ids = [node_of[i] for i in order]
         return order
 
 
@@ -97,7 +101,10 @@ def actor_options(bundle: Bundle, spinning: bool = False) -> dict[str, Any]:
 def _environment(bundle: Bundle, spinning: bool) -> dict[str, str]:
     # Ray leaves all of a node's GPUs visible to an actor that asked for none.
     hidden = {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return _thread_environment(bundle.cpus, spinning) | hidden
+    # Blocks of gigabytes come and go beside long-lived hidden states. An engine shares its memory between processes,
+    # which does not work with segments that grow.
+    growing = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if bundle.gpus and spinning else {}
+    return _thread_environment(bundle.cpus, spinning) | hidden | growing
 
 
 def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:
@@ -117,6 +124,13 @@ def _thread_environment(cpus: int, spinning: bool) -> dict[str, str]:
 def node_died(error: RayError) -> bool:
     """Returns whether an actor was lost together with its node, or was preempted."""
     return bool(getattr(error, "preempted", False)) or "its node has died" in str(error)
+
+
+def ended_at(handle: Any) -> float:
+    """Returns when an actor's process ended, in ms since the epoch; infinity where the cluster does not know yet."""
+    if client.ray.is_connected():  # only processes of the cluster itself may ask
+        return math.inf
+    return state.actors(handle._actor_id.hex()).get("EndTime") or math.inf
 
 
 def death(error: RayError) -> RuntimeError:

@@ -1,6 +1,6 @@
 """Actors that work independently of each other: as many as the cluster has room for, while the others wait for room.
 
-There is no placement group, so that a new node is used at once and a lost one takes only its own actors with it.
+They share no placement group, so that a new node is used at once and a lost one takes only its own actors with it.
 """
 
 import time
@@ -10,7 +10,11 @@ from typing import Any, Literal, Self
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from calibprune.errors import UserError
 from calibprune.events import Lost, emit
@@ -45,6 +49,8 @@ class Member:
     since: float = field(default_factory=time.monotonic)
     node: str | None = None
     """Name of its machine, known once `start()` has returned it."""
+    group: Any = None
+    """Placement group of an actor whose parts may be on several nodes."""
 
 
 class Crew:
@@ -88,9 +94,8 @@ class Crew:
         seconds = HASTY_STOP_SECONDS if hasty else STOP_SECONDS
         if stopping:
             ray.wait(stopping, num_returns=len(stopping), timeout=seconds)
-        for member in self.members:
-            ray.kill(member.handle)
-        self.members = []
+        for member in list(self.members):
+            self.dismiss(member)
 
     @property
     def count(self) -> int:
@@ -109,9 +114,11 @@ class Crew:
         while len(self.members) < count:
             slot = min(set(range(count)) - {member.slot for member in self.members})
             named = {"name": self.label.actor(self.kind, slot)} if self.label else {}
-            placed = self._class.options(**self._options, **named, **_place(self._bundle))
-            handle = placed.remote(*self._arguments)
-            self.members.append(Member(handle, slot, handle.__ray_ready__.remote()))
+            group = _group(self._bundle)
+            place = _place(self._bundle) if group is None else _first_place(group)
+            handle = self._class.options(**self._options | named | place).remote(*self._arguments)
+            member = Member(handle, slot, handle.__ray_ready__.remote(), group=group)
+            self.members.append(member)
 
     def pending(self) -> dict[Any, Member]:
         return {member.pending: member for member in self.members if member.pending is not None}
@@ -160,7 +167,26 @@ class Crew:
     def dismiss(self, member: Member) -> None:
         """Kills an actor, if it still lives; `fill` then requests another."""
         ray.kill(member.handle)
+        if member.group is not None:
+            remove_placement_group(member.group)
         self.members.remove(member)
+
+
+def _group(bundle: Bundle) -> Any:
+    """Returns a placement group, on few nodes, with one GPU in every bundle, as vLLM wants it; None for an actor on one
+    node."""
+    if bundle.parts == 1:
+        return None
+    each = {"CPU": bundle.cpus / bundle.gpus, "GPU": 1.0}
+    return placement_group([each] * (bundle.gpus * bundle.parts), strategy="PACK")
+
+
+def _first_place(group: Any) -> dict[str, Any]:
+    """Returns the options of an actor that starts others in its placement group; it takes nothing of it itself."""
+    place = PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+    )
+    return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": place}
 
 
 def _place(bundle: Bundle) -> dict[str, Any]:

@@ -5,11 +5,20 @@ gang; a new one, of as many workers as the cluster then has room for, resumes fr
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+import torch
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
@@ -17,29 +26,34 @@ from calibprune.events import Event, LayerEntered, Lost, Resumed, Tick, emit, no
 from calibprune.gang import PeerLost
 from calibprune.redact import one_line
 from calibprune.stage import Stage
-from cluster.actors import Actors, death, node_died
+from cluster.actors import Actors, death, ended_at, node_died
 from cluster.label import Label
 from cluster.layer_worker import LayerWorker
 from cluster.places import Bundle, NoRoom, Waiting, capacity
+from cluster.suspects import Suspects, WorkerLost
 
+MEMORY = "memory"
+"""Kind of loss of a worker that ran out of its GPU's memory."""
 ATTEMPTS = 3
 """Losses in a row, without a unit committed in between, after which the work is given up."""
 POLL_SECONDS = 1.0
-CULPRIT_SECONDS = 15.0
-"""Time in which a dead worker is looked for after another one reported that it lost its peers."""
 HANG_FACTOR, HANG_FLOOR_SECONDS = 10.0, 180.0
-"""Multiple of the longest layer so far after which a gang is treated as hung, and the least such limit in seconds."""
+"""Multiple of the longest layer so far after which a silent gang is treated as hung, and the least such limit in
+seconds."""
+PULSE_SECONDS = 10.0
+"""Time between two questions to the workers whether they have made a step."""
 
 
-class WorkerLost(RuntimeError):
-    """A worker of the gang died, hangs or failed; the message has its name, its layer and the cause."""
+@dataclass(frozen=True)
+class Relief:
+    """What to do about a worker that runs out of its GPU's memory."""
 
-    def __init__(
-        self, name: str, place: str, reason: str,
-        host: str | None = None, layer: int | None = None, kind: str = "worker",
-    ) -> None:  # fmt: skip
-        super().__init__(f"{name}{place} was lost {reason}")
-        self.name, self.reason, self.host, self.layer, self.kind = name, reason, host, layer, kind
+    advice: str
+    """What the user can change, for the error where nothing else helps."""
+    arguments: tuple[Any, ...] | None = None
+    """Arguments with which the work needs less memory, for a second try; None where there are none."""
+    note: str = ""
+    """What is different in the second try."""
 
 
 class RoomChanged(Exception):
@@ -61,14 +75,16 @@ def run_gang(
     layer_timeout_seconds: float | None = None,
     unit_of: Callable[[int], str] | None = None,
     label: Label | None = None,
+    relief: Relief | None = None,
 ) -> Iterator[Event]:
     """Calls `method(*arguments)`, a generator of events, on every worker of a gang; emits and yields the events.
 
     LayerEntered is yielded once, when the last worker enters a layer, and Tick about once a second. When a worker is
     lost, which is a Lost event, the call is repeated on a new gang: `method` resumes from what is committed to the
-    `stage`. `unit_of` returns the unit that a layer belongs to. Raises NoRoom where the cluster has no room for the
-    first gang, UserError where a worker raised one, WorkFailed after too many losses without a unit committed in
-    between.
+    `stage`. `unit_of` returns the unit that a layer belongs to. A worker that runs out of its GPU's memory would
+    do so again: the call is repeated once, with the arguments of `relief`. Raises NoRoom where the cluster has no room
+    for the first gang, UserError where a worker raised one or the memory does not suffice either way, WorkFailed after
+    too many losses without a unit committed in between.
     """
     attempts, before = 0, len(stage.done_units())
     group: WorkerGroup | None = None
@@ -82,6 +98,11 @@ def run_gang(
             attempts, before = (1 if done > before else attempts + 1), done
             units = () if lost.layer is None or unit_of is None else (unit_of(lost.layer),)
             yield emit(Lost(lost.kind, lost.reason, units, attempts, lost.host, lost.name))
+            if lost.kind == MEMORY and relief is not None:
+                if relief.arguments is None:
+                    raise UserError(f"{lost}: {relief.advice}") from None
+                note(relief.note)
+                arguments, relief = relief.arguments, Relief(relief.advice)
             if attempts >= ATTEMPTS:
                 raise WorkFailed(f"gave up after {attempts} losses in a row: {lost}") from None
         yield emit(Resumed(done))
@@ -177,9 +198,9 @@ class WorkerGroup:
             for rank, handle in enumerate(self._actors.handles)
         }
         pace = _LayerPace(layer_timeout_seconds, self._start_seconds)
-        suspect: tuple[float, Exception] | None = None
-        while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=POLL_SECONDS)
+        pulse, suspects = _Pulse(self._actors.handles), self._no_suspects()
+        while streams or suspects:
+            ready = _ready(list(streams))
             now = time.monotonic()
             for stream in ready:
                 rank = streams[stream]
@@ -188,23 +209,50 @@ class WorkerGroup:
                 except StopIteration:
                     del streams[stream]
                 except (RayActorError, RayTaskError) as error:
-                    lost = self._lost(rank, error)
-                    if not isinstance(getattr(error, "cause", None), PeerLost):
+                    lost, died = self._lost(rank, error), isinstance(error, RayActorError)
+                    bereft = isinstance(getattr(error, "cause", None), PeerLost)
+                    if not isinstance(lost, WorkerLost) or not (died or bereft):
                         raise lost from None
-                    suspect = suspect or (now, lost)  # one of its peers died: find out which
+                    away = isinstance(error, ActorUnavailableError)
+                    suspects.add(rank, lost, now, died=died, out_of_reach=away)
                     del streams[stream]
                 else:
+                    pace.heard_at = now
                     if not isinstance(event, LayerEntered):
                         yield emit(event)
                     elif self._last_to_enter(rank, event):
                         pace.enter(event, now)
                         yield emit(event)
-            if suspect and (now - suspect[0] > CULPRIT_SECONDS or not streams):
-                raise suspect[1]
-            if now - pace.entered_at > pace.limit:
+            if suspects and (rank := suspects.culprit(now, len(streams))) is not None:
+                if rank in self._dead_nodes():
+                    raise self._lost_with_node(rank)
+                raise suspects.loss(rank) or self._lost_with_node(rank)
+            if pulse.beats(now):
+                pace.heard_at = now
+            if pace.overdue(now):
                 raise self._hanging(pace.limit)
             if not ready:
                 yield Tick()
+
+    def _no_suspects(self) -> Suspects:
+        over_nccl = bool(self._actors.bundle.gpus) and len(self) > 1
+        return Suspects(
+            over_nccl and len(set(self._actors.node_ids)) > 1,
+            self._dead_nodes,
+            lambda rank: ended_at(self._actors.handles[rank]),
+        )
+
+    def _dead_nodes(self) -> set[int]:
+        """Returns the workers whose nodes are dead."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return {rank for rank, node in enumerate(self._actors.node_ids) if node not in alive}
+
+    def _lost_with_node(self, rank: int) -> WorkerLost:
+        at = self._at[rank]
+        where, reason = f" on {self.nodes[rank]}", f"at {_place(at)}: its node died"
+        return WorkerLost(
+            f"worker {rank}", where, reason, self._actors.hosts[rank], _layer(at), "node"
+        )
 
     def _last_to_enter(self, rank: int, event: LayerEntered) -> bool:
         """Records how far a worker is; returns whether it was the last one to get this far."""
@@ -227,6 +275,7 @@ class WorkerGroup:
                 handle.join.remote(rank, count, meeting): rank
                 for rank, handle in enumerate(handles)
             }
+            kinds: dict[str, str] = {}
             deadline = time.monotonic() + self._start_seconds
             while joining:
                 left = max(0.0, deadline - time.monotonic())
@@ -236,9 +285,13 @@ class WorkerGroup:
                     reason = f"at its start: not ready within {self._start_seconds:.0f} s"
                     raise WorkerLost(f"worker {rank}", f" on {self.nodes[rank]}", reason)
                 rank = joining.pop(ready[0])
-                ray.get(ready[0])
+                kind: Any = ray.get(ready[0])
+                kinds[kind] = self.nodes[rank]
         except (RayActorError, RayTaskError, GetTimeoutError) as error:
             raise self._lost(0 if count == 1 else None, error) from None
+        if len(kinds) > 1:
+            each = ", ".join(f"{kind} on {node}" for kind, node in sorted(kinds.items()))
+            raise UserError(f"the workers' GPUs differ: {each}: take nodes of one kind")
 
     def _lost(self, rank: int | None, error: Exception) -> Exception:
         """Returns what to raise for a worker's error: one that only the user can fix, or a loss that a new gang may
@@ -253,15 +306,13 @@ class WorkerGroup:
         if isinstance(cause, ValueError):  # the same numbers would raise it on any worker
             return WorkFailed(f"worker {rank}{where} {reason}")
         kind = "node" if isinstance(error, RayActorError) and node_died(error) else "worker"
+        kind = MEMORY if _out_of_memory(cause) else kind
         host = self._actors.hosts[rank]
         return WorkerLost(f"worker {rank}", where, reason, host, _layer(at), kind)
 
     def _hanging(self, limit: float) -> WorkerLost:
         """Returns the loss of a gang that hangs. It names the workers that do not even answer a call, or else all."""
-        asked = {
-            handle.where.options(concurrency_group="health").remote(): rank
-            for rank, handle in enumerate(self._actors.handles)
-        }
+        asked = {_progress(handle): rank for rank, handle in enumerate(self._actors.handles)}
         _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=5.0)
         ranks = sorted(asked[reference] for reference in silent) or sorted(asked.values())
         named = ", ".join(f"worker {rank} on {self.nodes[rank]}" for rank in ranks)
@@ -272,8 +323,55 @@ class WorkerGroup:
         return WorkerLost(named, "", reason, hosts, _layer(slowest))
 
 
+def _ready(streams: list[Any]) -> list[Any]:
+    """Returns the streams that have something, after about a second at most."""
+    if not streams:
+        time.sleep(POLL_SECONDS)
+        return []
+    some, _ = ray.wait(streams, num_returns=1, timeout=POLL_SECONDS)
+    return ray.wait(streams, num_returns=len(streams), timeout=0)[0] if some else []
+
+
+def _out_of_memory(cause: object) -> bool:
+    """Returns whether a GPU's memory ran out: of PyTorch's own allocations, or of a library's."""
+    return isinstance(cause, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(cause)
+
+
+def _progress(handle: Any) -> Any:
+    return handle.progress.options(concurrency_group="health").remote()
+
+
+class _Pulse:
+    """Asks the workers now and then how many steps they have made, without waiting for the answers."""
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        self._handles = handles
+        self._steps = [0] * len(handles)
+        self._asked: dict[Any, int] = {}
+        self._next = time.monotonic() + PULSE_SECONDS
+
+    def beats(self, now: float) -> bool:
+        """Returns whether an answer has come of a worker that has made a step since its last one."""
+        beats = False
+        asked = list(self._asked)
+        answers = ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []
+        for answer in answers:
+            rank = self._asked.pop(answer)
+            with suppress(RayError):  # that a worker is dead is heard of through its stream
+                steps: Any = ray.get(answer)
+                beats, self._steps[rank] = beats or steps > self._steps[rank], steps
+        if now > self._next:
+            self._next = now + PULSE_SECONDS
+            silent = set(self._asked.values())
+            for rank, handle in enumerate(self._handles):
+                if rank not in silent:
+                    self._asked[_progress(handle)] = rank
+        return beats
+
+
 class _LayerPace:
-    """The time that a layer may take before the gang is treated as hung: as given, or ten times the longest so far.
+    """The time that a gang may be silent before it is treated as hung: ten times the longest layer so far; or the time
+    that a layer may take, where that is given.
 
     A layer that is merely swept through, or one of an earlier sweep, does not predict layers that are pruned. Until
     one of these is done, the limit is at least the time that a start may take.
@@ -283,7 +381,7 @@ class _LayerPace:
         self._given, self._start_seconds = given, start_seconds
         self._longest, self._measured = 0.0, False
         self._last: LayerEntered | None = None
-        self.entered_at = time.monotonic()
+        self.entered_at = self.heard_at = time.monotonic()
 
     def enter(self, event: LayerEntered, now: float) -> None:
         """Records that all workers have entered a layer."""
@@ -292,6 +390,10 @@ class _LayerPace:
             self._measured = same_sweep and (self._measured or self._last.full)
             self._longest = max(self._longest, now - self.entered_at)
         self._last, self.entered_at = event, now
+
+    def overdue(self, now: float) -> bool:
+        in_layer = self._given is not None and self._last is not None
+        return now - (self.entered_at if in_layer else self.heard_at) > self.limit
 
     @property
     def limit(self) -> float:

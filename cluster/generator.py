@@ -36,11 +36,13 @@ def shard_rows(unit: str, settings: GenerateSettings) -> range:
 class Generator:
     def __init__(
         self, model: ModelSettings, model_url: str, dtype: str, most_tokens: int,
-        settings: GenerateSettings, stage_url: str, cpus: int,
+        settings: GenerateSettings, stage_url: str, cpus: int, weight_bytes: int, sequence_bytes: int,
+        over_nodes: bool,
     ) -> None:  # fmt: skip
         self._model, self._url, self._dtype = model, model_url, dtype
         self._most_tokens, self._settings, self._cpus = most_tokens, settings, cpus
-        self._stage = Stage(stage_url)
+        self._memory = {"weight_bytes": weight_bytes, "sequence_bytes": sequence_bytes}
+        self._over_nodes, self._stage = over_nodes, Stage(stage_url)
 
     def start(self) -> str:
         """Starts the engine, which takes half a minute to several; returns the name of this machine."""
@@ -48,7 +50,8 @@ class Generator:
         trust = self._model.trust_remote_code
         self._engine = Engine(
             self._url, self._dtype, self._settings, self._most_tokens, self._cpus,
-            trust_remote_code=trust, rope_dtype=self._model.rope_dtype,
+            trust_remote_code=trust, rope_dtype=self._model.rope_dtype, over_nodes=self._over_nodes,
+            **self._memory,
         )  # fmt: skip
         events = logging.getLogger("calibprune")
         events.setLevel(logging.INFO)

@@ -1,7 +1,7 @@
 """Room for workers in the cluster: what each one asks for, how many fit, and messages for those that do not."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import ray
@@ -24,15 +24,26 @@ class Bundle:
 
     cpus: int
     gpus: int
+    parts: int = 1
+    """Number of times that it asks for them: each part is on one node, different parts may be on different nodes."""
 
     def as_resources(self) -> dict[str, float]:
         resources = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: float(amount) for name, amount in resources.items() if amount}
 
     def fits_in(self, resources: Mapping[str, float]) -> int:
-        """Returns how many such workers fit into one node's resources; 1 for a worker that asks for nothing."""
+        """Returns how many such parts fit into one node's resources; 1 for a worker that asks for nothing."""
         needs = self.as_resources().items()
         return int(min((resources.get(name, 0) // amount for name, amount in needs), default=1))
+
+    def fits_into(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        """Returns how many such workers fit into the resources of several nodes together."""
+        return sum(map(self.fits_in, nodes)) // self.parts
+
+    @property
+    def in_words(self) -> str:
+        each = in_words(self.as_resources())
+        return each if self.parts == 1 else f"{self.parts} x ({each})"
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,8 @@ class Need:
     """Part of `gpu_bytes` that moves to host memory where it does not fit the GPU."""
     gpu_share: float = 1.0
     """Fraction of a GPU's memory that may be used."""
+    more_room: str = "use larger GPUs, or nodes with more memory"
+    """Advice where an actor does not fit the memory."""
 
 
 class NoRoom(RuntimeError):
@@ -100,12 +113,12 @@ def _available() -> dict[str, dict[str, float]]:
 
 def capacity(bundle: Bundle) -> int:
     """Returns how many such workers would fit onto the live nodes if these were idle."""
-    return sum(bundle.fits_in(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return bundle.fits_into(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
 def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:
     """Explains why `count` workers do not fit even into an idle cluster, and what to change; None where they fit."""
-    room = sum(bundle.fits_in(node.total) for node in cluster)
+    room = bundle.fits_into(node.total for node in cluster)
     if room >= count:
         return None
     total = in_words(_sum(node.total for node in cluster))
@@ -115,14 +128,15 @@ def never_fits(count: int, bundle: Bundle, cluster: list[Node]) -> str | None:
             f"them: lower cluster.workers or cluster.cpus_per_worker"
         )
     largest = max(cluster, key=lambda node: [node.total.get(n, 0) for n in ("GPU", "CPU")])
+    nowhere = "no node has room" if bundle.parts == 1 else "there is no room"
+    advice = "lower cluster.cpus_per_worker or generate.tensor_parallel"
+    if bundle.gpus and not largest.total.get("GPU"):
+        advice = "set cluster.gpus_per_worker=0 to work on CPUs, for which generate needs vLLM's build for CPUs"
+    elif bundle.gpus > 1 and bundle.parts == 1:
+        advice += ", and split a model that needs several nodes by generate.pipeline_parallel"
     return (
-        f"no node has room for {in_words(bundle.as_resources())}, the cluster has {total} in all, its largest node "
-        f"{in_words(largest.total)}: "
-        + (
-            "set cluster.gpus_per_worker=0 to work on CPUs, for which generate needs vLLM's build for CPUs"
-            if bundle.gpus and not largest.total.get("GPU")
-            else "lower cluster.cpus_per_worker or generate.tensor_parallel"
-        )
+        f"{nowhere} for {bundle.in_words}, the cluster has {total} in all, its largest node "
+        f"{in_words(largest.total)}: {advice}"
     )
 
 
@@ -161,7 +175,7 @@ class Waiting:
         self._next_line = now + NEXT_LINE_SECONDS
         cluster = nodes()
         free = self._free(cluster)
-        busy = sum(self._bundle.fits_in(node.total) for node in cluster) - free
+        busy = self._bundle.fits_into(node.total for node in cluster) - free
         if free < self._count:  # otherwise there is room by now, and a process is starting in it
             note(
                 f"waiting for {request_in_words(self._count, self._bundle)}: {free} free, "
@@ -169,7 +183,7 @@ class Waiting:
             )
 
     def _free(self, cluster: list[Node]) -> int:
-        return sum(self._bundle.fits_in(node.free) for node in cluster)
+        return self._bundle.fits_into(node.free for node in cluster)
 
     def _timed_out(self) -> NoRoom:
         cluster = nodes()
@@ -190,7 +204,7 @@ class Waiting:
 
 def request_in_words(count: int, bundle: Bundle) -> str:
     """Describes a number of workers, such as "2 x (4 CPU, 1 GPU)"."""
-    return f"{count} x ({in_words(bundle.as_resources())})"
+    return f"{count} x ({bundle.in_words})"
 
 
 def in_words(resources: Mapping[str, float]) -> str:

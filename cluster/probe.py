@@ -8,11 +8,16 @@ import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
+import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
+import sys
+import sysconfig
 import uuid
 from pathlib import Path
 from typing import Any
@@ -41,7 +46,9 @@ def machine_facts(temp_folder: str, storage_wanted: dict[str, Any]) -> dict[str,
         "python": platform.python_version(),
         "versions": versions(),
         "source": source_hash(),
-        "gpus": gpus(),
+        "gpus": (found := gpus()),
+        "cuda": cuda() if found or any(Path("/dev").glob("nvidia[0-9]*")) else None,
+        "compiler_lacks": compiler_lacks(),
         "memory_bytes": total,
         "free_memory_bytes": free,
         "temp_free_bytes": _free(temp_folder),
@@ -56,9 +63,15 @@ def versions() -> dict[str, str | None]:
     for name, distributions in PACKAGES.items():
         found[name] = None
         for distribution in distributions:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[name] = found[name] or importlib.metadata.version(distribution)
+            found[name] = found[name] or _version(distribution)
     return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def source_hash() -> str | None:
@@ -90,6 +103,71 @@ def gpus() -> list[dict[str, Any]] | None:
         ]
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
+
+
+CUDA = """
+import ctypes, json
+cuda = ctypes.CDLL("libcuda.so.1")
+number, text = ctypes.c_int(), ctypes.create_string_buffer(256)
+found = {"driver": None, "error": None, "devices": []}
+if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0:
+    found["driver"] = number.value
+code = cuda.cuInit(0)
+if code:
+    reason = ctypes.c_char_p()
+    cuda.cuGetErrorString(code, ctypes.byref(reason))
+    found["error"] = f"error {code} ({(reason.value or b'unknown').decode()})"
+else:
+    cuda.cuDeviceGetCount(ctypes.byref(number))
+    for index in range(number.value):
+        device, units = ctypes.c_int(), ctypes.c_int()
+        cuda.cuDeviceGet(ctypes.byref(device), index)
+        cuda.cuDeviceGetName(text, len(text), device)
+        cuda.cuDeviceGetAttribute(ctypes.byref(units), 16, device)  # MULTIPROCESSOR_COUNT
+        found["devices"].append({"name": text.value.decode(), "multiprocessors": units.value})
+print(json.dumps(found))
+"""
+"""Asks the driver about its GPUs. It makes no context, which would take memory of them."""
+
+
+def cuda() -> dict[str, Any] | None:
+    """Returns what the bits of results on this machine's GPUs depend on, and whether CUDA starts; None without CUDA.
+
+    A process of its own asks, since a driver in disorder may hang or crash.
+    """
+    environment = {name: value for name, value in os.environ.items() if value}
+    if not environment.get("CUDA_VISIBLE_DEVICES"):
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    line = [sys.executable, "-c", CUDA]
+    try:
+        answer = subprocess.run(
+            line, capture_output=True, text=True, timeout=15, check=True, env=environment
+        )
+        found = json.loads(answer.stdout)
+    except subprocess.TimeoutExpired:
+        found = {"driver": None, "error": "it does not answer", "devices": []}
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return found | {"built_for": built_for(), "triton": _version("triton")}
+
+
+def built_for() -> str | None:
+    """Returns the CUDA that the installed PyTorch is built for, without importing it; None for a build for CPUs."""
+    package = importlib.util.find_spec("torch")
+    if package is None or package.origin is None:
+        return None
+    text = Path(package.origin).with_name("version.py").read_text()
+    match = re.search(r"^cuda\b.*= '([\d.]+)'", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def compiler_lacks() -> str | None:
+    """Returns what is missing here to compile kernels, in words; None where nothing is."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "there is no C compiler"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h is missing"
+    return None
 
 
 def memory() -> tuple[int, int]:

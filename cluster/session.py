@@ -20,6 +20,7 @@ from ray._private.node import Node
 from ray._private.worker import global_worker
 
 from calibprune.calibration.engine import vllm_version
+from calibprune.config.generate import GenerateSettings
 from calibprune.config.model import ClusterSettings
 from calibprune.errors import UserError
 from calibprune.events import note
@@ -42,6 +43,8 @@ def connect(settings: ClusterSettings) -> Iterator[bool]:
         yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # With a killed actor, the processes that it started are killed: an engine's hold a GPU.
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     _check_reachable(settings.address or os.environ.get("RAY_ADDRESS"))
     on_terminate = signal.getsignal(signal.SIGTERM)
     token = Path.home() / ".ray" / "auth_token"
@@ -141,17 +144,26 @@ def _check_reachable(address: str | None) -> None:
         raise UserError(f"cannot reach Ray at {address}: {error}") from None
 
 
-def worker_bundle(settings: ClusterSettings, *, engine_gpus: int | None = None) -> Bundle:
-    """Returns the resources of one worker; what the settings leave open follows from the cluster and the vLLM build.
+def engine_bundle(cluster: ClusterSettings, settings: GenerateSettings) -> Bundle:
+    """Returns the resources of one engine: as much as a pruning worker for each of its GPUs, since it has a process for
+    each; without GPUs, a pruning worker's.
 
-    `engine_gpus` is given for an engine: it gets that many GPUs, the parts that it is split into, instead of a pruning
-    worker's one; none where pruning workers have none.
+    An engine that is split among more GPUs than a node has asks for as many parts as its pipeline.
     """
+    one, split = worker_bundle(cluster), settings.tensor_parallel * settings.pipeline_parallel
+    if not one.gpus:
+        return one
+    largest = max(int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])
+    parts = settings.pipeline_parallel if split > largest else 1
+    gpus = split // parts
+    return Bundle(one.cpus * gpus, gpus, parts)
+
+
+def worker_bundle(settings: ClusterSettings) -> Bundle:
+    """Returns the resources of one worker; what the settings leave open follows from the cluster and the vLLM build."""
     gpus = settings.gpus_per_worker
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) or needs_gpus(vllm_version()) else 0
-    if gpus and engine_gpus is not None:
-        gpus = engine_gpus
     cpus = settings.cpus_per_worker
     if cpus is None:
         largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])

@@ -135,7 +135,7 @@ def version_skew(survey: Survey) -> str | None:
     for what, groups in _versions(survey).items():
         if len(groups) > 1:  # the most common version first
             ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-            places = " and ".join(f"{version} on {_names(names)}" for version, names in ordered)
+            places = " and ".join(f"{version} on {names_of(names)}" for version, names in ordered)
             different.append(f"{what} is {places}")
     if not different:
         return None
@@ -180,11 +180,12 @@ def unreachable(survey: Survey) -> list[str]:
             if one.facts[key]:
                 reasons.setdefault((what, one.facts[key]), []).append(one.name)
     return [
-        f"{what} cannot be {'written' if what == 'output' else 'read'} from {_names(names)}: {reason}"
+        f"{what} cannot be {'written' if what == 'output' else 'read'} from {names_of(names)}: {reason}"
         for (what, reason), names in reasons.items()
     ]
 
 
-def _names(names: Sequence[str]) -> str:
+def names_of(names: Sequence[str]) -> str:
+    """Lists the names of machines, the first few."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more

@@ -14,11 +14,13 @@ from calibprune.stage import Stage
 from cluster.crew import Crew
 from cluster.generator import Generator
 from cluster.places import Bundle, Need, capacity
-from cluster.session import needs_gpus, worker_bundle
+from cluster.session import engine_bundle, needs_gpus
 from jobs.run import Run
 
 PLUGGED_IN = ("dclm", "openlm")
 """Types of models that vLLM knows by our plugin."""
+MIN_SEQUENCES = 16
+"""Number of sequences for whose keys and values the GPUs of an engine must have room beside the weights."""
 
 
 def on_gpus(cluster: ClusterSettings) -> bool:
@@ -32,12 +34,20 @@ def check_engines(run: Run, stage: str) -> None:
     """Raises UserError where vLLM is missing or cannot read the model, or where an engine needs more GPUs than the run
     has."""
     model_url, cluster = run.skeleton.checkpoint.url, run.config.cluster
-    parallel = run.config.generate.tensor_parallel
-    if on_gpus(cluster) and parallel > cluster.worker_count:
+    split, parts = run.config.generate.tensor_parallel, run.config.generate.pipeline_parallel
+    if on_gpus(cluster) and split * parts > cluster.worker_count:
+        times = f" x generate.pipeline_parallel {parts}" if parts > 1 else ""
         raise UserError(
-            f"generate.tensor_parallel {parallel} is more GPUs for one engine than the run has: cluster.workers is "
+            f"generate.tensor_parallel {split}{times} is more GPUs for one engine than the run has: cluster.workers is "
             f"{cluster.worker_count}, with one GPU each: raise cluster.workers or lower generate.tensor_parallel"
         )
+    layers = len(run.skeleton.layers)
+    if parts > layers:
+        raise UserError(
+            f"generate.pipeline_parallel {parts} is more parts than the model's {layers} layers"
+        )
+    if parts > 1 and not on_gpus(cluster):
+        raise UserError("generate.pipeline_parallel splits a model over GPUs: set it to 1 on CPUs")
     if vllm_version() is None:
         raise UserError(
             f'vLLM is not installed, {stage} needs it: pip install "calibprune[cuda]" on a machine with '
@@ -74,7 +84,7 @@ def _has_plugin() -> bool:
 def engines(run: Run, name: str, stage: Stage, units: int, most_tokens: int) -> Crew:
     """Returns a crew of vLLM engines that commit to the stage, at most one per unit of work."""
     settings, cluster = run.config.generate, run.config.cluster
-    bundle = worker_bundle(cluster, engine_gpus=settings.tensor_parallel)
+    bundle = engine_bundle(cluster, settings)
     count = _count(run, bundle, units)
     room = capacity(bundle)
     note(f"starting {min(count, room) or count} vLLM engine{'s' * (count > 1)}")
@@ -83,7 +93,9 @@ def engines(run: Run, name: str, stage: Stage, units: int, most_tokens: int) -> 
     model = run.skeleton.checkpoint.url
     return Crew(
         Generator, count, bundle,
-        [run.config.model, model, run.dtype, most_tokens, settings, stage.url, bundle.cpus],
+        [run.config.model, model, run.dtype, most_tokens, settings, stage.url,
+         bundle.cpus // max(1, bundle.gpus), model_bytes(run.skeleton),
+         cache_bytes(run.skeleton, most_tokens), bundle.parts > 1],
         start_seconds=cluster.start_timeout_seconds,
         concurrency=settings.shards_in_flight + 1,
         label=run.label(name),
@@ -93,11 +105,12 @@ def engines(run: Run, name: str, stage: Stage, units: int, most_tokens: int) -> 
 def engine_need(run: Run, stage: str, units: int, most_tokens: int, work: str) -> Need:
     """Returns what the engines of a stage ask of the cluster."""
     settings = run.config.generate
-    bundle = worker_bundle(run.config.cluster, engine_gpus=settings.tensor_parallel)
-    host, gpu = engine_bytes(run, bundle.gpus, most_tokens)
+    bundle = engine_bundle(run.config.cluster, settings)
+    host, gpu = engine_bytes(run, bundle.gpus * bundle.parts, most_tokens)
     return Need(
         stage, "engine", _count(run, bundle, units), 1, bundle, work,
         host_bytes=host, gpu_bytes=gpu, gpu_share=settings.gpu_memory_utilization,
+        more_room="raise generate.tensor_parallel, or generate.pipeline_parallel over nodes, or take larger GPUs",
     )  # fmt: skip
 
 
@@ -105,7 +118,7 @@ def _count(run: Run, bundle: Bundle, units: int) -> int:
     """Returns the number of engines: as configured, else as many as the pruning workers' GPUs hold, or one per worker
     on CPUs; at most one per unit."""
     workers, asked = run.config.cluster.worker_count, run.config.generate.engines
-    held = workers // bundle.gpus if bundle.gpus else workers
+    held = workers // (bundle.gpus * bundle.parts) if bundle.gpus else workers
     return min(asked or max(1, held), units)
 
 
@@ -124,8 +137,10 @@ def cache_bytes(skeleton: Skeleton, tokens: int) -> int:
 
 
 def engine_bytes(run: Run, gpus: int, most_tokens: int) -> tuple[int | None, int]:
-    """Returns (host bytes of one engine, bytes on each of its GPUs): weights, and room for at least one sequence."""
+    """Returns (host bytes of one engine, bytes on each of its GPUs): weights, and room for enough sequences to be worth
+    reading the weights for."""
     weights, cache = model_bytes(run.skeleton), cache_bytes(run.skeleton, most_tokens)
     if gpus:
-        return None, (weights + cache) // gpus
+        sequences = min(MIN_SEQUENCES, run.config.generate.max_concurrent or MIN_SEQUENCES)
+        return None, (weights + sequences * cache) // gpus
     return host_memory() + weights + (run.config.generate.cpu_kvcache_gib << 30), 0

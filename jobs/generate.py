@@ -32,6 +32,7 @@ from cluster.queue import (
     patience_with_source,
     work_through,
 )
+from cluster.session import worker_bundle
 from cluster.unit_worker import UnitWorker
 from jobs.engines import check_engines, engine_need, engines
 from jobs.run import Run
@@ -42,6 +43,7 @@ PUBLISHED: dict[str, Any] = {"card": True}
 NOT_IN_THE_RESULT = {
     "engines", "max_concurrent", "shards_in_flight", "attempts", "max_bad_shards",
     "shard_timeout_seconds", "gpu_memory_utilization", "cpu_kvcache_gib", "enforce_eager",
+    "pipeline_parallel",
 }  # fmt: skip
 """Settings that do not determine the result: a resumed run may have others."""
 MAX_SHARDS = 1_000_000
@@ -108,6 +110,10 @@ def plan(run: Run) -> Plan:
         "generate": settings.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
         "versions": {"vllm": vllm_version()},
     }
+    if not settings.batch_invariant:  # as in plans from before there was this setting
+        del identity["generate"]["batch_invariant"]
+    elif worker_bundle(run.config.cluster).gpus:
+        identity["device"] = run.gpu_kind
     if settings.temperature_schedule is not None:
         identity["versions"]["temperature_schedule"] = SCHEDULE
     noun = "shards and files of prefixes" if prefixes else "shards"

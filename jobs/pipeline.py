@@ -34,8 +34,8 @@ def run_stages(config: Config, commands: Sequence[str]) -> Run:
         only_driver(run) if working else nullcontext(),
         connect(config.cluster) if working else nullcontext(False) as started_here,
     ):
-        if working and not started_here:
-            check_cluster_before_work(run)
+        if working:
+            check_cluster_before_work(run, started_here)
         if working:
             if not run.begun:  # a resumed run waits: a lost node may come back
                 check_room(run)

@@ -14,6 +14,7 @@ from calibprune.config.model import ClusterSettings
 from calibprune.errors import StoreUnavailable, UserError
 from calibprune.events import note
 from calibprune.text import size
+from cluster.gpus import broken_gpus, check_gpus, kind, taken, uncompiled
 from cluster.places import Need, in_words, never_fits, nodes, request_in_words
 from cluster.session import connect
 from cluster.survey import Survey, Surveyed, check_survey, only_transient, problems, take_survey
@@ -38,15 +39,22 @@ def needs(run: Run) -> list[Need]:
     return [need for stage in modules(run.commands) for need in stage.needs(run)]
 
 
-def check_cluster_before_work(run: Run) -> None:
-    """Raises UserError where the versions on the nodes differ, or nodes do not reach the run's folder or the model.
+def check_cluster_before_work(run: Run, started_here: bool = False) -> None:
+    """Raises UserError where the versions on the nodes differ, nodes do not reach the run's folder or the model, or
+    their GPUs cannot be used.
 
-    Logs which nodes do not answer, and what may be missing for a stage, such as memory.
+    Logs which nodes do not answer, and what may be missing for a stage, such as memory. A Ray that was started for this
+    run is this machine: only its GPUs are checked.
     """
+    on_gpus = any(need.bundle.gpus for need in needs(run))
+    if started_here and not on_gpus:
+        return
     survey = _surveyed(run, PIPELINE_SECONDS)
     for node, reason in survey.silent:
         note(f"note: no answer from {node.name}: {reason}")
     check_survey(survey)
+    if on_gpus:
+        check_gpus(survey)
     cluster = nodes()
     for need in needs(run):
         if never_fits(need.least, need.bundle, cluster) is None:  # otherwise `check_room` raises
@@ -87,6 +95,8 @@ def check_cluster(run: Run, settings: ClusterSettings) -> tuple[str, list[str]]:
         survey, needed = _surveyed(run), needs(run)
         _show(run, survey, needed)
     missing, notes = problems(survey), []
+    if any(need.bundle.gpus for need in needed):
+        missing += [*broken_gpus(survey), *uncompiled(survey)]
     for need in needed:
         lacking, remarks = assess(need, survey)
         missing += lacking
@@ -122,8 +132,8 @@ def assess(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
     never = never_fits(need.least, need.bundle, cluster)
     if never is not None:
         return [f"{need.stage}: {never}"], []
-    room = sum(need.bundle.fits_in(node.total) for node in cluster)
-    free = sum(need.bundle.fits_in(node.free) for node in cluster)
+    room = need.bundle.fits_into(node.total for node in cluster)
+    free = need.bundle.fits_into(node.free for node in cluster)
     if room < need.count:
         notes.append(
             f"{need.stage}: room for {room} of {need.count} {need.actor}s; the others start when nodes join"
@@ -140,10 +150,18 @@ def assess(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
     elif need.gpu_bytes and smallest is not None and need.gpu_bytes > need.gpu_share * smallest:
         per_gpu = f"{size(need.gpu_bytes)} on every GPU, the smallest has {size(smallest)}"
         if need.gpu_bytes - need.movable_bytes > need.gpu_share * smallest:
-            missing.append(f"{need.stage}: a{_n(need.actor)} needs {per_gpu}: {_more_room(need)}")
+            missing.append(f"{need.stage}: a{_n(need.actor)} needs {per_gpu}: {need.more_room}")
         else:
             host_bytes = (host_bytes or 0) + need.movable_bytes
             notes.append(f"{need.stage}: {per_gpu}: {size(need.movable_bytes)} move to host memory")
+    if need.gpu_bytes:
+        found = (taken(one, _gpu_bytes_wanted(need, one)) for one in survey.nodes)
+        notes += [f"{need.stage}: {line}" for line in found if line]
+    if need.bundle.gpus and need.actor == "worker":
+        try:
+            kind(survey)
+        except UserError as error:
+            missing.append(f"{need.stage}: {error}")
     if host_bytes is not None:
         placed = sum(
             min(need.bundle.fits_in(one.node.total), int(one.facts["memory_bytes"] // host_bytes))
@@ -157,15 +175,16 @@ def assess(need: Need, survey: Survey) -> tuple[list[str], list[str]]:
             )
             missing.append(
                 f"{need.stage}: {need.least} {need.actor}s of {size(host_bytes)} of host memory do not fit the nodes' "
-                f"memory ({each}): {_more_room(need)}"
+                f"memory ({each}): {need.more_room}"
             )
     return missing, notes
 
 
-def _more_room(need: Need) -> str:
-    if need.actor == "engine":
-        return "raise generate.tensor_parallel or take larger GPUs"
-    return "use more workers, or lower curate.sequences or prune.batch_sequences"
+def _gpu_bytes_wanted(need: Need, one: Surveyed) -> int:
+    """Returns the bytes that an actor takes of a GPU of this node: an engine fills its share of it with its cache."""
+    if need.actor != "engine":
+        return need.gpu_bytes - need.movable_bytes
+    return int(need.gpu_share * min((gpu["bytes"] for gpu in one.facts["gpus"] or ()), default=0))
 
 
 def _n(noun: str) -> str:
@@ -300,7 +319,7 @@ def _needs_table(needed: Sequence[Need]) -> Table:
         many = "tasks" if need.actor == "task" else f"{need.count} x {need.actor}"
         table.add_row(
             need.stage,
-            f"{many} ({in_words(need.bundle.as_resources())})",
+            f"{many} ({need.bundle.in_words})",
             "" if need.host_bytes is None else size(need.host_bytes),
             size(need.gpu_bytes) if need.gpu_bytes else "",
             need.work,

@@ -29,13 +29,19 @@ from calibprune.pruning.memory import GPU_SHARE, WorkerMemory, worker_memory
 from calibprune.pruning.snapshots import FOLDER as SNAPSHOTS
 from calibprune.reporting.facts import PruneFacts
 from calibprune.stage import Stage
-from cluster.gang_driver import run_gang
+from cluster.gang_driver import Relief, run_gang
 from cluster.places import Need
 from cluster.session import worker_bundle
 from jobs.run import Run, versions
 from jobs.stages import Plan
 
 NAME = "prune"
+OFFLOADING = "once more, with what paused forwards hold in host memory"
+MORE_ROOM = "use more workers or larger GPUs, or lower curate.sequences or prune.batch_sequences"
+LESS_SOLVING = (
+    "use more workers or larger GPUs, or a method that needs no Gram matrix, such as wanda"
+)
+"""Advice where a worker does not fit its GPU: in general, and where solving takes most of it."""
 PUBLISHED: dict[str, Any] = {"folder": "checkpoint", "closing": (INDEX,)}
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
 """Settings that do not change the result: a resumed run may have others."""
@@ -85,17 +91,27 @@ def needs(run: Run) -> Iterator[Need]:
     host = pruning_memory(run, count, on_gpu=False)
     work = f"{sequences} sequences of {tokens} tokens"
     if not bundle.gpus:
-        yield Need(NAME, "worker", count, count, bundle, work, host_bytes=host.bytes)
+        yield Need(
+            NAME, "worker", count, count, bundle, work, host_bytes=host.bytes, more_room=MORE_ROOM
+        )
         return
     gpu = pruning_memory(run, count, on_gpu=True)
     yield Need(
         NAME, "worker", count, count, bundle, work,
-        # the layer that is read ahead, and the layer being written with its serialised copy
-        host_bytes=host.process + max(host.layers * 3 // 5, host.outside),
+        # the layers that are read ahead and written, in pinned buffers of up to twice their size, and a serialised copy
+        host_bytes=host.process + max(host.layers, host.outside),
         gpu_bytes=gpu.bytes,
-        movable_bytes=0 if run.config.prune.offload is False else gpu.paused,
+        movable_bytes=0 if run.config.prune.offload is False else movable(gpu, batches, count),
         gpu_share=GPU_SHARE,
+        more_room=LESS_SOLVING if gpu.largest == "solving" else MORE_ROOM,
     )  # fmt: skip
+
+
+def movable(memory: WorkerMemory, batches: int, workers: int) -> int:
+    """Returns the bytes that move to host memory: what paused forwards hold, except for the one that runs and the one
+    that is fetched ahead."""
+    mine = -(-batches // workers)
+    return memory.paused * max(0, mine - 2) // mine
 
 
 def pruning_memory(run: Run, workers: int, on_gpu: bool) -> WorkerMemory:
@@ -112,7 +128,7 @@ def plan(run: Run) -> Plan:
         "model.dtype": run.dtype,
         "pool": run.pool.identity,
         "prune": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
-        "device": "cuda" if bundle.gpus else "cpu",
+        "device": run.gpu_kind if bundle.gpus else "cpu",
         "threads": None if bundle.gpus else bundle.cpus,
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }
@@ -136,6 +152,13 @@ def _prune(run: Run, stage: Stage) -> Iterator[Event]:
     removed = predicted_summary(settings, shapes_of(run.skeleton, chosen))
     note(_intent(run, workers, chosen, removed))
     _note_deviation(run, removed)
+    offloading = settings.model_copy(update={"offload": True})
+    memory = pruning_memory(run, workers, on_gpu=True)
+    relief = Relief(
+        LESS_SOLVING if memory.largest == "solving" else MORE_ROOM,
+        (run.config.model, offloading, run.pool_url, stage.url) if settings.offload is None else None,
+        OFFLOADING,
+    )  # fmt: skip
     for event in run_gang(
         NAME, (run.config.model, settings, run.pool_url, stage.url),
         workers=workers,
@@ -145,6 +168,7 @@ def _prune(run: Run, stage: Stage) -> Iterator[Event]:
         layer_timeout_seconds=settings.layer_timeout_seconds,
         unit_of=layer_unit,
         label=run.label(NAME),
+        relief=relief,
     ):  # fmt: skip
         yield event
         if isinstance(event, UnitDone) and event.record.unit == ALLOCATION:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from calibprune.model import Skeleton
 
 FILE = "run.json"
+POLL_SECONDS = 1.0
 PACKAGES = ("torch", "transformers", "ray", "datasets", "safetensors", "pyarrow", "numpy")
 
 
@@ -134,6 +135,24 @@ class Run:
         )
         check_tokenizer(tokenizer, self.skeleton, self.config.model.path)
         return tokenizer
+
+    @cached_property
+    def gpu_kind(self) -> dict[str, Any] | str:
+        """What the bits of a result on the cluster's GPUs depend on; `cuda` where the nodes do not report it.
+
+        Needs a connection to Ray, and waits for a node with GPUs. Raises UserError where the GPUs differ, NoRoom where
+        no node comes in time.
+        """
+        from cluster.gpus import kind
+        from cluster.places import Bundle, Waiting, capacity
+        from cluster.survey import take_survey
+
+        one = Bundle(0, 1)
+        waiting = Waiting(1, one, self.config.cluster.start_timeout_seconds)
+        while not capacity(one):
+            waiting.check()
+            time.sleep(POLL_SECONDS)
+        return kind(take_survey()) or "cuda"
 
     @property
     def dtype(self) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ ACTORS = ("ray::Generator", "ray::LayerWorker", "ray::UnitWorker")
 ENGINES = ("VLLM::EngineCore",)
 VICTIM_SECONDS = 90.0
 """Time that a kind of kill may wait for a victim before another kind is drawn."""
+MARK = "CALIBPRUNE_CHAOS"
+"""Environment variable that marks the processes started here, even those whose parents are gone."""
 STAGES = ("generate", "curate", "prune", "evaluate")
 FAULTS = (
     Fault("PUT", "", 2, 503),
@@ -43,6 +46,7 @@ FAULTS = (
 @contextlib.contextmanager
 def nodes(count: int) -> Iterator[Cluster]:
     """Starts a head without CPUs and `count` nodes of one CPU each; all inherit this process's environment."""
+    os.environ[MARK] = secrets.token_hex(8)
     cluster = Nodes(
         initialize_head=True,
         head_node_args={
@@ -226,7 +230,7 @@ class Leaks:
         """
         actors, groups, missing = self._in_cluster()
         left = {
-            "processes": [" ".join(one.cmdline())[:60] for one in _ours((*ACTORS, *ENGINES))],
+            "processes": [" ".join(one.cmdline())[:60] for one in _ours((*ACTORS, "VLLM::"))],
             "actors": actors,
             "placement groups": groups,
             "CPUs": missing,
@@ -256,7 +260,7 @@ class Leaks:
 def kill(
     names: tuple[str, ...], choice: random.Random | None = None, number: int = signal.SIGKILL
 ) -> bool:
-    """Signals a descendant of this process whose title begins with one of `names`; returns whether there was one."""
+    """Signals a process started here whose title begins with one of `names`; returns whether there was one."""
     victims = _ours(names)
     if victims:
         with contextlib.suppress(psutil.Error):
@@ -265,11 +269,13 @@ def kill(
 
 
 def _ours(names: tuple[str, ...]) -> list[psutil.Process]:
-    """Lists the descendants of this process whose titles begin with one of `names`, by process id."""
+    """Lists the processes of this machine that were started here and whose titles begin with one of `names`."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if " ".join(process.cmdline()).startswith(names) and process.status() != "zombie":
+            if not " ".join(process.cmdline()).startswith(names) or process.status() == "zombie":
+                continue
+            if process.environ().get(MARK) == os.environ.get(MARK, ""):
                 found.append(process)
     return sorted(found, key=lambda process: process.pid)
 

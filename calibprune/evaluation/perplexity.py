@@ -15,6 +15,7 @@ from calibprune.events import LayerEntered, emit
 from calibprune.gang import ALONE, Gang
 from calibprune.layer_stream import LayerReader
 from calibprune.model import Skeleton
+from calibprune.offload import Parking
 from calibprune.process import return_free_memory
 from calibprune.sweep import LayerStop, Sweep
 
@@ -55,11 +56,13 @@ def sweep_perplexity(
     batch_sequences: int,
     gang: Gang = ALONE,
     work: str = "",
+    offload: bool = False,
 ) -> Generator[LayerEntered, None, dict[str, Perplexity]]:
     """Measures the perplexity of every text in one pass over the model's layers, made by all workers of the gang.
 
     The generator's value is the same on every worker, and for any number of workers. `work` names the purpose of the
-    pass in the events. Raises PeerLost when another worker is gone.
+    pass in the events; with `offload`, what paused forwards hold on a GPU is kept in host memory. Raises PeerLost when
+    another worker is gone.
     """
     names = [name for name, texts in windows.items() for _ in texts.split(batch_sequences)]
     batches = [batch for texts in windows.values() for batch in texts.split(batch_sequences)]
@@ -67,7 +70,7 @@ def sweep_perplexity(
     def summed(logits: Tensor, targets: Tensor) -> float:
         return summed_nll(logits.flatten(0, 1), targets.flatten())
 
-    results = yield from sweep_logits(skeleton, batches, summed, gang, work)
+    results = yield from sweep_logits(skeleton, batches, summed, gang, work, offload)
     mine = gang.dealt(range(len(batches)))
     nlls = torch.zeros(len(batches), dtype=torch.float64)
     nlls[mine] = torch.tensor(results, dtype=torch.float64)
@@ -86,6 +89,7 @@ def sweep_logits(
     measure: Callable[[Tensor, Tensor], Any],
     gang: Gang = ALONE,
     work: str = "",
+    offload: bool = False,
 ) -> Generator[LayerEntered, None, list[Any]]:
     """Passes all batches of token ids once through the model's layers, which need not fit memory together. Collective.
 
@@ -109,6 +113,7 @@ def sweep_logits(
             outer_modules=skeleton.outer_modules,
             enter_outer=reader.place_outer,
             leave_outer=lambda name: skeleton.evict(skeleton.outer_modules[name]),
+            parking=Parking(skeleton.device) if offload and skeleton.device.type != "cpu" else None,
         )
         for stop in sweep:
             assert isinstance(stop, LayerStop)

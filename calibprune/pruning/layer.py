@@ -17,7 +17,7 @@ from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.layer_stream import Loaded
 from calibprune.model import Skeleton
-from calibprune.offload import Fetched
+from calibprune.offload import Fetched, Staging, to_host
 from calibprune.process import host_memory
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group, refine_group
@@ -188,10 +188,14 @@ class LayerInWork:
                 placed = weight.to(self.skeleton.dtype)
                 linears[path].weight = nn.Parameter(placed, requires_grad=False)
 
-    def commit(self, stage: Stage) -> Record:
-        """Writes the layer's shard and its done record, which only the layer's owner does."""
+    def commit(self, stage: Stage, staging: Staging | None = None) -> Record:
+        """Writes the layer's shard and its done record, which only the layer's owner does.
+
+        What is on a GPU passes through the buffer of `staging`, on a stream of its own, so that nothing computed
+        meanwhile waits for it.
+        """
         started = time.perf_counter()
-        tensors = {name: tensor.cpu() for name, tensor in self.loaded.tensors.items()}
+        tensors = to_host(self.loaded.tensors, staging or Staging())
         data = to_bytes(tensors)
         published = stage.put(layer_unit(self.index), data, "safetensors", "checkpoint", "model")
         facts = {
@@ -201,7 +205,7 @@ class LayerInWork:
             "seconds": {**self.clock.seconds, "write": time.perf_counter() - started},
             "bytes_read": self.loaded.bytes_read,
             "bytes_written": len(data),
-            "peak_memory_bytes": _peak_memory(self.skeleton.device),
+            **_peak_memory(self.skeleton.device),
             "tensors": {name: tensor.nbytes for name, tensor in sorted(tensors.items())},
             "linears": {path: self.facts[path] for path in self.targets},
             "kept_dense": sorted(self._matrices() - set(self.targets)),
@@ -228,11 +232,15 @@ def _relative(error: float, size: float) -> float:
     return float(f"{relative:.5g}")
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Returns the peak bytes since the process started, of GPU memory on a GPU, else of the process."""
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """Returns the peak bytes since the process started: of the GPU, where those reserved include the gaps between
+    allocations, or of the process itself."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return host_memory("VmHWM")
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    return {"peak_memory_bytes": host_memory("VmHWM")}
 
 
 def gathered_statistics(

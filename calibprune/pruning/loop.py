@@ -14,12 +14,13 @@ from torch import Tensor
 
 from calibprune.checkpoint import from_bytes
 from calibprune.config.prune import PruneSettings
-from calibprune.events import Event, LayerEntered, UnitDone, emit
+from calibprune.events import Event, LayerEntered, Tick, UnitDone, emit
 from calibprune.failpoint import failpoint
 from calibprune.gang import ALONE, Gang
 from calibprune.layer_stream import LayerReader, paused_sweep
 from calibprune.model import Skeleton
-from calibprune.process import return_free_memory
+from calibprune.offload import Staging
+from calibprune.process import return_free_memory, yield_to_others
 from calibprune.pruning.allocation import allocate, is_measured
 from calibprune.pruning.export import ALLOCATION, REST, copy_rest
 from calibprune.pruning.layer import Clock, LayerInWork, layer_unit
@@ -48,8 +49,8 @@ def prune_layers(
 
     `pool` has token ids, [sequences, tokens], and each worker sweeps its share of the micro-batches. Statistics are
     taken from the `positions` that are True, or from all without it. Emits and yields LayerEntered, and UnitDone for
-    every unit that this worker committed. Layers that are done are swept through with their committed weights, so that
-    a resumed run sees the same inputs, bit for bit.
+    every unit that this worker committed; yields Tick after every group of linears. Layers that are done are swept
+    through with their committed weights, so that a resumed run sees the same inputs, bit for bit.
     Raises ValueError, naming layer and group, when a group cannot be solved (a Gram matrix that is not positive
     definite after damping, inputs or weights that are not finite), UserError when no position is True, and PeerLost
     when another worker is gone.
@@ -119,20 +120,25 @@ def prune_layers(
             else:
                 assert layer is not None
                 layer.prune(stop)
+                yield Tick()
             if stop.layer == missing[-1] and layer is not None and layer.complete:
                 break
             clock.start()
-        yield from writer.submit(layer)
-        yield from writer.written(wait=True)
+        yield from writer.submit(layer, last=True)
         yield emit(LayerEntered(missing[-1] + 1, count, "pruning"))
 
 
 class Writer:
-    """Commits this worker's layers in the background, one at a time, while the next ones are swept."""
+    """Commits this worker's layers in the background, one at a time, while the next ones are swept.
+
+    Its thread gets less of busy cores than computing does.
+    """
 
     def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self._stage, self._staging = stage, Staging()
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix="write-behind", initializer=yield_to_others
+        )
         self._under_way: Future[Record] | None = None
 
     def __enter__(self) -> "Writer":
@@ -141,12 +147,15 @@ class Writer:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(wait=exception[0] is None)
 
-    def submit(self, layer: LayerInWork | None) -> Iterator[UnitDone]:
-        """Begins to commit a layer if this worker owns it, once the one before is written; yields the units written."""
+    def submit(self, layer: LayerInWork | None, last: bool = False) -> Iterator[UnitDone]:
+        """Begins to commit a layer if this worker owns it, once the one before is written; yields the units written,
+        and after the last layer waits for them."""
         owned = layer if layer is not None and layer.gang.owns(layer.index) else None
         yield from self.written(wait=owned is not None)
         if owned is not None:
-            self._under_way = self._pool.submit(owned.commit, self._stage)
+            self._under_way = self._pool.submit(owned.commit, self._stage, self._staging)
+        if last:
+            yield from self.written(wait=True)
 
     def written(self, wait: bool = False) -> Iterator[UnitDone]:
         """Yields the unit under way if it is written; with `wait`, waits for that."""

@@ -1,10 +1,12 @@
-"""Predicts the peak memory of a pruning worker, part by part, before anything is loaded."""
+"""Predicts the peak memory of a worker, part by part, before anything is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
 from calibprune.config.prune import PruneSettings
+from calibprune.evaluation.perplexity import LOSS_ROWS
 from calibprune.model import Skeleton
 from calibprune.pruning.methods import METHODS, need_of
 
@@ -99,15 +101,47 @@ def worker_memory(
     )
 
 
-def offload_needed(
-    skeleton: Skeleton, settings: PruneSettings, sequences: int, tokens: int, workers: int
-) -> str | None:
-    """Returns one line with the reason to offload paused forwards; None where they fit or offloading is off."""
-    if skeleton.device.type == "cpu" or settings.offload is False:
+def evaluation_memory(
+    skeleton: Skeleton, batches: Sequence[Sequence[int]], workers: int
+) -> WorkerMemory:
+    """Predicts the GPU memory of one of `workers` that measure perplexity.
+
+    `batches` are (sequences, tokens) of the micro-batches, which are dealt to the workers in this order. A forward
+    pauses at whole layers only, where it holds the layer's input and the model's; at its end, with the head in place,
+    it makes the logits of one micro-batch.
+    """
+    stored, itemsize = skeleton.checkpoint.locations, skeleton.dtype.itemsize
+    layer = max(
+        sum(stored[name].bytes for name in skeleton.layer_tensors(index))
+        for index in range(len(skeleton.layers))
+    )
+    outside = max((stored[name].bytes for name in skeleton.rest_tensors()), default=0)
+    config = skeleton.model.config.get_text_config()
+    paused = max(
+        sum(sequences * tokens for sequences, tokens in batches[worker::workers])
+        for worker in range(workers)
+    )
+    paused *= 2 * config.hidden_size * itemsize
+    largest = max(sequences * tokens for sequences, tokens in batches)
+    widest = max(linear.out_features for linear in skeleton.linears(0).values())
+    logits = (largest * itemsize + LOSS_ROWS * 3 * 4) * config.vocab_size
+    return WorkerMemory(
+        process=0,
+        layers=2 * layer,
+        outside=outside + paused,
+        paused=paused,
+        forward=max(largest * 3 * widest * itemsize, outside + logits),
+        solving=0,
+    )
+
+
+def offload_needed(device: torch.device, needed: WorkerMemory, wanted: bool | None) -> str | None:
+    """Returns why what paused forwards hold has to move to host memory, in one line; None where it fits the GPU or is
+    ruled out. `wanted` is the setting: None leaves the choice to the memory."""
+    if device.type == "cpu" or wanted is False:
         return None
-    needed = worker_memory(skeleton, settings, sequences, tokens, workers)
-    available = torch.cuda.get_device_properties(skeleton.device).total_memory
-    if needed.bytes <= GPU_SHARE * available and not settings.offload:
+    available = torch.cuda.get_device_properties(device).total_memory
+    if needed.bytes <= GPU_SHARE * available and not wanted:
         return None
     return (
         f"paused forwards keep their {needed.paused / 2**30:.1f} GiB in host memory: of {available / 2**30:.1f} GiB "

@@ -1,6 +1,6 @@
 """Paused forwards whose tensors are moved away meanwhile compute the same."""
 
-import gc
+import sys
 import weakref
 
 import pytest
@@ -10,7 +10,7 @@ from calibprune.config.model import ModelSettings
 from calibprune.gang import ALONE
 from calibprune.layer_stream import LayerReader
 from calibprune.model import build_skeleton
-from calibprune.offload import Fetched, Parking
+from calibprune.offload import Fetched, Parking, Staging
 from calibprune.sweep import GroupStop, LayerStop, Sweep
 from tests.tiny import write_tiny_llama
 
@@ -29,6 +29,19 @@ class Elsewhere:
         self.left.append(weakref.ref(tensor.untyped_storage()))
         self.bytes += tensor.nbytes
         return tensor.clone()
+
+
+class Watched(Parking):
+    """Counts the bytes that are parked, whether they had to be copied or not."""
+
+    def __init__(self, elsewhere: Elsewhere) -> None:
+        super().__init__(torch.device("cpu"), elsewhere, least_bytes=4096)
+        self.parked_bytes = 0
+
+    def park(self, frame):
+        parked = super().park(frame)
+        self.parked_bytes += sum(tensor.nbytes for tensor in parked)
+        return parked
 
 
 def sweep(skeleton, parking):
@@ -66,22 +79,62 @@ def test_the_forwards_compute_the_same(path):
     parked = run(path, Parking(torch.device("cpu"), elsewhere, least_bytes=4096))
     assert torch.equal(parked, run(path, None))
     stops_of_layer = 5  # entered, q k v, o, gate up, down
-    assert len(elsewhere.left) >= 3 * LAYERS * stops_of_layer
+    assert len(elsewhere.left) >= 3 * (LAYERS * stops_of_layer - 1)
 
 
 def test_what_is_widest_leaves_at_the_widest_stop(path):
-    elsewhere, held = Elsewhere(), []
+    elsewhere, held, copied = Elsewhere(), [], []
+    parking = Watched(elsewhere)
 
     def at_stop(stop):
         if isinstance(stop, GroupStop) and stop.linears == ("mlp.down_proj",):
-            gc.collect()
-            held.append(elsewhere.bytes)
-        elsewhere.bytes = 0
+            held.append(parking.parked_bytes)
+            copied.append(elsewhere.bytes)
+        parking.parked_bytes = elsewhere.bytes = 0
 
-    run(path, Parking(torch.device("cpu"), elsewhere, least_bytes=4096), at_stop)
+    run(path, parking, at_stop)
     tokens, itemsize = TOKENS.numel(), 4
     # inputs of the linear and, as wide as the hidden states, of the MLP, the residual, the layer and the model
     assert held[1] >= tokens * (INTERMEDIATE + 4 * HIDDEN) * itemsize
+    # only what enters the linear is new since the stop before, at the same MLP
+    assert copied[1] <= tokens * INTERMEDIATE * itemsize
+
+
+def test_a_tensor_that_was_changed_is_copied_again():
+    elsewhere = Elsewhere()
+    parking = Parking(torch.device("cpu"), elsewhere, least_bytes=1024)
+    same, changed = torch.ones(64, 64), torch.ones(64, 64)
+
+    def frame(same, changed):
+        return sys._getframe()
+
+    for _ in range(3):
+        parking.fetch(parking.park(frame(same, changed)))
+        changed[0].mul_(2)
+    parking.park(frame(same, changed))
+    assert elsewhere.bytes == (1 + 4) * same.nbytes
+    assert changed[0, 0] == 8 and changed[1, 0] == 1 and same.sum() == 64 * 64
+
+
+def test_a_staging_buffer_is_there_once():
+    staging = Staging(pin=False)
+    first = staging.take(100)
+    assert staging.take(60).data_ptr() == first.data_ptr()
+    assert len(staging.take(200)) == 200
+
+
+@torch.no_grad()
+def test_layers_that_pass_through_one_buffer_are_the_same(path):
+    """As on a GPU: a layer has left the buffer before the next one is read into it."""
+    skeleton = build_skeleton(ModelSettings(path=path))
+    with (
+        LayerReader(skeleton, ALONE) as plain,
+        LayerReader(skeleton, ALONE, staging=Staging(pin=False)) as staged,
+    ):
+        taken = [(plain.take(i).tensors, staged.take(i).tensors) for i in range(LAYERS)]
+    for one, other in taken:
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_small_tensors_parameters_and_whole_numbers_stay():

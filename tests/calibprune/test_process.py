@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from calibprune.process import BACKGROUND, yield_to_others
 
 KEEP = "from calibprune.process import keep_compiled_code_private as keep; keep()"
 
@@ -50,3 +54,13 @@ def test_an_actor_is_imported_before_any_folder_for_compiled_code_is_made(tmp_pa
     """An actor chooses the folder when it starts, which is after its class has been imported."""
     assert variable_of(f"import cluster.{actor}", tmp_path) == "None"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_background_work_gets_less_of_the_cores_and_only_that():
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = priority()
+    with ThreadPoolExecutor(1, initializer=yield_to_others) as pool:
+        assert pool.submit(priority).result() == min(19, before + BACKGROUND)
+    assert priority() == before

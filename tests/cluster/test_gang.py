@@ -19,14 +19,16 @@ from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import sweep_perplexity
-from calibprune.events import Lost, UnitDone, result_of
+from calibprune.events import LayerEntered, Lost, Tick, UnitDone, emit, listening, result_of
+from calibprune.failpoint import OUT_OF_MEMORY
 from calibprune.model import build_skeleton
 from calibprune.process import node
 from calibprune.pruning.export import ALLOCATION, REST
 from calibprune.pruning.layer import layer_unit
 from calibprune.stage import Stage
 from cluster.actors import Actors
-from cluster.gang_driver import WorkerGroup, WorkFailed, rebuild
+from cluster.gang_driver import Relief, WorkerGroup, WorkFailed, _LayerPace, _Pulse, rebuild
+from cluster.layer_worker import Progress
 from cluster.places import Bundle, NoRoom
 from tests.cluster.gangs import BUNDLE, GENERATED, LAYERS, MORE_WAYS, SETTINGS, WAYS, shards
 from tests.cluster.leftovers import assert_nothing_left, leftovers
@@ -37,6 +39,20 @@ pytestmark = pytest.mark.timeout(600)
 
 class Idle:
     """Does nothing but hold its resources."""
+
+
+class Stepping:
+    """Makes a step whenever it is told to."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+    @ray.method(concurrency_group="health")
+    def progress(self) -> int:
+        return self.steps
 
 
 WINDOWS = {
@@ -305,3 +321,61 @@ def test_numbers_that_cannot_be_solved_are_named_and_not_tried_again(
     with pytest.raises(error, match=message):
         run()
     assert run.heard.losses == []
+
+
+def test_a_gpu_without_memory_is_spared_once_and_then_ends_the_run_with_advice(
+    nodes, failpoints, alone, run
+):
+    model, settings, *rest = run.arguments
+    offloading = (model, settings.model_copy(update={"offload": True}), *rest)
+    relief = Relief("take larger GPUs", offloading, "once more, offloading")
+    (failpoints / "solve-1-1").write_text(OUT_OF_MEMORY)
+    message = r"worker 0 on .* at layer 3: CUDA out of memory.*: take larger GPUs$"
+    with pytest.raises(UserError, match=message):
+        for event in run.events(relief=relief):
+            if isinstance(event, Lost) and len(run.losses) == 1:
+                (failpoints / "solve-3-0").write_text(OUT_OF_MEMORY)
+    assert [loss.kind for loss in run.heard.losses] == ["memory", "memory"]
+    assert run.heard.text.count("once more, offloading") == 1
+    assert shards(run.stage).items() <= alone("float32", run.way).items()
+
+
+def test_a_slow_layer_is_no_hang_as_long_as_steps_are_made():
+    pace = _LayerPace(None, 600.0)
+    entered, begun = LayerEntered(0, 80), pace.heard_at
+    pace.enter(entered, begun)
+    assert not pace.overdue(begun + 599) and pace.overdue(begun + 601)
+    pace.heard_at = begun + 590
+    assert not pace.overdue(begun + 1189) and pace.overdue(begun + 1191)
+    given = _LayerPace(20.0, 600.0)  # a limit of the user's own is one for the whole layer
+    given.enter(entered, begun)
+    given.heard_at = begun + 19
+    assert given.overdue(begun + 21)
+
+
+def test_steps_that_no_event_tells_of_are_asked_for(nodes, monkeypatch):
+    monkeypatch.setattr("cluster.gang_driver.PULSE_SECONDS", 0.0)
+    actor = ray.remote(num_cpus=0, concurrency_groups={"health": 1})(Stepping).remote()
+
+    def beats(seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if pulse.beats(time.monotonic()):
+                return True
+            time.sleep(0.01)
+        return False
+
+    pulse = _Pulse([actor])
+    ray.get(actor.step.remote())
+    assert beats(60) and not beats(0.5)
+    ray.get(actor.step.remote())
+    assert beats(60)
+    ray.kill(actor)
+    assert not beats(0.5)
+
+
+def test_what_is_emitted_inside_a_long_call_is_a_step():
+    progress = Progress()
+    with listening(progress):
+        emit(Tick())
+    assert progress.steps == 1

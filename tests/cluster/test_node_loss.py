@@ -25,4 +25,6 @@ def test_a_node_that_dies_and_one_that_comes_back(failpoints, run, alone):
                 returned = True
         assert shards(run.stage) == alone("float32", run.way)
         assert killed and returned, run.heard.text
+        assert run.heard.losses[0].kind == "node", run.heard.losses[0]
+        assert "its node died" in run.losses[0] and "layer 2" in run.losses[0]
         assert "3 of 3 workers at work again" in run.heard.text.rpartition("2 of 3 workers")[2]

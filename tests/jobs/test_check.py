@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray.util.placement_group import placement_group_table
 
 from calibprune.config import Config
 from calibprune.errors import UserError
 from cluster import probe
 from cluster.actors import actor_options
+from cluster.crew import Crew
 from cluster.layer_worker import LayerWorker
-from cluster.places import Bundle, NoRoom
+from cluster.places import Bundle, NoRoom, capacity
 from cluster.session import needs_gpus
 from cluster.survey import take_survey
 from jobs.pipeline import run_stages
 from jobs.preflight import check_cluster_before_work
 from jobs.run import Run
+from tests.cluster.leftovers import assert_nothing_left
 from tests.cluster.nodes import Nodes
 from tests.jobs.command import ENVIRONMENT, calibprune_here
 
@@ -109,8 +112,13 @@ def test_no_cluster_is_looked_at_unless_asked(check, monkeypatch):
     [
         (
             ["generate.tensor_parallel=3", "cluster.workers=3"],
-            r"generate: no node has room for 1 CPU, 3 GPU, the cluster has 4 CPU, 4 GPU in all, its largest node "
-            r"2 CPU, 2 GPU",
+            r"generate: no node has room for 3 CPU, 3 GPU, the cluster has 4 CPU, 4 GPU in all, its largest node "
+            r"2 CPU, 2 GPU: .* split a model that needs several nodes by generate.pipeline_parallel",
+        ),
+        (
+            ["generate.tensor_parallel=2", "generate.pipeline_parallel=3", "cluster.workers=6",
+             "cluster.gpus_per_worker=1"],
+            r"generate: there is no room for 3 x \(2 CPU, 2 GPU\), the cluster has 4 CPU, 4 GPU",
         ),
         (
             ["cluster.workers=5", "prune.batch_sequences=1", "curate.sequences=8"],
@@ -143,7 +151,7 @@ def test_a_run_that_never_fits_is_refused_before_its_first_stage(cluster, tmp_pa
     assert not run.begun
     run.open()  # as if nodes had been lost since: a resumed run waits for them
     config["generate"]["tensor_parallel"] = 3
-    with pytest.raises(NoRoom, match=r"1 x \(1 CPU, 3 GPU\) did not become free within 2 s"):
+    with pytest.raises(NoRoom, match=r"1 x \(3 CPU, 3 GPU\) did not become free within 2 s"):
         run_stages(Config.model_validate(config), ["generate"])
 
 
@@ -169,6 +177,40 @@ def test_what_is_merely_busy_is_a_note(check):
         assert "0 of 2" in out
     finally:
         ray.kill(other)
+
+
+def test_an_engine_over_two_nodes_is_placed_as_one_and_leaves_nothing(check, cluster):
+    code, out, errors = check(
+        "--cluster", "generate.tensor_parallel=2", "generate.pipeline_parallel=2", "cluster.workers=4",
+        "prune.batch_sequences=1", "cluster.gpus_per_worker=1",
+    )  # fmt: skip
+    assert code == 0 and "engine (2 x (2 CPU, 2 GPU))" in out, errors
+
+    class Spread:
+        def start(self) -> str:
+            group = ray.util.get_current_placement_group()
+            assert group is not None and group.bundle_specs == [{"CPU": 1.0, "GPU": 1.0}] * 4
+            ids = placement_group_table(group)["bundles_to_node_id"].values()
+            return str(len(set(ids)))
+
+    with Crew(Spread, 3, Bundle(2, 2, parts=2), [], start_seconds=120) as crew:
+        assert capacity(Bundle(2, 2, parts=2)) == 1
+        crew.fill(1)
+        while not crew.ready:
+            for reference in ray.wait(list(crew.pending()), timeout=60)[0]:
+                crew.advance(crew.pending()[reference])
+        assert crew.ready[0].node == "2"
+    assert_nothing_left()
+
+
+def test_the_kind_of_gpus_is_that_of_all_nodes(cluster, tmp_path, tiny_llama, monkeypatch):
+    config = yaml.safe_load(CONFIG.format(model=tiny_llama, output=tmp_path / "out"))
+    run = Run(Config.model_validate(config))
+    assert run.gpu_kind == "cuda"  # they only say that they have some
+    del run.__dict__["gpu_kind"]
+    monkeypatch.setattr("cluster.places.capacity", lambda bundle: 0)
+    with pytest.raises(NoRoom, match=r"1 x \(0 CPU, 1 GPU\) did not become free within 2 s"):
+        _ = run.gpu_kind
 
 
 def test_actors_see_the_gpus_that_they_asked_for_and_no_others(cluster):

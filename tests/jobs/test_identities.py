@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from calibprune.config.load import load_config
+from calibprune.errors import UserError
 from calibprune.stage import flat
 from jobs.run import Run
 from jobs.stages import module
@@ -52,3 +53,43 @@ def test_identities_and_units_are_as_ever(tiny_llama, tmp_path, config):
         recorded = RECORDED[config.stem][name]
         assert found == recorded["identity"], name
         assert [len(units), units[:2], units[-2:]] == recorded["units"], name
+
+
+def test_results_of_gpus_are_those_of_their_kind(tiny_llama, tmp_path):
+    config = next(path for path in CONFIGS if "wanda" in path.stem)
+    overrides = [
+        f"model.path={tiny_llama}",
+        f"output={tmp_path}",
+        *CPUS,
+        "cluster.gpus_per_worker=1",
+    ]
+    run = Run(load_config(str(config), overrides), STAGES)
+    kind = {"gpu": "NVIDIA H200", "multiprocessors": 132, "cuda": "13.0", "triton": "3.9.0"}
+    run.__dict__ |= {"windows": {}, "pool": OfTest(), "gpu_kind": kind}
+    plan = module("prune").plan(run)
+    assert plan is not None
+    run.stage("prune").plan(plan.identity, plan.units)
+    again = plan.identity | {"device": kind | {"gpu": "NVIDIA A100"}}
+    with pytest.raises(UserError, match=r"device\.gpu"):
+        run.stage("prune").plan(again, plan.units)
+
+
+def test_samples_that_any_batch_leaves_the_same_are_others(tiny_llama, tmp_path):
+    config = next(path for path in CONFIGS if "wanda" in path.stem)
+    overrides = [
+        f"model.path={tiny_llama}",
+        f"output={tmp_path}",
+        *CPUS,
+        "cluster.gpus_per_worker=1",
+    ]
+    identities = []
+    for more in ([], ["generate.batch_invariant=true"], ["generate.pipeline_parallel=2"]):
+        run = Run(load_config(str(config), [*overrides, *more]), STAGES)
+        run.__dict__["gpu_kind"] = {"gpu": "NVIDIA H200"}
+        plan = module("generate").plan(run)
+        assert plan is not None
+        identities.append(flat(plan.identity))
+    default, invariant, in_parts = identities
+    assert default == in_parts and "generate.batch_invariant" not in default
+    more = {"generate.batch_invariant": True, "device.gpu": "NVIDIA H200"}
+    assert invariant == default | more

