@@ -10,10 +10,7 @@ always zero would ask for weights of any size. The error falls by more than a da
 """
 
 from dataclasses import dataclass
-from typing import no_type_check
 
-import numba
-import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
@@ -22,14 +19,13 @@ from calibprune.config.prune import Swaps
 from calibprune.pruning.masks import Target, on_threads, runs_compiled
 from calibprune.pruning.rows import RowShares, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
+from calibprune.pruning.swaps_compiled import exchange_rows
 
 PAIRS_AT_ONCE = 1 << 26
 """Of all rows of a chunk together, where exchanges are weighed as tensor operations."""
 ROWS_AT_ONCE = 8
-LANES = 32
-"""Of a vectorised minimum: four registers of eight numbers."""
+INPUTS_AT_ONCE = 512
 TINY = 1e-30
-NEVER = np.float32(3e38)
 MIN_GAIN = 1e-6
 """Of the row's output, that an exchange has to lower the error by: less is rounding."""
 
@@ -52,6 +48,8 @@ class Rows:
     """Of `gram`, damped where `updates`: what returns are weighed with."""
     slope: Float32[Tensor, "out in"]
     """(dense - current) @ gram, kept up to date."""
+    reach: Float32[Tensor, " in"]
+    """The largest |G_pr| / sqrt(G_rr) of every weight p with another one r."""
     least: Float32[Tensor, " out"]
     """Of the error, that an exchange has to take away."""
     group: int
@@ -93,6 +91,7 @@ def refine(
     diagonal = gram.diagonal().clone()
     if damping is not None:
         diagonal = (diagonal + damping * diagonal.mean()).clamp_(min=TINY)
+    reach = _reach(gram)
     for dense, sparse, target in zip(weights, pruned, targets, strict=True):
         group = target.n_of_m[1] if target.n_of_m else dense.shape[1]
 
@@ -101,7 +100,16 @@ def refine(
                 slope = torch.mm(dense - current, gram)
                 least = (torch.mm(dense, gram) * dense).sum(1) * MIN_GAIN
             rows = Rows(
-                dense, current, gram, diagonal, slope, least, group, updates, settings.max_swaps
+                dense,
+                current,
+                gram,
+                diagonal,
+                slope,
+                reach,
+                least,
+                group,
+                updates,
+                settings.max_swaps,
             )
             (_exchange_compiled if runs_compiled(gram.device) else _exchange)(rows)
             return current
@@ -111,6 +119,16 @@ def refine(
         )
         refined.append(result.to(sparse.dtype))
     return refined
+
+
+def _reach(gram: Float32[Tensor, "in in"]) -> Float32[Tensor, " in"]:
+    """Returns the largest |G_pr| / sqrt(G_rr) of every input p with another one r."""
+    norms, found = gram.diagonal().sqrt().clamp_(min=TINY), []
+    for start in range(0, len(gram), INPUTS_AT_ONCE):
+        rows = gram[start : start + INPUTS_AT_ONCE].abs().div_(norms)
+        rows.diagonal(start).zero_()
+        found.append(rows.amax(1))
+    return torch.cat(found)
 
 
 def _exchange(rows: Rows) -> None:
@@ -168,114 +186,16 @@ def _best_changes(rows: Rows) -> Float32[Tensor, "out in"]:
 
 
 def _exchange_compiled(rows: Rows) -> None:
-    """The same in compiled code, one row after another."""
-    w, v, g, h, c, enough = (
+    """The same in compiled code, a few rows at a time."""
+    w, v, c, enough, g, h, reach = (
         tensor.numpy()
-        for tensor in (rows.dense, rows.current, rows.gram, rows.diagonal, rows.slope, rows.least)
-    )
+        for tensor in (
+            rows.dense, rows.current, rows.slope, rows.least, rows.gram, rows.diagonal, rows.reach
+        )
+    )  # fmt: skip
+    how = rows.group, rows.max_swaps, rows.updates
 
     def work(part: slice) -> None:
-        for row in range(part.start, part.stop):
-            _exchange_row(
-                w[row], v[row], c[row], g, h, enough[row], rows.group, rows.max_swaps, rows.updates
-            )
+        exchange_rows(w[part], v[part], c[part], g, h, reach, enough[part], *how)
 
     on_threads(work, row_slices([len(w)], ROWS_AT_ONCE))
-
-
-# No sum is reordered, and a minimum has no order: the compiler may vectorise, and results stay what they are.
-_compiled = numba.njit(
-    nogil=True,
-    cache=True,
-    error_model="numpy",
-    fastmath={"nnan", "ninf", "nsz", "contract"},
-)
-
-
-@_compiled
-@no_type_check  # jaxtyping cannot look into compiled code
-def _exchange_row(w, v, c, gram, diagonal, least, group, max_swaps, updates):
-    width, made = len(w), 0
-    a, b, d = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
-    changes, scratch = np.empty(width, np.float32), np.empty(width, np.float32)
-    lanes = np.empty(LANES, np.float32)
-    while True:
-        before = made
-        _returns(w, v, c, diagonal, updates, a, b, d)
-        for p in range(width):
-            changes[p] = NEVER
-            if v[p] != 0:
-                taken, start = 2 * v[p] * c[p] + v[p] * v[p] * gram[p, p], p - p % group
-                changes[p] = taken + _lowest(v[p], gram[p], a, b, d, lanes, start, start + group)
-        improving = np.nonzero(changes < -least)[0]
-        for p in improving[np.argsort(changes[improving], kind="mergesort")[:max_swaps]]:
-            if made == max_swaps:
-                break
-            if made > before:  # what the others come to has changed
-                _returns(w, v, c, diagonal, updates, a, b, d)
-            value, start = v[p], p - p % group
-            r, back = _at_lowest(value, gram[p], a, b, d, scratch, start, start + group)
-            x = (c[r] + value * gram[p, r]) / diagonal[r] if updates else w[r]
-            if x == 0 or not 2 * value * c[p] + value * value * gram[p, p] + back < -least:
-                continue
-            gone, returned = gram[p], gram[r]
-            for j in range(width):
-                c[j] += value * gone[j] - x * returned[j]
-            v[p], v[r], made = 0, x, made + 1
-        if made == before:
-            return
-
-
-@_compiled
-@no_type_check
-def _returns(w, v, c, diagonal, updates, a, b, d):
-    """Of every pruned weight r: once p is gone its return changes the error by a_r + t (b_r + d_r t), t = v_p G_pr."""
-    for j in range(len(w)):
-        if v[j] != 0:
-            a[j], b[j], d[j] = NEVER, 0, 0
-        elif updates:
-            inverse = 1 / diagonal[j]
-            a[j], b[j], d[j] = -inverse * c[j] * c[j], -2 * inverse * c[j], -inverse
-        else:
-            a[j], b[j], d[j] = w[j] * w[j] * diagonal[j] - 2 * w[j] * c[j], -2 * w[j], 0
-
-
-@_compiled
-@no_type_check
-def _return(t, a, b, d):
-    return a + t * (b + d * t)
-
-
-@_compiled
-@no_type_check
-def _lowest(value, g, a, b, d, lanes, start, stop):
-    """Of the changes by the returns. By lanes, each with a minimum of its own: the compiler vectorises no other."""
-    # slices are indexed from 0, which is known not to count from the end
-    g, a, b, d = g[start:stop], a[start:stop], b[start:stop], d[start:stop]
-    blocks = len(g) // LANES
-    lowest = NEVER
-    if blocks:
-        lanes[:] = NEVER
-        for block in range(blocks):
-            for lane in range(LANES):
-                j = block * LANES + lane
-                change = _return(value * g[j], a[j], b[j], d[j])
-                lanes[lane] = change if change < lanes[lane] else lanes[lane]
-        for lane in range(LANES):
-            lowest = min(lowest, lanes[lane])
-    for j in range(blocks * LANES, len(g)):
-        lowest = min(lowest, _return(value * g[j], a[j], b[j], d[j]))
-    return lowest
-
-
-@_compiled
-@no_type_check
-def _at_lowest(value, g, a, b, d, changes, start, stop):
-    """Its place, the first of several, and itself."""
-    g, a, b, d, changes = (
-        g[start:stop], a[start:stop], b[start:stop], d[start:stop], changes[start:stop]
-    )  # fmt: skip
-    for j in range(len(g)):
-        changes[j] = _return(value * g[j], a[j], b[j], d[j])
-    place = np.argmin(changes)
-    return start + place, changes[place]
