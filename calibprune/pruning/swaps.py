@@ -7,12 +7,17 @@ kept weights in order, and each in turn, weighed anew on its own, makes the best
 and a fraction of the work. Beyond the paper, a method that updates weights has its own values as the start, and a
 weight that comes back gets the value that is best given all others under the method's damping: inputs that are nearly
 always zero would ask for weights of any size. The error falls by more than a damped return is judged to take away.
+
+On CPUs compiled code works on the rows (swaps_compiled.py); on GPUs tensor operations, and a kernel that weighs all
+pairs (swaps_triton.py).
 """
 
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from calibprune.config.prune import Swaps
@@ -25,7 +30,7 @@ PAIRS_AT_ONCE = 1 << 26
 """Of all rows of a chunk together, where exchanges are weighed as tensor operations."""
 ROWS_AT_ONCE = 8
 INPUTS_AT_ONCE = 512
-TINY = 1e-30
+TINY, NEVER = 1e-30, 3e38
 MIN_GAIN = 1e-6
 """Of the row's output, that an exchange has to lower the error by: less is rounding."""
 
@@ -132,57 +137,98 @@ def _reach(gram: Float32[Tensor, "in in"]) -> Float32[Tensor, " in"]:
 
 
 def _exchange(rows: Rows) -> None:
-    """Exchanges weights as tensor operations on all rows at once."""
+    """Exchanges weights as tensor operations, on all rows at once that may still get better."""
+    made = torch.zeros(len(rows.dense), dtype=torch.int64, device=rows.gram.device)
+    left = torch.arange(len(made), device=made.device)
+    while len(left):
+        some = replace(
+            rows,
+            dense=rows.dense[left],
+            current=rows.current[left],
+            slope=rows.slope[left],
+            least=rows.least[left],
+        )
+        before, now = made[left], made[left]
+        _exchange_once(some, now)
+        rows.current[left], rows.slope[left], made[left] = some.current, some.slope, now
+        left = left[(now > before) & (now < rows.max_swaps)]
+
+
+def _exchange_once(rows: Rows, made: Int64[Tensor, " out"]) -> None:
+    """Weighs all pairs, makes the exchanges that lower the error, the best first, and adds them to `made`."""
     dense, current, gram, slope, least = rows.dense, rows.current, rows.gram, rows.slope, rows.least
     diagonal, every = gram.diagonal(), torch.arange(len(dense), device=gram.device)
     of_group = torch.arange(gram.shape[0], device=gram.device) // rows.group
-    made = torch.zeros_like(every)
-    while True:
-        changes = _best_changes(rows)
-        improving = changes < -least[:, None]
-        most = min(rows.max_swaps, int(improving.sum(1).max())) if len(dense) else 0
-        before = made
-        for p in changes.argsort(dim=1, stable=True)[:, :most].unbind(1):
-            value = current[every, p]
-            pull = slope + value[:, None] * gram[p]
-            back = rows.change_by_return(pull, dense, rows.diagonal)
-            may = (current == 0) & (of_group == of_group[p, None])
-            lowest, r = back.masked_fill(~may, torch.inf).min(1)
-            change = 2 * value * slope[every, p] + value.square() * diagonal[p] + lowest
-            x = dense[every, r]
-            if rows.updates:
-                x = pull[every, r] / rows.diagonal[r]
-            wanted = improving[every, p] & (change < -least) & (made < rows.max_swaps) & (x != 0)
-            value, x = value * wanted, x * wanted
-            slope += value[:, None] * gram[p] - x[:, None] * gram[r]
-            current[every, p] -= value
-            current[every, r] += x
-            made = made + wanted
-        if torch.equal(made, before):
-            return
+    changes = _best_changes(rows)
+    improving = changes < -least[:, None]
+    most = min(rows.max_swaps, int(improving.sum(1).max()))
+    for p in changes.argsort(dim=1, stable=True)[:, :most].unbind(1):
+        value = current[every, p]
+        pull = slope + value[:, None] * gram[p]
+        back = rows.change_by_return(pull, dense, rows.diagonal)
+        may = (current == 0) & (of_group == of_group[p, None])
+        lowest, r = back.masked_fill(~may, torch.inf).min(1)
+        change = 2 * value * slope[every, p] + value.square() * diagonal[p] + lowest
+        x = dense[every, r]
+        if rows.updates:
+            x = pull[every, r] / rows.diagonal[r]
+        wanted = improving[every, p] & (change < -least) & (made < rows.max_swaps) & (x != 0)
+        value, x = value * wanted, x * wanted
+        slope += value[:, None] * gram[p] - x[:, None] * gram[r]
+        current[every, p] -= value
+        current[every, r] += x
+        made += wanted
 
 
 def _best_changes(rows: Rows) -> Float32[Tensor, "out in"]:
     """For every kept weight the change of the error by its best exchange; infinite for the others."""
+    back = _weigher(rows)(rows)
+    taken = 2 * rows.current * rows.slope + rows.current.square() * rows.gram.diagonal()
+    return (taken + back).masked_fill_(rows.current == 0, torch.inf)
+
+
+def _weigher(rows: Rows) -> Callable[[Rows], Tensor]:
+    """One kernel where Triton is at hand and groups are whole rows, else tensor operations on all pairs."""
+    whole = rows.group == rows.gram.shape[0]
+    if rows.gram.is_cuda and whole and importlib.util.find_spec("triton"):
+        return _best_returns_triton
+    return _best_returns
+
+
+def _best_returns_triton(rows: Rows) -> Float32[Tensor, "out in"]:
+    from calibprune.pruning.swaps_triton import lowest_scores
+
+    # the change by a return is linear in its pull, or the square of what is
+    if rows.updates:
+        factor = rows.diagonal.rsqrt().expand_as(rows.dense).masked_fill(rows.current != 0, 0)
+        base = factor * rows.slope
+    else:
+        factor = -2 * rows.dense
+        base = rows.dense.square() * rows.diagonal + factor * rows.slope
+        base.masked_fill_(rows.current != 0, NEVER)
+        factor.masked_fill_(rows.current != 0, 0)
+    lowest = lowest_scores(rows.current, base, factor, rows.gram, rows.updates)
+    return -lowest.square() if rows.updates else lowest
+
+
+def _best_returns(rows: Rows) -> Float32[Tensor, "out in"]:
+    """For every weight the lowest change of the error by any return once it is gone."""
     group = rows.group
     groups = rows.gram.shape[0] // group
     # pairs are within a group: [groups, group, group] of the Gram matrix
     blocks = rows.gram.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    dense, current, slope, diagonal, returning = (
+    dense, current, slope, returning = (
         tensor.unflatten(-1, (groups, group))
-        for tensor in (rows.dense, rows.current, rows.slope, rows.gram.diagonal(), rows.diagonal)
+        for tensor in (rows.dense, rows.current, rows.slope, rows.diagonal)
     )
-    changes = torch.empty_like(current)
+    lowest = torch.empty_like(current)
     at_once = max(1, PAIRS_AT_ONCE // max(1, rows.dense.numel()))
     for first in range(0, group, at_once):
         some = slice(first, first + at_once)
-        value = current[..., some]
-        pull = slope[..., None, :] + value[..., None] * blocks[:, some]
+        pull = slope[..., None, :] + current[..., some, None] * blocks[:, some]
         back = rows.change_by_return(pull, dense[..., None, :], returning[:, None])
-        back.masked_fill_((current[..., None, :] != 0) | (value[..., None] == 0), torch.inf)
-        taken = 2 * value * slope[..., some] + value.square() * diagonal[:, some]
-        changes[..., some] = taken + back.amin(-1)
-    return changes.flatten(1)
+        lowest[..., some] = back.masked_fill_(current[..., None, :] != 0, torch.inf).amin(-1)
+    return lowest.flatten(1)
 
 
 def _exchange_compiled(rows: Rows) -> None:
