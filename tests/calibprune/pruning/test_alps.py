@@ -96,7 +96,7 @@ def test_the_refit_is_least_squares():
     normal, norms = normalised(plain_statistics(x).gram, 0.01)
     keep = torch.rand(12, 40, generator=torch.Generator().manual_seed(0)) > 0.5
     dense = weight * norms
-    found = refit(dense @ normal, dense * keep, keep, normal, 200)
+    found = refit(dense, dense @ normal, dense * keep, keep, normal, 200, min_gain=0)
     for row, mask, whole in zip(found.double(), keep, dense.double(), strict=True):
         h = normal.double()
         exact = torch.linalg.solve(h[mask][:, mask], (h @ whole)[mask])
