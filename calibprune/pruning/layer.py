@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from calibprune.checkpoint import to_bytes
 from calibprune.config.prune import PruneSettings
+from calibprune.errors import UserError
 from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.layer_stream import Loaded
@@ -22,11 +23,11 @@ from calibprune.process import host_memory
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group, refine_group
 from calibprune.pruning.positions import Positions, shapes_of
+from calibprune.pruning.products import have_bfloat16_products
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import (
     Need,
     Statistics,
-    add_up,
     column_squares,
     finish,
     magnitude_bound,
@@ -77,6 +78,8 @@ class LayerInWork:
     loaded: Loaded
     """Everything stored under the layer; pruned weights replace theirs here."""
     clock: Clock
+    bfloat16_products: bool = False
+    """Whether Gram matrices are of products in bfloat16, as `agreed_products` says."""
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -99,8 +102,9 @@ class LayerInWork:
         try:
             failpoint(f"reduce-{self.index}-{self.gang.rank}")
             statistics = gathered_statistics(
-                inputs, need_of(self.settings), self.gang, len(self.positions.tokens), self.clock
-            )
+                inputs, need_of(self.settings), self.gang, len(self.positions.tokens), self.clock,
+                self.bfloat16_products,
+            )  # fmt: skip
             failpoint(f"solve-{self.index}-{self.gang.rank}")
             settings, targets = self.settings, [self.targets[path] for path in paths]
             made = [prune_group(mine, statistics, targets, settings.method, shares)]
@@ -137,7 +141,7 @@ class LayerInWork:
 
         `made` is what the method made of `before` and, where it was refined, what came of that.
         """
-        tokens = self._sample(inputs).to(torch.float32)
+        tokens = self._sample(inputs)
         measured = [
             torch.stack([output_error(b, a, tokens) for b, a in zip(before, after, strict=True)])
             for after in made
@@ -199,6 +203,7 @@ class LayerInWork:
             "seconds": {**self.clock.seconds, "write": time.perf_counter() - started},
             "bytes_read": self.loaded.bytes_read,
             "bytes_written": len(data),
+            "bfloat16_products": self.bfloat16_products,
             "peak_memory_bytes": _peak_memory(self.skeleton.device),
             "tensors": {name: tensor.nbytes for name, tensor in sorted(tensors.items())},
             "linears": {path: self.facts[path] for path in self.targets},
@@ -233,16 +238,44 @@ def _peak_memory(device: torch.device) -> int:
     return host_memory("VmHWM")
 
 
+def agreed_products(
+    skeleton: Skeleton, settings: PruneSettings, gang: Gang, committed: Sequence[Record]
+) -> bool:
+    """Returns whether Gram matrices are of bfloat16 inputs as they are: on CPUs, where all processors are fast at it.
+
+    Layers that are already committed decide: all layers are computed in the same way. Collective. Raises UserError
+    where a processor cannot do what was begun.
+    """
+    if skeleton.device.type != "cpu" or skeleton.dtype != torch.bfloat16:
+        return False
+    if "gram" not in need_of(settings):
+        return False
+    begun = [record.facts.get("bfloat16_products", False) for record in committed[:1]]
+    facts = [have_bfloat16_products(), gang.rank == 0 and True in begun, gang.rank == 0 and False in begun]
+    able, wanted, ruled_out = gang.add(torch.tensor(facts).long()).tolist()
+    if wanted and able < gang.size:
+        raise UserError(
+            "the layers that are done were computed by processors with bfloat16 instructions (amx_bf16 or "
+            "avx512_bf16), which not all workers have now: use such machines, or another output"
+        )
+    return able == gang.size and not ruled_out
+
+
 def gathered_statistics(
-    inputs: Sequence[Tensor], need: Need, gang: Gang, micro_batches: int, clock: Clock
+    inputs: Sequence[Tensor],
+    need: Need,
+    gang: Gang,
+    micro_batches: int,
+    clock: Clock,
+    bfloat16_products: bool = False,
 ) -> Statistics:
     """The statistics of all workers' micro-batches, `micro_batches` in all, the same on every worker. Collective."""
     squares = column_squares(inputs, need)
     bound = gang.largest(magnitude_bound(squares, gang.dealt(range(micro_batches))))
     most = max(math.prod(shape[:-1]) for shape in shapes_of(inputs))
     most = int(gang.largest(most)) if "sums" in need else 0
-    sums = observe(inputs, squares, need, bound, micro_batches, most)
+    sums = observe(inputs, squares, need, bound, micro_batches, most, bfloat16_products)
     clock.lap("statistics")
-    statistics = finish(add_up(sums, gang))
+    statistics = finish(sums, gang)
     clock.lap("reduce")
     return statistics

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,8 @@ from calibprune.config.prune import PruneSettings, Wanda
 from calibprune.errors import UserError
 from calibprune.events import UnitDone
 from calibprune.model import build_skeleton
+from calibprune.pruning import layer as layer_module
+from calibprune.pruning import statistics
 from calibprune.pruning.export import ALLOCATION
 from calibprune.pruning.layer import layer_unit
 from calibprune.pruning.loop import prune_layers
@@ -347,6 +350,31 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         [sys.executable, "-c", GROWTH, str(path), str(tmp_path / "out")], capture_output=True, text=True, check=True
     )  # fmt: skip
     assert int(ran.stdout.splitlines()[-1]) < 4 * layer, "of 18 layers swept in between"
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_resumed_run_multiplies_as_it_began(tiny_llama, tmp_path, monkeypatch, begun):
+    """Whatever its processors could do: last bits depend on it."""
+    way = {"method": "sparsegpt", "layers": r"layers\.[01]$"}
+    monkeypatch.setattr(layer_module, "have_bfloat16_products", lambda: begun)
+    monkeypatch.setattr(statistics, "multiply_bfloat16", in_float32)
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = {k: v.bfloat16() for k, v in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    stage, _ = prune(model, tmp_path / "out", **way)
+    assert stage.record(layer_unit(0)).facts["bfloat16_products"] == begun
+    Path(stage.url, "_done", f"{layer_unit(1)}.json").unlink()
+    monkeypatch.setattr(layer_module, "have_bfloat16_products", lambda: not begun)
+    if begun:
+        with pytest.raises(UserError, match="bfloat16 instructions"):
+            prune(model, tmp_path / "out", **way)
+    else:
+        prune(model, tmp_path / "out", **way)
+        assert not stage.record(layer_unit(1)).facts["bfloat16_products"]
+
+
+def in_float32(left, right, out):
+    return torch.mm(left.float(), right.float(), out=out)
 
 
 @pytest.mark.parametrize("allocation", ["owl", "alphapruning"])
