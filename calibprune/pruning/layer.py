@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,19 +239,21 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def agreed_products(
-    skeleton: Skeleton, settings: PruneSettings, gang: Gang, committed: Sequence[Record]
+    skeleton: Skeleton, settings: PruneSettings, gang: Gang, stage: Stage, done: Set[str]
 ) -> bool:
     """Returns whether Gram matrices are of bfloat16 inputs as they are: on CPUs, where all processors are fast at it.
 
-    Layers that are already committed decide: all layers are computed in the same way. Collective. Raises UserError
-    where a processor cannot do what was begun.
+    A layer of the stage that is already committed decides: all are computed in the same way. Collective. Raises
+    UserError where a processor cannot do what was begun.
     """
     if skeleton.device.type != "cpu" or skeleton.dtype != torch.bfloat16:
         return False
     if "gram" not in need_of(settings):
         return False
-    begun = [record.facts.get("bfloat16_products", False) for record in committed[:1]]
-    facts = [have_bfloat16_products(), gang.rank == 0 and True in begun, gang.rank == 0 and False in begun]
+    layers = [layer_unit(index) for index in range(len(skeleton.layers))]
+    begun = next(filter(done.__contains__, layers), None) if gang.rank == 0 else None
+    way = stage.record(begun).facts.get("bfloat16_products", False) if begun else None
+    facts = [have_bfloat16_products(), way is True, way is False]
     able, wanted, ruled_out = gang.add(torch.tensor(facts).long()).tolist()
     if wanted and able < gang.size:
         raise UserError(

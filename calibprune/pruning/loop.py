@@ -61,9 +61,7 @@ def prune_layers(
     batches = pool.split(settings.batch_sequences)
     counted = Positions(pool, positions, settings.batch_sequences, gang)
     targets = yield from allocate(skeleton, pool, settings, chosen, stage, gang, counted, done)
-    earlier = [layer_unit(index) for index in range(count) if index not in missing]
-    committed_layers = [stage.record(unit) for unit in earlier[:1] if gang.rank == 0]
-    bfloat16_products = agreed_products(skeleton, settings, gang, committed_layers)
+    bfloat16_products = agreed_products(skeleton, settings, gang, stage, done)
     snapshots = Snapshots(stage, gang, len(batches), settings.snapshot_layers)
     first = snapshots.latest(missing[0]) if missing else 0
 

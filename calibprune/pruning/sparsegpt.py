@@ -20,7 +20,7 @@ from calibprune.config.prune import SparseGPT
 from calibprune.pruning.masks import (
     Target,
     check_width,
-    keep_all_but_lowest,
+    keep_all_but_lowest_of_matrices,
     keep_all_but_lowest_of_rows,
     keep_n_of_m,
     mark_kept,
@@ -97,11 +97,12 @@ def prune(
                 before, after = (removed_of(edge, target.sparsity) for edge in (start, stop))
                 keep.append(keep_all_but_lowest_of_rows(part, after - before))
             return torch.cat(keep)
-        keep = [
-            keep_all_but_lowest(part, round(part.numel() * target.sparsity))
-            for part, target in zip(shares.gather(scores).split(shares.rows), targets, strict=True)
+        removed = [
+            round(count * (stop - start) * target.sparsity)
+            for count, target in zip(shares.rows, targets, strict=True)
         ]
-        return torch.cat(keep)[shares.run(shares.gang.rank)]
+        parts = scores.split(rows)
+        return torch.cat(keep_all_but_lowest_of_matrices(parts, removed, shares.gang))
 
     patterns = [target.n_of_m for target in targets if target.n_of_m]
     if len(set(patterns)) > 1:  # of each linear its own

@@ -230,7 +230,7 @@ def output_error(
     """Returns ||(W - W') X||^2 and ||W X||^2 in the Frobenius norm, and the zeros of W', in float32."""
     dense = _outputs(inputs, weight)
     norms = [torch.linalg.vector_norm(m) for m in (dense - _outputs(inputs, pruned), dense)]
-    zeros = pruned.numel() - pruned.count_nonzero()
+    zeros = (pruned == 0).sum()
     return torch.stack([*(norm.double().square() for norm in norms), zeros.double()])
 
 
@@ -275,9 +275,7 @@ def _column_sums(
     return total
 
 
-def _column_sums_on_cpu(
-    tokens: Float[Tensor, "tokens in"], square: bool
-) -> Float64[Tensor, "in"]:
+def _column_sums_on_cpu(tokens: Float[Tensor, "tokens in"], square: bool) -> Float64[Tensor, "in"]:
     total = torch.zeros(tokens.shape[1], dtype=torch.float64)
 
     def add(columns: slice) -> None:

@@ -97,9 +97,7 @@ def test_sums_equal_float64(dtype, width, bfloat16_products):
     batches = micro_batches(dtype, width)
     x = torch.cat(batches).double()
     bound = magnitude_bound(batches, "gram")
-    statistics = finish(
-        observe(batches, "gram", bound, 4, bfloat16_products=bfloat16_products)
-    )
+    statistics = finish(observe(batches, "gram", bound, 4, bfloat16_products=bfloat16_products))
     gram = x.T @ x
     assert statistics.tokens == len(x)
     assert statistics.gram.dtype == torch.float32
