@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from calibprune.config.prune import ALPS
+from calibprune.pruning.factor import NotPositiveDefinite
 from calibprune.pruning.masks import Target, keep_in_matrices
 from calibprune.pruning.rows import RowShares
-from calibprune.pruning.sparsegpt import NotPositiveDefinite
 from calibprune.pruning.statistics import Statistics, full_float32
 
 ITERATIONS_PER_RHO = 3
@@ -154,11 +154,7 @@ class Search:
     def _ridge_inverse(self, rho: float) -> Float32[Tensor, "in in"]:
         factor = _ridge_factor(self._normal, rho)
         if factor is None:
-
-            def has_factor(damping: float) -> bool:
-                return _ridge_factor(normalised(self._gram, damping)[0], rho) is not None
-
-            raise NotPositiveDefinite(self._settings.damping, has_factor)
+            raise NotPositiveDefinite(self._settings.damping)
         return torch.cholesky_inverse(factor)
 
 

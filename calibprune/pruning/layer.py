@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from calibprune.checkpoint import to_bytes
 from calibprune.config.prune import PruneSettings
 from calibprune.errors import UserError
+from calibprune.events import note
 from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.layer_stream import Loaded
 from calibprune.model import Skeleton
 from calibprune.offload import Fetched
 from calibprune.process import host_memory
+from calibprune.pruning.factor import NotPositiveDefinite
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group, refine_group
 from calibprune.pruning.positions import Positions, shapes_of
@@ -39,6 +41,9 @@ from calibprune.sweep import GroupStop
 
 ERROR_TOKENS = 256
 """Tokens, spread over all micro-batches, that a linear's relative output error is measured on."""
+
+MAX_RAISES = 8
+"""How often the damping of a group is raised tenfold before it is given up."""
 
 
 def layer_unit(index: int) -> str:
@@ -106,18 +111,15 @@ class LayerInWork:
                 self.bfloat16_products,
             )  # fmt: skip
             failpoint(f"solve-{self.index}-{self.gang.rank}")
-            settings, targets = self.settings, [self.targets[path] for path in paths]
-            made = [prune_group(mine, statistics, targets, settings.method, shares)]
-            if settings.refine:
-                start, way = made[0], settings.refine
-                made.append(
-                    refine_group(mine, start, statistics, targets, settings.method, way, shares)
-                )
+            made, damping = self._solved(paths, mine, statistics, shares)
         except ValueError as error:
             group = ", ".join(paths)
             raise ValueError(f"layer {self.index}, group {group}: {error}") from error
         self.clock.lap("solve")
         self._measure(paths, shares, mine, made, inputs)
+        if damping != getattr(self.settings.method, "damping", 0.0):
+            for path in paths:
+                self.facts[path]["damping"] = damping
         self.clock.lap("measure")
         if self.settings.inputs == "dense":  # the forwards go on through the weights as they were
             weights = [torch.empty_like(weight) for weight in weights]
@@ -128,6 +130,36 @@ class LayerInWork:
         if self.settings.inputs == "pruned":
             self._put_in_place(paths, weights)
         self.clock.lap("gather")
+
+    def _solved(
+        self, paths: list[str], mine: list[Tensor], statistics: Statistics, shares: RowShares
+    ) -> tuple[list[list[Tensor]], float]:
+        """What the method makes of this worker's rows, then what is refined of that; the damping that it took.
+
+        The damping grows tenfold until the Gram matrix can be factorised: on all workers alike.
+        """
+        settings, targets = self.settings, [self.targets[path] for path in paths]
+        method, given = settings.method, getattr(settings.method, "damping", 0.0)
+        damping = given
+        for raises in range(MAX_RAISES + 1):
+            try:
+                made = [prune_group(mine, statistics, targets, method, shares)]
+                break
+            except NotPositiveDefinite:
+                if raises == MAX_RAISES:
+                    raise
+                damping *= 10
+                method = method.model_copy(update={"damping": damping})
+        if damping != given and self.gang.rank == 0:
+            note(
+                f"layer {self.index}, group {', '.join(paths)}: the Gram matrix of the inputs is not positive definite "
+                f"with damping {given:g}; pruned with {damping:g}"
+            )
+        if settings.refine:
+            made.append(
+                refine_group(mine, made[0], statistics, targets, method, settings.refine, shares)
+            )
+        return made, damping
 
     def _measure(
         self,

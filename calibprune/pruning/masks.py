@@ -25,7 +25,7 @@ DIGITS = ((20, 11), (10, 10), (0, 10))
 """The lowest bit and the number of bits of each digit of a score, the highest first. Numbers from 0 on are in the same
 order as their bits, of which float32 has 31 beside the sign."""
 SCORES_AT_ONCE = 1 << 18
-GPU_SCORES_AT_ONCE = 1 << 26
+GPU_SCORES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
