@@ -21,7 +21,7 @@ from calibprune.sweep import Sweep
 ALIGNMENT = 64
 """Bytes to which tensors are aligned on every worker, since alignment may decide the last bits of a product."""
 
-LAYERS_PER_TRIM = 8
+LAYERS_PER_TRIM = 4
 """Layers after which freed memory is returned to the system: after each one, all pages would be cleared again."""
 
 

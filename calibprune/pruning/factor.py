@@ -15,7 +15,9 @@ from calibprune.gang import ALONE, Gang
 from calibprune.pruning.rows import row_slices
 from calibprune.pruning.statistics import full_float32
 
-BLOCK = 256
+BLOCK, NARROW_BLOCK = 256, 128
+"""Columns that are one worker's; the second for matrices of up to MAX_NARROW, which eight workers are to share."""
+MAX_NARROW = 4096
 
 MIN_DEALT = 2048
 """Width below which every worker computes everything: exchanging takes longer."""
@@ -41,7 +43,7 @@ def inverse_factor(
     diagonal = factor.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
-    blocks = row_slices([len(gram)], BLOCK)
+    blocks = row_slices([len(gram)], NARROW_BLOCK if len(gram) <= MAX_NARROW else BLOCK)
     gang = gang if len(gram) >= MIN_DEALT else ALONE
     with full_float32():
         inverses = _factorise(factor, blocks, gang)
@@ -50,10 +52,13 @@ def inverse_factor(
         return _inverse(factor, blocks, inverses, gang)
 
 
-def owners_of_columns(blocks: int, workers: int) -> list[int]:
-    """Returns the worker of every block of columns: there and back, as each block takes more than the one before."""
-    there_and_back = [*range(workers), *reversed(range(workers))]
-    return [there_and_back[block % len(there_and_back)] for block in range(blocks)]
+def dealt(costs: Sequence[int], workers: int) -> list[int]:
+    """Returns a worker for every piece of work: from the largest to the smallest, each to who has least so far."""
+    owners, given = [0] * len(costs), [0] * workers
+    for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
+        owners[piece] = given.index(min(given))
+        given[owners[piece]] += costs[piece]
+    return owners
 
 
 def _factorise(
@@ -64,7 +69,8 @@ def _factorise(
     From the last block to the first, each being taken off all before it once it is known (a right-looking Cholesky
     factorisation). Where there is no factor, its diagonal is not finite.
     """
-    owners = owners_of_columns(len(blocks), gang.size)
+    # a block's columns are updated for each block after it
+    owners = dealt([here.stop * (len(blocks) - n) for n, here in enumerate(blocks)], gang.size)
     inverses: dict[int, Tensor] = {}
     for number in reversed(range(len(blocks))):
         here, owner = blocks[number], owners[number]
@@ -104,7 +110,7 @@ def _inverse(
 ) -> Float32[Tensor, "in in"]:
     """Returns the inverse of an upper triangular matrix from those of its diagonal blocks."""
     upper = torch.zeros_like(factor)
-    owners = owners_of_columns(len(blocks), gang.size)
+    owners = dealt([here.stop**2 for here in blocks], gang.size)
     for number, (here, owner) in enumerate(zip(blocks, owners, strict=True)):
         if owner == gang.rank:
             upper[here, here] = inverses[number]

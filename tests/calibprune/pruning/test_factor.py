@@ -9,7 +9,7 @@ from tests.calibprune.simulated_gang import simulate
 
 @pytest.mark.parametrize("block", [16, 30, 90, 256])
 def test_equals_the_inverse_in_float64(monkeypatch, block):
-    monkeypatch.setattr(factor, "BLOCK", block)
+    monkeypatch.setattr(factor, "NARROW_BLOCK", block)
     gram = plain_statistics(correlated_inputs(400, 90)).gram
     before = gram.clone()
     upper = inverse_factor(gram, 0.01).double()
@@ -26,7 +26,7 @@ def test_equals_the_inverse_in_float64(monkeypatch, block):
 
 @pytest.mark.parametrize("width", [64, 90, 200])
 def test_any_number_of_workers_gets_the_same_bits(monkeypatch, width):
-    monkeypatch.setattr(factor, "BLOCK", 16)
+    monkeypatch.setattr(factor, "NARROW_BLOCK", 16)
     monkeypatch.setattr(factor, "MIN_DEALT", 70)
     gram = plain_statistics(correlated_inputs(400, width)).gram
     alone = inverse_factor(gram, 0.01)
@@ -37,7 +37,7 @@ def test_any_number_of_workers_gets_the_same_bits(monkeypatch, width):
 
 @pytest.mark.parametrize("place", [0, 17, 59])
 def test_a_gram_that_is_not_positive_definite_raises_on_all_workers(monkeypatch, place):
-    monkeypatch.setattr(factor, "BLOCK", 16)
+    monkeypatch.setattr(factor, "NARROW_BLOCK", 16)
     monkeypatch.setattr(factor, "MIN_DEALT", 30)
     gram = torch.eye(60)
     gram[place, place] = -0.5

@@ -351,7 +351,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     ran = subprocess.run(
         [sys.executable, "-c", GROWTH, str(path), str(tmp_path / "out")], capture_output=True, text=True, check=True
     )  # fmt: skip
-    assert int(ran.stdout.splitlines()[-1]) < 4 * layer, "of 16 layers swept in between"
+    assert int(ran.stdout.splitlines()[-1]) < 6 * layer, "of 16 layers swept in between"
 
 
 @pytest.mark.parametrize("begun", [True, False])

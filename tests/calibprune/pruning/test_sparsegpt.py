@@ -205,7 +205,7 @@ def test_the_number_of_threads_does_not_matter():
 @pytest.mark.parametrize("per_row", [False, True])
 def test_any_number_of_workers_gets_the_same_bits(n_of_m, per_row, path, monkeypatch):
     """Of which the factor and its inverse are dealt too."""
-    monkeypatch.setattr(factor, "BLOCK", 24)
+    monkeypatch.setattr(factor, "NARROW_BLOCK", 24)
     monkeypatch.setattr(factor, "MIN_DEALT", 100)
     weights = random_weights(40, 70, width=120)
     statistics = plain_statistics(correlated_inputs(500, 120))
