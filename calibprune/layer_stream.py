@@ -15,10 +15,14 @@ from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
 from calibprune.offload import Parking
+from calibprune.process import keep_freed_memory, return_freed_memory
 from calibprune.sweep import Sweep
 
 ALIGNMENT = 64
 """Bytes to which tensors are aligned on every worker, since alignment may decide the last bits of a product."""
+
+LAYERS_PER_TRIM = 4
+"""Layers after which freed memory is returned to the system: after each one, all pages would be cleared again."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class LayerReader:
     ) -> None:
         self._skeleton, self._gang, self._committed = skeleton, gang, committed
         self._stop = len(skeleton.layers) if stop is None else stop
+        keep_freed_memory()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: Future[tuple[Tensor, int]] | None = None
         self.outer_held: dict[str, Tensor] = {}
@@ -68,6 +73,8 @@ class LayerReader:
         size = 0
         places, total = self._layout(index)
         device = self._skeleton.device
+        if index % LAYERS_PER_TRIM == 0:
+            return_freed_memory()
         if self._gang.owns(index):
             assert self._ahead is not None
             buffer, size = self._ahead.result()

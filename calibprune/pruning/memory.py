@@ -6,13 +6,14 @@ import torch
 
 from calibprune.config.prune import PruneSettings
 from calibprune.model import Skeleton
+from calibprune.pruning.masks import GPU_SCORES_AT_ONCE
 from calibprune.pruning.methods import METHODS, need_of
 
 GPU_SHARE = 0.9
 """Of a GPU's memory; the rest is left to its libraries and to fragments."""
 
-SORTED_BYTES = 28
-"""Of every score that a GPU sorts: its value, its place, and both once more."""
+COUNTED_BYTES = 28
+"""Bytes for every score whose digits a GPU counts at once."""
 
 LIBRARIES_AT_WORK = 100 << 20
 """What libraries take on a CPU once they compute: compiled kernels, packing buffers, one heap per thread. Measured."""
@@ -85,9 +86,8 @@ def worker_memory(
     method, most = METHODS[type(settings.method)], max(_weights_of_groups(skeleton))
     gram = method.gram_bytes * widest**2 if "gram" in need else 0
     weights = (method.weight_bytes + (8 if settings.refine else 0)) * most // workers
-    per_row = settings.n_of_m is not None or getattr(settings.method, "per_row", False)
-    if method.compares_matrices and not per_row:
-        weights += (SORTED_BYTES if on_gpu else 8) * most
+    if on_gpu and settings.n_of_m is None:
+        weights += COUNTED_BYTES * min(most // workers, GPU_SCORES_AT_ONCE)
     return WorkerMemory(
         process=0 if on_gpu else process_bytes + LIBRARIES_AT_WORK,
         layers=layer * (2 if on_gpu else 5),
