@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from calibprune.events import LayerEntered, emit
+from calibprune.events import LayerEntered, emit, show_life
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
 from calibprune.pruning.linears import numbers_of_all
@@ -31,6 +31,7 @@ def tail_exponents(
     for index in range(count):
         yield emit(LayerEntered(index, count, "measuring the allocation", order=0))
         for path in chosen[index] if gang.owns(index) else ():
+            show_life()
             name = skeleton.stored_name(f"{skeleton.layer_prefix(index)}{path}.weight")
             read = skeleton.checkpoint.read([name])
             skeleton.check_finite(read)

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from calibprune.config.prune import ALPS
+from calibprune.events import show_life
 from calibprune.gang import ALONE, Gang
 from calibprune.pruning.factor import BLOCK, MIN_DEALT, NotPositiveDefinite, dealt, inverse_factor
 from calibprune.pruning.masks import Target, keep_in_matrices, on_threads, runs_compiled
@@ -104,6 +105,7 @@ class Ridge:
         support: Bool[Tensor, "out in"],
     ) -> Float32[Tensor, "out in"]:
         """Returns (W G - V + rho D) (G + rho I)^-1."""
+        show_life()
         if runs_compiled(product.device):
             right = np.empty(product.shape, np.float32)
             arrays = (product.numpy(), moved.numpy(), support.numpy(), right)
@@ -169,11 +171,11 @@ class Search:
         moved, held, dual_rho = self._masked(start), start, rho
         for iteration in range(1, self._settings.max_iterations + 1):
             if (iteration - 1) % ITERATIONS_PER_RHO == 0:
-                inverse = None  # room for the next
+                ridge = inverse = None  # room for the next
                 penalty = min(rho, MAX_RHO)
                 before, inverse = support, self._ridge_inverse(penalty)
             ridge = Ridge(inverse, penalty, dual_rho / penalty)
-            last, dual_rho = (ridge.solution, self.product, moved, held), penalty
+            last, dual_rho = (moved, held), penalty
             with tensor_float32():
                 moved = _by_parts(self._shares, ridge.moved, self.product, moved, held)
             support = held = self._largest(moved)
@@ -194,7 +196,7 @@ class Search:
                 moved, held, dual_rho = self._masked(start), start, rho
             else:
                 break
-        found = _by_parts(self._shares, *last)
+        found = _by_parts(self._shares, ridge.solution, self.product, *last)
         return found, self._largest(found)
 
     def _masked(self, support: list[Bool[Tensor, "_ in"]]) -> list[Float32[Tensor, "_ in"]]:
@@ -210,6 +212,7 @@ class Search:
 
     def _ridge_inverse(self, rho: float) -> Float32[Tensor, "in in"]:
         """Returns (G + rho I)^-1. Collective."""
+        show_life()
         ridge = self._normal.clone()
         ridge.diagonal().add_(rho)
         try:
@@ -300,6 +303,7 @@ def refit(
     residual *= keep
     direction, size = residual.clone(), dot(residual, residual)
     for _ in range(iterations):
+        show_life()
         ahead = torch.mm(direction, normal).mul_(keep)
         step = size / dot(direction, ahead).clamp(min=tiny)
         solution = torch.addcmul(solution, step, direction)

@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from calibprune.config.prune import Swaps
+from calibprune.events import show_life
 from calibprune.pruning.masks import Target, on_threads, runs_compiled
 from calibprune.pruning.rows import RowShares, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
@@ -141,6 +142,7 @@ def _exchange(rows: Rows) -> None:
     made = torch.zeros(len(rows.dense), dtype=torch.int64, device=rows.gram.device)
     left = torch.arange(len(made), device=made.device)
     while len(left):
+        show_life()
         some = replace(
             rows,
             dense=rows.dense[left],
@@ -243,5 +245,6 @@ def _exchange_compiled(rows: Rows) -> None:
 
     def work(part: slice) -> None:
         exchange_rows(w[part], v[part], c[part], g, h, reach, enough[part], *how)
+        show_life()
 
     on_threads(work, row_slices([len(w)], ROWS_AT_ONCE))

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from calibprune.config.prune import ALPS
-from calibprune.pruning import alps
+from calibprune.pruning import alps, rows, swaps
 from calibprune.pruning.alps import inverse_of_factor, normalised, refit
 from calibprune.pruning.factor import NotPositiveDefinite
-from calibprune.pruning.methods import prune_group
+from calibprune.pruning.methods import prune_group, refine_group
 from calibprune.pruning.statistics import Statistics
 from tests.calibprune.pruning.data import (
     correlated_inputs,
@@ -118,6 +118,27 @@ def test_the_inverse_of_a_factor(workers, monkeypatch):
         assert torch.equal(found, alone)
     assert torch.equal(alone, alone.T)
     torch.testing.assert_close(alone, upper.T @ upper, rtol=1e-5, atol=1e-5)
+
+
+def test_any_number_of_workers_makes_the_same_bytes(monkeypatch):
+    monkeypatch.setitem(rows.ROW_CHUNK, "cpu", 8)
+    statistics, weights = (
+        plain_statistics(correlated_inputs(100, 40)),
+        random_weights(30, 13, width=40),
+    )
+
+    def prune(gang):
+        shares = rows.RowShares.of(weights, gang)
+        mine, settings = shares.mine(weights), ALPS(type="alps", max_iterations=12)
+        found = prune_group(mine, statistics, targets(0.5, 0.6), settings, shares)
+        refined = swaps.Swaps(type="swaps")
+        return refine_group(mine, found, statistics, targets(0.5, 0.6), settings, refined, shares)
+
+    (whole,) = simulate(1, prune)
+    for workers in (2, 3):
+        parts = simulate(workers, prune)
+        for number, expected in enumerate(whole):
+            assert torch.equal(torch.cat([part[number] for part in parts]), expected)
 
 
 def test_orthogonal_inputs_have_nothing_to_make_up_for():
