@@ -20,9 +20,9 @@ from calibprune.config.model import ModelSettings
 from calibprune.config.prune import PruneSettings
 from calibprune.events import UnitDone
 from calibprune.model import build_skeleton
+from calibprune.pruning.factor import inverse_factor
 from calibprune.pruning.loop import prune_layers
 from calibprune.pruning.methods import need_of
-from calibprune.pruning.sparsegpt import inverse_factor
 from calibprune.stage import Stage
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

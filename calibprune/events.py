@@ -24,6 +24,8 @@ MAX_CHARACTERS = 500
 """Maximum length of a loss's message."""
 RECENT_STEPS = 50
 """Number of recent steps from which the pace is computed."""
+TICK_SECONDS = 5.0
+"""Least time between two ticks of `show_life`."""
 _log = logging.getLogger("calibprune")
 Value = TypeVar("Value")
 
@@ -39,6 +41,18 @@ def emit(event: E) -> E:
     """Logs the event and returns it, for `yield emit(...)`."""
     _log.info("%s", event, extra={"event": event})
     return event
+
+
+class _LastTick:
+    at = -TICK_SECONDS
+
+
+def show_life() -> None:
+    """Emits Tick from inside a call that takes long and cannot yield, at most once in TICK_SECONDS."""
+    now = time.monotonic()
+    if now - _LastTick.at >= TICK_SECONDS:
+        _LastTick.at = now
+        emit(Tick())
 
 
 def note(text: str) -> None:
@@ -178,7 +192,8 @@ class Lost(Event):
 
 @dataclass(frozen=True)
 class Tick(Event):
-    """Nothing new, but the work continues: a chance for the caller to stop it. It is yielded, never logged."""
+    """Nothing new, but the work continues. It is yielded, as a chance for the caller to stop the work, or emitted by
+    `show_life` where nothing can be yielded."""
 
 
 def event_of(record: logging.LogRecord) -> Any:

@@ -65,6 +65,19 @@ class Gang:
                 dist.all_reduce(tensor)
         return tensor
 
+    def add_at(self, pieces: Iterable[tuple[Tensor, int]]) -> None:
+        """Adds up all workers' int64 tensors, each at one worker; at the others it is left with whatever."""
+        if self.size == 1:
+            return
+        with _peers():
+            works = [
+                dist.reduce(tensor, worker, async_op=True)
+                for tensor, worker in pieces
+                if tensor.numel()
+            ]
+            for work in works:
+                work.wait()  # type: ignore[union-attr]
+
     def collect(self, values: Tensor, mine: Iterable[int]) -> Tensor:
         """Returns a float64 matrix with the rows `mine` of every worker, bit for bit.
 
@@ -165,11 +178,12 @@ def _interface_of(address: str) -> str | None:
 
 
 class _peers:
-    """Turns the errors of torch.distributed into PeerLost."""
+    """Turns the errors of torch.distributed into PeerLost, but for a GPU's memory that runs out here."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, PeerLost):
+        kept = PeerLost | torch.OutOfMemoryError
+        if isinstance(error, RuntimeError) and not isinstance(error, kept):
             raise PeerLost(one_line(error)) from error

@@ -15,7 +15,11 @@ from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
 from calibprune.offload import ALIGNMENT, Parking, Staging
+from calibprune.process import keep_freed_memory, return_freed_memory
 from calibprune.sweep import Sweep
+
+LAYERS_PER_TRIM = 4
+"""Layers after which freed memory is returned to the system: after each one, all pages would be cleared again."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class LayerReader:
     ) -> None:
         self._skeleton, self._gang, self._committed = skeleton, gang, committed
         self._stop = len(skeleton.layers) if stop is None else stop
+        keep_freed_memory()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: Future[tuple[Tensor, int]] | None = None
         self._staging = staging or (Staging() if skeleton.device.type == "cuda" else None)
@@ -68,6 +73,8 @@ class LayerReader:
         size = 0
         places, total = self._layout(index)
         device = self._skeleton.device
+        if index % LAYERS_PER_TRIM == 0:
+            return_freed_memory()
         if self._gang.owns(index):
             assert self._ahead is not None
             buffer, size = self._ahead.result()

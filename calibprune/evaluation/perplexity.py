@@ -16,7 +16,6 @@ from calibprune.gang import ALONE, Gang
 from calibprune.layer_stream import LayerReader
 from calibprune.model import Skeleton
 from calibprune.offload import Parking
-from calibprune.process import return_free_memory
 from calibprune.sweep import LayerStop, Sweep
 
 LOSS_ROWS = 256
@@ -120,7 +119,6 @@ def sweep_logits(
             stop.pause_at_groups = False
             if stop.layer > 0:
                 skeleton.evict(skeleton.layers[stop.layer - 1])
-                return_free_memory()
             yield emit(LayerEntered(stop.layer, len(skeleton.layers), work))
             skeleton.place_layer(stop.layer, reader.take(stop.layer).tensors)
     yield emit(LayerEntered(len(skeleton.layers), len(skeleton.layers), work))

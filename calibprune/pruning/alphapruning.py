@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from calibprune.events import LayerEntered, emit
+from calibprune.events import LayerEntered, emit, show_life
 from calibprune.gang import Gang
 from calibprune.model import Skeleton
 from calibprune.pruning.linears import numbers_of_all
@@ -31,6 +31,7 @@ def tail_exponents(
     for index in range(count):
         yield emit(LayerEntered(index, count, "measuring the allocation", order=0))
         for path in chosen[index] if gang.owns(index) else ():
+            show_life()
             name = skeleton.stored_name(f"{skeleton.layer_prefix(index)}{path}.weight")
             read = skeleton.checkpoint.read([name])
             skeleton.check_finite(read)
@@ -42,8 +43,16 @@ def tail_exponents(
 
 
 def eigenvalues(weight: Float[Tensor, "out in"]) -> Float64[Tensor, " rank"]:
-    """Computes the eigenvalues of W^T W, ascending, as many as the smaller side."""
-    return torch.linalg.svdvals(weight.to(torch.float32)).double().square().flip(0)
+    """Computes the eigenvalues of W^T W, ascending, as many as the smaller side.
+
+    From the product of the smaller side in float64, which a GPU decomposes many times faster than singular values are
+    found. What is below its rounding is as good as none and 0.
+    """
+    wide = weight.double()
+    wide = wide if len(wide) <= wide.shape[1] else wide.T
+    values = torch.linalg.eigvalsh(wide @ wide.T)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1:]
+    return values.masked_fill(values <= rounding, 0)
 
 
 def tail_exponent(spectrum: Float64[Tensor, " n"]) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibprune.config.prune import DSnoT
 from calibprune.pruning import wanda
-from calibprune.pruning.masks import Target, keep_in_rows
+from calibprune.pruning.masks import Target, keep_in_rows, zeroed
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
@@ -53,7 +53,7 @@ def prune(
     pruned = []
     for weight, target in zip(weights, targets, strict=True):
         (keep,) = shares.by_parts(partial(mask, target=target), [weight])
-        pruned.append(weight.masked_fill(~keep, 0))
+        pruned.append(zeroed(weight, keep))
     return pruned
 
 

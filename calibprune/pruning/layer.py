@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,20 +13,23 @@ from torch import Tensor, nn
 
 from calibprune.checkpoint import to_bytes
 from calibprune.config.prune import PruneSettings
+from calibprune.errors import UserError
+from calibprune.events import note
 from calibprune.failpoint import failpoint
 from calibprune.gang import Gang
 from calibprune.layer_stream import Loaded
 from calibprune.model import Skeleton
 from calibprune.offload import Fetched, Staging, to_host
 from calibprune.process import host_memory
+from calibprune.pruning.factor import NotPositiveDefinite
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group, refine_group
 from calibprune.pruning.positions import Positions, shapes_of
+from calibprune.pruning.products import have_bfloat16_products
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import (
     Need,
     Statistics,
-    add_up,
     column_squares,
     finish,
     magnitude_bound,
@@ -38,6 +41,9 @@ from calibprune.sweep import GroupStop
 
 ERROR_TOKENS = 256
 """Number of tokens, spread over all micro-batches, on which a linear's relative output error is measured."""
+
+MAX_RAISES = 8
+"""How often the damping of a group is raised tenfold before it is given up."""
 
 
 def layer_unit(index: int) -> str:
@@ -77,6 +83,8 @@ class LayerInWork:
     loaded: Loaded
     """Everything stored under the layer; pruned weights replace theirs here."""
     clock: Clock
+    bfloat16_products: bool = False
+    """Whether Gram matrices are of products in bfloat16, as `agreed_products` says."""
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -99,21 +107,19 @@ class LayerInWork:
         try:
             failpoint(f"reduce-{self.index}-{self.gang.rank}")
             statistics = gathered_statistics(
-                inputs, need_of(self.settings), self.gang, len(self.positions.tokens), self.clock
-            )
+                inputs, need_of(self.settings), self.gang, len(self.positions.tokens), self.clock,
+                self.bfloat16_products,
+            )  # fmt: skip
             failpoint(f"solve-{self.index}-{self.gang.rank}")
-            settings, targets = self.settings, [self.targets[path] for path in paths]
-            made = [prune_group(mine, statistics, targets, settings.method, shares)]
-            if settings.refine:
-                start, way = made[0], settings.refine
-                made.append(
-                    refine_group(mine, start, statistics, targets, settings.method, way, shares)
-                )
+            made, damping = self._solved(paths, mine, statistics, shares)
         except ValueError as error:
             group = ", ".join(paths)
             raise ValueError(f"layer {self.index}, group {group}: {error}") from error
         self.clock.lap("solve")
         self._measure(paths, shares, mine, made, inputs)
+        if damping != getattr(self.settings.method, "damping", 0.0):
+            for path in paths:
+                self.facts[path]["damping"] = damping
         self.clock.lap("measure")
         if (
             self.settings.inputs == "dense"
@@ -127,6 +133,36 @@ class LayerInWork:
             self._put_in_place(paths, weights)
         self.clock.lap("gather")
 
+    def _solved(
+        self, paths: list[str], mine: list[Tensor], statistics: Statistics, shares: RowShares
+    ) -> tuple[list[list[Tensor]], float]:
+        """What the method makes of this worker's rows, then what is refined of that; the damping that it took.
+
+        The damping grows tenfold until the Gram matrix can be factorised: on all workers alike.
+        """
+        settings, targets = self.settings, [self.targets[path] for path in paths]
+        method, given = settings.method, getattr(settings.method, "damping", 0.0)
+        damping = given
+        for raises in range(MAX_RAISES + 1):
+            try:
+                made = [prune_group(mine, statistics, targets, method, shares)]
+                break
+            except NotPositiveDefinite:
+                if raises == MAX_RAISES:
+                    raise
+                damping *= 10
+                method = method.model_copy(update={"damping": damping})
+        if damping != given and self.gang.rank == 0:
+            note(
+                f"layer {self.index}, group {', '.join(paths)}: the Gram matrix of the inputs is not positive definite "
+                f"with damping {given:g}; pruned with {damping:g}"
+            )
+        if settings.refine:
+            made.append(
+                refine_group(mine, made[0], statistics, targets, method, settings.refine, shares)
+            )
+        return made, damping
+
     def _measure(
         self,
         paths: list[str],
@@ -139,7 +175,7 @@ class LayerInWork:
 
         `made` holds the method's result for `before` and, if there is a refinement, the refined result.
         """
-        tokens = self._sample(inputs).to(torch.float32)
+        tokens = self._sample(inputs)
         measured = [
             torch.stack([output_error(b, a, tokens) for b, a in zip(before, after, strict=True)])
             for after in made
@@ -205,6 +241,7 @@ class LayerInWork:
             "seconds": {**self.clock.seconds, "write": time.perf_counter() - started},
             "bytes_read": self.loaded.bytes_read,
             "bytes_written": len(data),
+            "bfloat16_products": self.bfloat16_products,
             **_peak_memory(self.skeleton.device),
             "tensors": {name: tensor.nbytes for name, tensor in sorted(tensors.items())},
             "linears": {path: self.facts[path] for path in self.targets},
@@ -243,8 +280,38 @@ def _peak_memory(device: torch.device) -> dict[str, int]:
     return {"peak_memory_bytes": host_memory("VmHWM")}
 
 
+def agreed_products(
+    skeleton: Skeleton, settings: PruneSettings, gang: Gang, stage: Stage, done: Set[str]
+) -> bool:
+    """Returns whether Gram matrices are of bfloat16 inputs as they are: on CPUs, where all processors are fast at it.
+
+    A layer of the stage that is already committed decides: all are computed in the same way. Collective. Raises
+    UserError where a processor cannot do what was begun.
+    """
+    if skeleton.device.type != "cpu" or skeleton.dtype != torch.bfloat16:
+        return False
+    if "gram" not in need_of(settings):
+        return False
+    layers = [layer_unit(index) for index in range(len(skeleton.layers))]
+    begun = next(filter(done.__contains__, layers), None) if gang.rank == 0 else None
+    way = stage.record(begun).facts.get("bfloat16_products", False) if begun else None
+    facts = [have_bfloat16_products(), way is True, way is False]
+    able, wanted, ruled_out = gang.add(torch.tensor(facts).long()).tolist()
+    if wanted and able < gang.size:
+        raise UserError(
+            "the layers that are done were computed by processors with bfloat16 instructions (amx_bf16 or "
+            "avx512_bf16), which not all workers have now: use such machines, or another output"
+        )
+    return able == gang.size and not ruled_out
+
+
 def gathered_statistics(
-    inputs: Sequence[Tensor], need: Need, gang: Gang, micro_batches: int, clock: Clock
+    inputs: Sequence[Tensor],
+    need: Need,
+    gang: Gang,
+    micro_batches: int,
+    clock: Clock,
+    bfloat16_products: bool = False,
 ) -> Statistics:
     """Sums the statistics of all workers' micro-batches, `micro_batches` in total. Collective.
 
@@ -254,8 +321,8 @@ def gathered_statistics(
     bound = gang.largest(magnitude_bound(squares, gang.dealt(range(micro_batches))))
     most = max(math.prod(shape[:-1]) for shape in shapes_of(inputs))
     most = int(gang.largest(most)) if "sums" in need else 0
-    sums = observe(inputs, squares, need, bound, micro_batches, most)
+    sums = observe(inputs, squares, need, bound, micro_batches, most, bfloat16_products)
     clock.lap("statistics")
-    statistics = finish(add_up(sums, gang))
+    statistics = finish(sums, gang)
     clock.lap("reduce")
     return statistics

@@ -20,10 +20,10 @@ from calibprune.gang import ALONE, Gang
 from calibprune.layer_stream import LayerReader, paused_sweep
 from calibprune.model import Skeleton
 from calibprune.offload import Staging
-from calibprune.process import return_free_memory, yield_to_others
+from calibprune.process import yield_to_others
 from calibprune.pruning.allocation import allocate, is_measured
 from calibprune.pruning.export import ALLOCATION, REST, copy_rest
-from calibprune.pruning.layer import Clock, LayerInWork, layer_unit
+from calibprune.pruning.layer import Clock, LayerInWork, agreed_products, layer_unit
 from calibprune.pruning.linears import chosen_linears
 from calibprune.pruning.positions import Positions
 from calibprune.pruning.snapshots import Snapshots
@@ -62,6 +62,7 @@ def prune_layers(
     batches = pool.split(settings.batch_sequences)
     counted = Positions(pool, positions, settings.batch_sequences, gang)
     targets = yield from allocate(skeleton, pool, settings, chosen, stage, gang, counted, done)
+    bfloat16_products = agreed_products(skeleton, settings, gang, stage, done)
     snapshots = Snapshots(stage, gang, len(batches), settings.snapshot_layers)
     first = snapshots.latest(missing[0]) if missing else 0
 
@@ -105,7 +106,6 @@ def prune_layers(
                 failpoint(f"enter-{stop.layer}-{gang.rank}")
                 if stop.layer > first:
                     skeleton.evict(skeleton.layers[stop.layer - 1])
-                    return_free_memory()
                     snapshots.write(stop.layer, stop.hidden)
                 clock = Clock()
                 loaded = reader.take(stop.layer)
@@ -114,7 +114,8 @@ def prune_layers(
                 clock.lap("load")
                 if full:
                     layer = LayerInWork(
-                        skeleton, settings, gang, stop.layer, targets[stop.layer], counted, loaded, clock
+                        skeleton, settings, gang, stop.layer, targets[stop.layer], counted, loaded, clock,
+                        bfloat16_products,
                     )  # fmt: skip
                 del loaded
             else:

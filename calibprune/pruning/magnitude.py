@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibprune.config.prune import Magnitude
-from calibprune.pruning.masks import Target, keep_in_matrices
+from calibprune.pruning.masks import Target, keep_in_matrices, zeroed
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
@@ -25,4 +25,4 @@ def prune(
     """
     scores = [weight.to(torch.float32).abs() for weight in weights]
     keeps = keep_in_matrices(scores, targets, shares or RowShares.of(weights))
-    return [weight.masked_fill(~keep, 0) for weight, keep in zip(weights, keeps, strict=True)]
+    return [zeroed(weight, keep) for weight, keep in zip(weights, keeps, strict=True)]

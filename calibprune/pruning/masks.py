@@ -1,6 +1,6 @@
 """Which weights stay: boolean keep masks from scores, with exact counts whatever the ties.
 
-Where scores are equal the lowest column is removed first. Scores are finite and compared in float32.
+Where scores are equal the lowest column is removed first. Scores are at least 0, finite and compared in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +12,20 @@ from typing import no_type_check
 import numba
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
+from calibprune.gang import ALONE, Gang
 from calibprune.pruning.rows import RowShares, row_slices
 
 GROUPS_AT_ONCE = 1 << 16
 ROWS_AT_ONCE = 64
+
+DIGITS = ((20, 11), (10, 10), (0, 10))
+"""The lowest bit and the number of bits of each digit of a score, the highest first. Numbers from 0 on are in the same
+order as their bits, of which float32 has 31 beside the sign."""
+SCORES_AT_ONCE = 1 << 18
+GPU_SCORES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,25 @@ def keep_in_matrices(
     """
     if per_row or all(target.n_of_m for target in targets):
         return [keep_in_rows(part, target) for part, target in zip(scores, targets, strict=True)]
-    whole = shares.gather(torch.cat(list(scores)).to(torch.float32)).split(shares.rows)
-    return shares.mine(
-        [
-            keep_in_rows(part, target)
-            if target.n_of_m
-            else keep_all_but_lowest(part, removed_of(part.numel(), target.sparsity))
-            for part, target in zip(whole, targets, strict=True)
-        ]
-    )
+    compared = [number for number, target in enumerate(targets) if not target.n_of_m]
+    removed = [
+        removed_of(shares.rows[number] * scores[number].shape[1], targets[number].sparsity)
+        for number in compared
+    ]
+    keeps = keep_all_but_lowest_of_matrices([scores[n] for n in compared], removed, shares.gang)
+    of_number = dict(zip(compared, keeps, strict=True))
+    return [
+        of_number[number] if number in of_number else keep_in_rows(part, target)
+        for number, (part, target) in enumerate(zip(scores, targets, strict=True))
+    ]
+
+
+def zeroed(
+    weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"]
+) -> Float[Tensor, "out in"]:
+    """Returns the weights that stay, and zeros: several times as fast as torch's masked_fill on CPUs."""
+    bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])
+    return (bits * keep).view(weight.dtype)
 
 
 def removed_of(weights: int, sparsity: float) -> int:
@@ -86,24 +103,107 @@ def keep_all_but_lowest_of_rows(
 
 def keep_all_but_lowest(scores: Float[Tensor, "out in"], removed: int) -> Bool[Tensor, "out in"]:
     """Removes exactly `removed` of the matrix's scores, the lowest; equal ones by column, then by row."""
-    if not 0 <= removed <= scores.numel():
-        raise ValueError(f"cannot remove {removed} of {scores.numel()} weights")
-    if removed == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    scores = scores.detach().to(torch.float32)
-    threshold = _nth_lowest(scores.reshape(1, -1), removed)
-    keep = scores > threshold
-    surplus = removed - int((~keep).sum())
-    if surplus == 0:
-        return keep
-    tied = scores == threshold
-    kept_ties_from = tied.sum(0).cumsum(0)  # ties in this column and those before it
-    removed_ties = int(kept_ties_from[-1]) + surplus
-    column = int(torch.searchsorted(kept_ties_from, removed_ties))
-    keep[:, column + 1 :] |= tied[:, column + 1 :]
-    before = int(kept_ties_from[column - 1]) if column else 0
-    keep[:, column] |= tied[:, column] & (tied[:, column].cumsum(0) > removed_ties - before)
+    (keep,) = keep_all_but_lowest_of_matrices([scores], [removed])
     return keep
+
+
+def keep_all_but_lowest_of_matrices(
+    scores: Sequence[Float[Tensor, "_ in"]], removed: Sequence[int], gang: Gang = ALONE
+) -> list[Bool[Tensor, "_ in"]]:
+    """Does the same with matrices of which every worker has some rows, in order of rank. Collective.
+
+    Neither sorts nor gathers scores: the highest score that goes is found digit by digit, from how many scores of all
+    workers have each digit. Raises ValueError for more scores to remove than there are.
+    """
+    parts = [part.detach().to(torch.float32).contiguous().view(torch.int32) for part in scores]
+    device = parts[0].device
+    found = torch.zeros(len(parts), dtype=torch.int64, device=device)  # the digits, put together
+    left = torch.tensor(removed, device=device)
+    for number, (lowest_bit, bits) in enumerate(DIGITS):
+        counts = gang.add(_digits(parts, found, lowest_bit, bits))
+        if number == 0:
+            for size, count in zip(counts.sum(1).tolist(), removed, strict=True):
+                if not 0 <= count <= size:
+                    raise ValueError(f"cannot remove {count} of {size} weights")
+        up_to = counts.cumsum(1)
+        digit = torch.searchsorted(up_to, left[:, None])
+        left = left - torch.where(digit > 0, up_to.gather(1, (digit - 1).clamp(min=0)), 0)[:, 0]
+        found = (found << bits) + digit[:, 0]
+    keeps = [part > int(highest) for part, highest in zip(parts, found.tolist(), strict=True)]
+    equal = counts.gather(1, digit)[:, 0]
+    split = (left != equal).nonzero()[:, 0].tolist()  # of whose equal scores some stay
+    if split:
+        tied = [parts[number] == int(found[number]) for number in split]
+        for number, stays in zip(split, _all_but_first(tied, left[split], gang), strict=True):
+            keeps[number] |= stays
+    return keeps
+
+
+def _all_but_first(
+    marked: list[Bool[Tensor, "_ in"]], removed: Int64[Tensor, " matrices"], gang: Gang
+) -> list[Bool[Tensor, "_ in"]]:
+    """What is marked in each matrix without the first `removed`, counted by column, then by row. Collective."""
+    mine = torch.stack([matrix.sum(0) for matrix in marked])
+    up_to = gang.add(mine.clone()).cumsum(1)
+    column = torch.searchsorted(up_to, removed[:, None])  # where the last one removed is
+    inside = removed - torch.where(column > 0, up_to.gather(1, (column - 1).clamp(min=0)), 0)[:, 0]
+    of_ranks = torch.zeros(len(marked), gang.size, dtype=torch.int64, device=mine.device)
+    of_ranks[:, gang.rank] = mine.gather(1, column)[:, 0]
+    inside -= gang.add(of_ranks)[:, : gang.rank].sum(1)
+    stays = []
+    for matrix, place, first in zip(marked, column[:, 0].tolist(), inside.tolist(), strict=True):
+        kept = matrix.clone()
+        kept[:, :place] = False
+        kept[:, place] &= matrix[:, place].cumsum(0) > first
+        stays.append(kept)
+    return stays
+
+
+def _digits(
+    parts: Sequence[Int32[Tensor, "_ in"]],
+    found: Int64[Tensor, " matrices"],
+    lowest_bit: int,
+    bits: int,
+) -> Int64[Tensor, "matrices digits"]:
+    """Counts how often each digit follows those found in the scores of each matrix."""
+    if not runs_compiled(parts[0].device):
+        return _digits_torch(parts, found, lowest_bit, bits)
+    counts = torch.zeros(len(parts), 1 << bits, dtype=torch.int64)
+    for number, (part, before) in enumerate(zip(parts, found.tolist(), strict=True)):
+        scores = part.view(-1).numpy()
+        pieces = row_slices([len(scores)], SCORES_AT_ONCE)
+        of_pieces = np.zeros((len(pieces), 1 << bits), np.int64)
+
+        def count(some: slice, scores=scores, before=before, of_pieces=of_pieces) -> None:
+            _count_digits(
+                scores[some], before, lowest_bit, bits, of_pieces[some.start // SCORES_AT_ONCE]
+            )
+
+        on_threads(count, pieces)
+        counts[number] = torch.from_numpy(of_pieces.sum(0))
+    return counts
+
+
+def _digits_torch(
+    parts: Sequence[Int32[Tensor, "_ in"]],
+    found: Int64[Tensor, " matrices"],
+    lowest_bit: int,
+    bits: int,
+) -> Int64[Tensor, "matrices digits"]:
+    """Does the same with a few operations for as many matrices as fit."""
+    digits, width = 1 << bits, parts[0].shape[1]
+    counts = torch.zeros(len(parts) * (digits + 1), dtype=torch.int64, device=parts[0].device)
+    most = max(1, GPU_SCORES_AT_ONCE // width)
+    for start in range(0, max(map(len, parts)), most):
+        of_rows = [part[start : start + most] for part in parts]
+        rows = torch.cat(of_rows)
+        lengths = torch.tensor([len(some) for some in of_rows], device=rows.device)
+        number = torch.repeat_interleave(lengths, output_size=len(rows))[:, None]
+        follows = (rows >> (lowest_bit + bits)) == found[number]
+        digit = torch.where(follows, (rows >> lowest_bit) & (digits - 1), digits)
+        place = (digit + number * (digits + 1)).view(-1)
+        counts += torch.bincount(place, minlength=len(counts))
+    return counts.view(len(parts), digits + 1)[:, :digits].contiguous()
 
 
 def keep_n_of_m(scores: Float[Tensor, "out in"], kept: int, group: int) -> Bool[Tensor, "out in"]:
@@ -192,6 +292,16 @@ def _keep_n_of_m_torch(
     return (lower >= group - kept).flatten(1)
 
 
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _count_digits(
+    scores: np.ndarray, found: int, lowest_bit: int, bits: int, counts: np.ndarray
+) -> None:
+    for score in scores:
+        if score >> (lowest_bit + bits) == found:
+            counts[(score >> lowest_bit) & ((1 << bits) - 1)] += 1
+
+
 def _nth_lowest(scores: Float32[Tensor, "rows width"], n: int) -> Float32[Tensor, " rows"]:
     """Every row's n-th lowest score, counted from 1."""
     if scores.device.type == "cpu":  # far faster than torch.sort, topk or kthvalue
@@ -202,6 +312,4 @@ def _nth_lowest(scores: Float32[Tensor, "rows width"], n: int) -> Float32[Tensor
 
         on_threads(select, row_slices([len(values)], ROWS_AT_ONCE))
         return torch.from_numpy(lowest)
-    if scores.shape[0] == 1:  # a GPU selects within one row on a single block
-        return scores.sort(dim=1).values[:, n - 1]
     return scores.kthvalue(n, dim=1).values

@@ -8,13 +8,14 @@ import torch
 from calibprune.config.prune import PruneSettings
 from calibprune.evaluation.perplexity import LOSS_ROWS
 from calibprune.model import Skeleton
+from calibprune.pruning.masks import GPU_SCORES_AT_ONCE
 from calibprune.pruning.methods import METHODS, need_of
 
 GPU_SHARE = 0.9
 """Share of a GPU's memory that is used; the rest is left to its libraries and to fragmentation."""
 
-SORT_BYTES = 28
-"""Bytes for every score that a GPU sorts: value and index, twice."""
+COUNTED_BYTES = 28
+"""Bytes for every score whose digits a GPU counts at once."""
 
 LIBRARY_BYTES = 100 << 20
 """Bytes that libraries take on a CPU once they compute (kernels, packing buffers, a heap per thread), as measured."""
@@ -88,9 +89,8 @@ def worker_memory(
     method, most = METHODS[type(settings.method)], max(_weights_of_groups(skeleton))
     gram = method.gram_bytes * widest**2 if "gram" in need else 0
     weights = (method.weight_bytes + (8 if settings.refine else 0)) * most // workers
-    per_row = settings.n_of_m is not None or getattr(settings.method, "per_row", False)
-    if method.compares_matrices and not per_row:
-        weights += (SORT_BYTES if on_gpu else 8) * most
+    if on_gpu and settings.n_of_m is None:
+        weights += COUNTED_BYTES * min(most // workers, GPU_SCORES_AT_ONCE)
     return WorkerMemory(
         process=0 if on_gpu else process_bytes + LIBRARY_BYTES,
         layers=layer * (2 if on_gpu else 5),

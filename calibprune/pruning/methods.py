@@ -27,16 +27,15 @@ class Method:
     weight_bytes: int = 9
     """Bytes for every weight of a worker's share while it is solved: scores or updated weights and a copy, both in
     float32, and the mask."""
-    gram_bytes: int = 20
-    """Bytes for every entry of the Gram matrix where it is needed: int64 sums, then float32 sums and factors."""
-    compares_matrices: bool = False
-    """Whether every worker holds the scores of whole linears, unless they are compared per row or in a pattern."""
+    gram_bytes: int = 13
+    """Bytes for every entry of the Gram matrix, if it is needed: int64 and float32 sums, then float32 sums, factor and
+    its inverse, and columns of them."""
 
 
 METHODS: dict[type[BaseModel], Method] = {
-    config.Magnitude: Method(magnitude.prune, frozenset(), compares_matrices=True),
+    config.Magnitude: Method(magnitude.prune, frozenset()),
     config.Wanda: Method(wanda.prune, frozenset({"sum_squares"})),
-    config.RIA: Method(ria.prune, frozenset({"sum_squares"}), compares_matrices=True),
+    config.RIA: Method(ria.prune, frozenset({"sum_squares"})),
     config.DSnoT: Method(dsnot.prune, frozenset({"sum_squares", "sums"})),
     config.SparseGPT: Method(sparsegpt.prune, frozenset({"gram"}), updates=True),
     config.ALPS: Method(
@@ -44,8 +43,7 @@ METHODS: dict[type[BaseModel], Method] = {
         frozenset({"gram"}),
         updates=True,
         weight_bytes=40,
-        gram_bytes=28,
-        compares_matrices=True,
+        gram_bytes=24,
     ),
 }
 

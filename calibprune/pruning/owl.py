@@ -15,7 +15,6 @@ from calibprune.gang import Gang
 from calibprune.layer_stream import LayerReader, paused_sweep
 from calibprune.model import Skeleton
 from calibprune.offload import Fetched
-from calibprune.process import return_free_memory
 from calibprune.pruning import wanda
 from calibprune.pruning.layer import Clock, gathered_statistics
 from calibprune.pruning.linears import numbers_of_all
@@ -50,7 +49,6 @@ def outlier_ratios(
             mine.update({(index, path): ratio for path, ratio in ratios.items()})
         squares.clear()
         skeleton.evict(skeleton.layers[index])
-        return_free_memory()
 
     with torch.no_grad(), LayerReader(skeleton, gang, stop=last + 1) as reader:
         offload = bool(settings.offload)

@@ -5,7 +5,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from calibprune.config.prune import RIA
-from calibprune.pruning.masks import Target, keep_in_matrices
+from calibprune.pruning.masks import Target, keep_in_matrices, zeroed
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
@@ -32,7 +32,7 @@ def prune(
     norms = statistics.sum_squares.sqrt() ** settings.power
     scores = [score(*args, norms) for args in zip(sizes, of_columns, of_rows, strict=True)]
     keeps = keep_in_matrices(scores, targets, shares, settings.per_row)
-    return [weight.masked_fill(~keep, 0) for weight, keep in zip(weights, keeps, strict=True)]
+    return [zeroed(weight, keep) for weight, keep in zip(weights, keeps, strict=True)]
 
 
 def score(

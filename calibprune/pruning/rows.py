@@ -13,11 +13,17 @@ from torch import Tensor
 from calibprune.gang import ALONE, Gang
 
 ROW_CHUNK = {"cpu": 128}
-GPU_ROW_CHUNK = 512
+GPU_ROW_CHUNKS = 256, 4096
+"""The fewest and the most rows that a GPU multiplies at once."""
+CHUNKS = 32
+"""Parts into which a group's rows are cut where they can be: as many workers have a share of almost the same size."""
 
 
-def row_chunk(device: torch.device) -> int:
-    return ROW_CHUNK.get(device.type, GPU_ROW_CHUNK)
+def row_chunk(device: torch.device, rows: int) -> int:
+    """Returns how many rows of a group's linears, `rows` in all, are multiplied at once: on GPUs a power of two."""
+    lowest, highest = GPU_ROW_CHUNKS
+    power_of_two = (1 << (rows // CHUNKS).bit_length()) >> 1
+    return ROW_CHUNK.get(device.type, min(max(power_of_two, lowest), highest))
 
 
 def row_slices(rows: Sequence[int], most: int) -> list[slice]:
@@ -42,7 +48,8 @@ class RowShares:
     @classmethod
     def of(cls, weights: Sequence[Tensor], gang: Gang = ALONE) -> "RowShares":
         """The shares of whole weights [out, in]."""
-        return cls(tuple(len(w) for w in weights), row_chunk(weights[0].device), gang)
+        rows = tuple(len(w) for w in weights)
+        return cls(rows, row_chunk(weights[0].device, sum(rows)), gang)
 
     @cached_property
     def _cuts(self) -> list[int]:
@@ -66,16 +73,6 @@ class RowShares:
             ranges.append(slice(start, stop))
             begun += rows
         return ranges
-
-    def gather(self, mine: Tensor) -> Tensor:
-        """All workers' runs of stacked rows from this worker's own; the same on all of them. Collective."""
-        if self.gang.size == 1:
-            return mine
-        whole = mine.new_empty(sum(self.rows), *mine.shape[1:])
-        whole[self.run(self.gang.rank)] = mine
-        ranks = range(self.gang.size)
-        self.gang.broadcast([(whole[self.run(rank)], rank) for rank in ranks])
-        return whole
 
     def by_parts(self, work: Callable[..., Tensor], *matrices: Sequence[Tensor]) -> list[Tensor]:
         """What `work` makes of this worker's rows of every linear, a part of fixed size at a time.

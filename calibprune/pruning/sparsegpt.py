@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from calibprune.config.prune import SparseGPT
+from calibprune.pruning.factor import inverse_factor
 from calibprune.pruning.masks import (
     Target,
     check_width,
-    keep_all_but_lowest,
+    keep_all_but_lowest_of_matrices,
     keep_all_but_lowest_of_rows,
     keep_n_of_m,
     mark_kept,
@@ -31,8 +32,6 @@ from calibprune.pruning.masks import (
 from calibprune.pruning.rows import RowShares, row_chunk, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
 
-INVERSE_ROWS = 128
-
 LARGEST_GROUP = (
     8  # of N:M, for which the GPU kernel is compiled in seconds: it has M^2 steps, each written out
 )
@@ -41,20 +40,6 @@ LANES = 64  # rows that the compiled code solves side by side
 
 # (weights so far, first column, last column + 1) -> which weights of these columns stay
 ChooseKeep = Callable[[Float32[Tensor, "out in"], int, int], Bool[Tensor, "out columns"]]
-
-
-class NotPositiveDefinite(ValueError):
-    """The damped Gram matrix has no Cholesky factor; `enough` is a damping with which it has one."""
-
-    def __init__(self, damping: float, has_factor: Callable[[float], bool]):
-        larger = (damping * 10.0**power for power in range(1, 13))
-        enough = next(filter(has_factor, larger), None)
-        advice = "no damping helps" if enough is None else f"damping {enough:g} would do"
-        super().__init__(
-            f"the Gram matrix of the inputs is not positive definite with damping {damping:g}: {advice}"
-        )
-        self.damping = damping
-        self.enough = enough
 
 
 @torch.no_grad()
@@ -81,11 +66,11 @@ def prune(
         if target.n_of_m:
             check_width(weights[0].shape[1], target.n_of_m[1])
             check_width(settings.blocksize, target.n_of_m[1])
-    upper = inverse_factor(statistics.gram, settings.damping)
+    shares = shares or RowShares.of(weights)
+    upper = inverse_factor(statistics.gram, settings.damping, shares.gang)
     stacked = torch.cat([weight.to(torch.float32) for weight in weights])
     stacked[:, statistics.gram.diagonal() == 0] = 0
     rows = [len(weight) for weight in weights]
-    shares = shares or RowShares.of(weights)
 
     def lowest_scores(
         current: Float32[Tensor, "out in"], start: int, stop: int
@@ -97,49 +82,23 @@ def prune(
                 before, after = (removed_of(edge, target.sparsity) for edge in (start, stop))
                 keep.append(keep_all_but_lowest_of_rows(part, after - before))
             return torch.cat(keep)
-        keep = [
-            keep_all_but_lowest(part, round(part.numel() * target.sparsity))
-            for part, target in zip(shares.gather(scores).split(shares.rows), targets, strict=True)
+        removed = [
+            round(count * (stop - start) * target.sparsity)
+            for count, target in zip(shares.rows, targets, strict=True)
         ]
-        return torch.cat(keep)[shares.run(shares.gang.rank)]
+        parts = scores.split(rows)
+        return torch.cat(keep_all_but_lowest_of_matrices(parts, removed, shares.gang))
 
     patterns = [target.n_of_m for target in targets if target.n_of_m]
     if len(set(patterns)) > 1:  # of each linear its own
         solved = [
-            solve(part, upper, settings.blocksize, pattern)
+            solve(part, upper, settings.blocksize, pattern, chunk=shares.chunk)
             for part, pattern in zip(stacked.split(rows), patterns, strict=True)
         ]
     else:
         chosen = patterns[0] if patterns else lowest_scores
-        solved = solve(stacked, upper, settings.blocksize, chosen, rows).split(rows)
+        solved = solve(stacked, upper, settings.blocksize, chosen, rows, shares.chunk).split(rows)
     return [part.to(weight.dtype, copy=True) for part, weight in zip(solved, weights, strict=True)]
-
-
-def inverse_factor(gram: Float32[Tensor, "in in"], damping: float) -> Float32[Tensor, "in in"]:
-    """The upper triangular U with U^T U = H^-1, H being the Gram matrix made safe to invert.
-
-    Inputs that were always zero get H_jj = 1; then damping * mean(diag H) is added to the diagonal. From the
-    Cholesky factor of H with rows and columns reversed, H = R R^T with R upper triangular, so U = R^-1: one
-    factorisation and one triangular solve. Raises NotPositiveDefinite.
-    """
-    factor = _reversed_cholesky(gram, damping)
-    if factor is None:
-        raise NotPositiveDefinite(damping, lambda d: _reversed_cholesky(gram, d) is not None)
-    with full_float32():
-        return _reversed(_lower_inverse(factor))
-
-
-def _lower_inverse(lower: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
-    """Inverse of a lower triangular matrix by halves, so that most of the work is matrix products."""
-    half = len(lower) // 2
-    if half < INVERSE_ROWS:
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False).tril_()
-    inverse = lower.new_zeros(lower.shape)  # row by row, however the factor lies
-    inverse[:half, :half] = first = _lower_inverse(lower[:half, :half].contiguous())
-    inverse[half:, half:] = second = _lower_inverse(lower[half:, half:].contiguous())
-    inverse[half:, :half] = second @ (lower[half:, :half].contiguous() @ first).neg_()
-    return inverse
 
 
 def solve(
@@ -148,16 +107,18 @@ def solve(
     blocksize: int,
     chosen: tuple[int, int] | ChooseKeep,
     rows: list[int] | None = None,
+    chunk: int | None = None,
 ) -> Float32[Tensor, "out in"]:
     """Runs the columns from left to right; returns new weights with exact zeros where they were removed.
 
     `upper` is `inverse_factor`'s; `chosen` an N:M pattern or what chooses a block's weights before its first
-    column; `rows` the rows of each of the stacked linears. arXiv 2301.00774, algorithm 1.
+    column; `rows` the rows of each of the stacked linears, which are updated `chunk` at a time.
+    arXiv 2301.00774, algorithm 1.
     """
     weights = weights.clone(memory_format=torch.contiguous_format)
     width = weights.shape[1]
     # the same cuts whoever solves the rows: no product's shape depends on it
-    parts = row_slices(rows or [len(weights)], row_chunk(weights.device))
+    parts = row_slices(rows or [len(weights)], chunk or row_chunk(weights.device, len(weights)))
     with full_float32():  # out here: the threads share the setting
         for start in range(0, width, blocksize):
             stop = min(start + blocksize, width)
@@ -206,34 +167,11 @@ def _pass_on_errors(
     errors: Float32[Tensor, "out columns"],
     upper: Float32[Tensor, "columns tail"],
 ) -> None:
-    """tail -= errors @ upper, through memory of its own: a product's last bits may depend on where its result lies."""
-    tail -= torch.mm(errors.contiguous(), upper)
-
-
-def _reversed(matrix: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
-    """A contiguous copy with rows and columns in reverse order."""
-    if matrix.device.type == "cpu":  # several times faster than torch's flip there
-        return torch.from_numpy(matrix.numpy()[::-1, ::-1].copy())
-    return _flipped(matrix)
-
-
-def _flipped(matrix: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
-    return matrix.flip(
-        0, 1
-    ).contiguous()  # a flip keeps the order in memory, and LAPACK's is by columns
-
-
-def _reversed_cholesky(
-    gram: Float32[Tensor, "in in"], damping: float
-) -> Float32[Tensor, "in in"] | None:
-    """Lower Cholesky factor of the damped Gram matrix with rows and columns reversed, None if it has none."""
-    damped = _reversed(gram)
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    with full_float32():
-        factor, failed = torch.linalg.cholesky_ex(damped)
-    return None if failed.item() else factor
+    """tail -= errors @ upper. On CPUs through memory of its own: last bits may depend on where a product lies."""
+    if tail.device.type == "cpu":
+        tail -= torch.mm(errors.contiguous(), upper)
+    else:
+        tail.addmm_(errors, upper, alpha=-1)
 
 
 def _solve_block_tensors(

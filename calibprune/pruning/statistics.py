@@ -4,28 +4,37 @@ Sums are added as integers, so neither the order of the micro-batches nor their 
 changes a bit. Where the inputs come from and how sums travel between workers is decided elsewhere.
 """
 
+import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import no_type_check
 
+import numba
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from calibprune.gang import Gang
+from calibprune.gang import ALONE, Gang
+from calibprune.pruning.masks import on_threads
 from calibprune.pruning.positions import sequences_of, shapes_of
+from calibprune.pruning.products import have_bfloat16_products, multiply_bfloat16
+from calibprune.pruning.rows import row_slices
 
 Need = frozenset[str]
 """The sums wanted, of "sums", "sum_squares" and "gram"; the last has the sums of squares as its diagonal."""
 
-# More than 512 tokens in one product, and MKL's last bits depend on the number of threads.
-TOKENS_AT_ONCE = {"cpu": 512}
-COLUMNS_AT_ONCE = {"cpu": 256}
-GPU_TOKENS_AT_ONCE = 8192
-GPU_COLUMNS_AT_ONCE = 4096
+# On CPUs a thread computes each tile and each run of columns by itself: their number changes no bit.
+TILE, MIN_TILES_ACROSS = 512, 3
+COLUMNS_AT_ONCE = 256
+CPU_TOKENS_AT_ONCE = 512
 
-ROWS_SENT = 512
+GPU_TOKENS_AT_ONCE = 8192
+GPU_ROWS_AT_ONCE = 2048
+
+ROWS_SENT = 128
 
 INTEGER_BITS = 62  # of int64's 63, so that rounding never overflows
 
@@ -65,7 +74,10 @@ class IntegerSums:
 def column_squares(
     inputs: Sequence[Float[Tensor, "... in"]], need: Need
 ) -> list[Float[Tensor, "in"]]:
-    """Sums x_j^2 over the tokens of every micro-batch, in float64 beside sums of x; none if nothing is needed."""
+    """Sums x_j^2 over the tokens of every micro-batch; none if nothing is needed.
+
+    In float64 on CPUs and beside sums of x, else in float32.
+    """
     dtype = torch.float64 if "sums" in need else torch.float32
     return [_column_sums(_rows(batch), dtype, square=True) for batch in inputs] if need else []
 
@@ -81,7 +93,7 @@ def magnitude_bound(
     """
     if not squares:
         return 0.0
-    peaks = torch.stack([sums.max() for sums in squares]).tolist()
+    peaks = torch.stack([sums.max() for sums in squares]).to(torch.float32).tolist()
     for index, peak in zip(numbers or range(len(peaks)), peaks, strict=True):
         if not math.isfinite(peak):
             raise ValueError(
@@ -98,12 +110,14 @@ def observe(
     bound: float,
     micro_batches: int,
     most_tokens: int = 0,
+    bfloat16_products: bool = False,
 ) -> IntegerSums:
     """Adds up the micro-batches' sums, each rounded to a multiple of one power of two.
 
     `squares` are `column_squares` of the inputs; `bound` is the maximum of `magnitude_bound` over all workers,
     `micro_batches` their number and `most_tokens` the most that one of them has, over all workers: together they fix
-    the powers of two so that the grand totals fit int64. `most_tokens` matters only where sums of x are wanted. Raises
+    the powers of two so that the grand totals fit int64. `most_tokens` matters only where sums of x are wanted. With
+    `bfloat16_products`, which all workers have or none, a CPU multiplies inputs in bfloat16 as they are. Raises
     ValueError on no input at all, on inputs beyond the bound and on more or larger micro-batches than announced.
     """
     if not inputs:
@@ -123,7 +137,7 @@ def observe(
     peaks = []
     for batch, sum_squares in zip(inputs, squares, strict=True):
         if "gram" in need:
-            peaks.append(_add_gram(total, _rows(batch), 2.0**exponent))
+            peaks.append(_add_gram(total, _rows(batch), 2.0**exponent, bfloat16_products))
         else:
             peaks.append(sum_squares.max())
             total += (sum_squares * 2.0**exponent).round_().long()
@@ -153,35 +167,58 @@ def scale_exponent(bound: float, micro_batches: int) -> int:
     return min(INTEGER_BITS - total, 126)  # 2^126 is still a float32
 
 
-def add_up(sums: IntegerSums, gang: Gang) -> IntegerSums:
-    """Adds the sums over all workers' tokens, in place. Collective; all workers used the same bounds."""
+def finish(sums: IntegerSums, gang: Gang = ALONE) -> Statistics:
+    """Adds the sums over all workers' tokens and converts them to float32; uses up `sums`.
+
+    The Gram matrix is exactly symmetric, and its diagonal are the sums of squares. Collective; all workers used the
+    same bounds. Takes 12 bytes for every entry of the Gram matrix at its peak, those of `sums` included.
+    """
     counts = gang.add(torch.tensor([sums.tokens, sums.sequences], device=gang.device))
+    tokens, sequences = counts.tolist()
+    squares = gram = totals = variance = None
     for total in (sums.sum_squares, sums.sums):
         if total is not None:
             gang.add(total)
-    if sums.gram is not None and gang.size > 1:
-        for start in range(0, len(sums.gram), ROWS_SENT):  # the lower triangle is all there is
-            stop = min(start + ROWS_SENT, len(sums.gram))
-            sums.gram[start:stop, :stop] = gang.add(sums.gram[start:stop, :stop].contiguous())
-    tokens, sequences = counts.tolist()
-    return replace(sums, tokens=tokens, sequences=sequences)
-
-
-def finish(sums: IntegerSums) -> Statistics:
-    """Converts the sums to float32, with an exactly symmetric Gram matrix whose diagonal is the sums of squares."""
-    squares = gram = totals = variance = None
     if sums.gram is not None:
-        lower = sums.gram.to(torch.float32).mul_(2.0**-sums.exponent).tril_()
-        squares, gram = lower.diagonal().clone(), lower + lower.tril(-1).T
+        gram = _finished_gram(sums.gram, 2.0**-sums.exponent, gang)
+        squares = gram.diagonal().clone()
     elif sums.sum_squares is not None:
         squares = sums.sum_squares.to(torch.float32).mul_(2.0**-sums.exponent)
     if sums.sums is not None:
         assert sums.sum_squares is not None
         total = sums.sums.double().mul_(2.0**-sums.sums_exponent)
-        mean_square = sums.sum_squares.double().mul_(2.0**-sums.exponent) / sums.tokens
-        variance = (mean_square - (total / sums.tokens).square()).clamp_(min=0).float()
+        mean_square = sums.sum_squares.double().mul_(2.0**-sums.exponent) / tokens
+        variance = (mean_square - (total / tokens).square()).clamp_(min=0).float()
         totals = total.float()
-    return Statistics(sums.tokens, squares, gram, totals, variance, sums.sequences)
+    return Statistics(tokens, squares, gram, totals, variance, sequences)
+
+
+def _finished_gram(
+    sums: Int64[Tensor, "in in"], scale: float, gang: Gang
+) -> Float32[Tensor, "in in"]:
+    """Adds up the lower triangles of all workers, in blocks of rows that the workers convert in turn."""
+    width = len(sums)
+    gram = torch.empty(width, width, dtype=torch.float32, device=sums.device)
+    blocks = row_slices([width], ROWS_SENT)
+    for first in range(0, len(blocks), gang.size):
+        dealt = list(enumerate(blocks[first : first + gang.size]))  # (worker, its block of rows)
+        whole = [sums[rows, : rows.stop] for _, rows in dealt]  # the triangle is all there is
+        if gang.size > 1:
+            whole = [part.contiguous() for part in whole]
+            gang.add_at([(part, worker) for part, (worker, _) in zip(whole, dealt, strict=True)])
+        finished = [
+            part.to(torch.float32).mul_(scale)
+            if worker == gang.rank
+            else torch.empty(part.shape, dtype=torch.float32, device=part.device)
+            for part, (worker, _) in zip(whole, dealt, strict=True)
+        ]
+        gang.broadcast([(part, worker) for part, (worker, _) in zip(finished, dealt, strict=True)])
+        for part, (_, rows) in zip(finished, dealt, strict=True):
+            gram[rows, : rows.stop] = part
+            gram[: rows.start, rows] = part[:, : rows.start].T
+            corner = part[:, rows.start :].tril()
+            gram[rows, rows] = corner + corner.tril(-1).T
+    return gram
 
 
 @torch.no_grad()
@@ -191,11 +228,20 @@ def output_error(
     inputs: Float[Tensor, "tokens in"],
 ) -> Float64[Tensor, "3"]:
     """Returns ||(W - W') X||^2 and ||W X||^2 in the Frobenius norm, and the zeros of W', in float32."""
-    dense, inputs = weight.to(torch.float32), inputs.to(torch.float32)
-    difference = dense - pruned
-    norms = [torch.linalg.vector_norm(inputs @ matrix.T) for matrix in (difference, dense)]
-    zeros = pruned.numel() - pruned.count_nonzero()
+    dense = _outputs(inputs, weight)
+    norms = [torch.linalg.vector_norm(m) for m in (dense - _outputs(inputs, pruned), dense)]
+    zeros = (pruned == 0).sum()
     return torch.stack([*(norm.double().square() for norm in norms), zeros.double()])
+
+
+def _outputs(
+    inputs: Float[Tensor, "tokens in"], weight: Float[Tensor, "out in"]
+) -> Float32[Tensor, "tokens out"]:
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu and {inputs.dtype, weight.dtype} == {torch.bfloat16} and have_bfloat16_products():
+        out = torch.empty(len(inputs), len(weight))
+        return multiply_bfloat16(inputs.contiguous(), weight.T, out)
+    return inputs.to(torch.float32) @ weight.to(torch.float32).T
 
 
 @contextmanager
@@ -221,30 +267,65 @@ def _column_sums(
     tokens: Float[Tensor, "tokens in"], dtype: torch.dtype, square: bool = False
 ) -> Float[Tensor, "in"]:
     """Sums x_j, or x_j^2, over the rows, by chunks of rows so that no large temporary is made."""
-    at_once = TOKENS_AT_ONCE.get(tokens.device.type, GPU_TOKENS_AT_ONCE)
+    if tokens.device.type == "cpu":
+        return _column_sums_on_cpu(tokens, square)
     total = torch.zeros(tokens.shape[1], dtype=dtype, device=tokens.device)
-    for chunk in tokens.split(at_once * 4 // dtype.itemsize):
+    for chunk in tokens.split(GPU_TOKENS_AT_ONCE * 4 // dtype.itemsize):
         total += chunk.to(dtype).square().sum(0) if square else chunk.sum(0, dtype=dtype)
     return total
 
 
+def _column_sums_on_cpu(tokens: Float[Tensor, "tokens in"], square: bool) -> Float64[Tensor, "in"]:
+    total = torch.zeros(tokens.shape[1], dtype=torch.float64)
+
+    def add(columns: slice) -> None:
+        sums = total.numpy()[columns]
+        if tokens.dtype == torch.bfloat16:
+            _add_columns_of_bfloat16(tokens[:, columns].view(torch.uint16).numpy(), square, sums)
+            return
+        for chunk in tokens[:, columns].split(CPU_TOKENS_AT_ONCE):
+            _add_columns(chunk.to(torch.float32).numpy(), square, sums)
+
+    on_threads(add, row_slices([tokens.shape[1]], COLUMNS_AT_ONCE))
+    return total
+
+
 def _add_gram(
-    sums: Int64[Tensor, "in in"], tokens: Float[Tensor, "tokens in"], scale: float
-) -> Float32[Tensor, ""]:
+    sums: Int64[Tensor, "in in"],
+    tokens: Float[Tensor, "tokens in"],
+    scale: float,
+    bfloat16_products: bool = False,
+) -> Float[Tensor, ""]:
     """Adds the scaled, rounded lower triangle of X^T X to `sums`; returns its largest diagonal entry."""
-    on_cpu = tokens.device.type == "cpu"
-    if on_cpu:
-        tokens = tokens.to(torch.float32)
-    width = tokens.shape[1]
-    columns = COLUMNS_AT_ONCE.get(tokens.device.type, GPU_COLUMNS_AT_ONCE)
+    if tokens.device.type == "cpu":
+        return _add_gram_on_cpu(sums, tokens, scale, bfloat16_products)
     peaks = []
     with full_float32():
-        for start in range(0, width, columns):
-            stop = min(start + columns, width)
-            product = _gram_rows(tokens, start, stop)
-            peaks.append(product.diagonal(start).max())
-            sums[start:stop, :stop] += product.mul_(scale).round_().long()
+        for rows in row_slices([tokens.shape[1]], GPU_ROWS_AT_ONCE):
+            product = _gram_rows(tokens, rows.start, rows.stop)
+            peaks.append(product.diagonal(rows.start).max())
+            _adder(tokens.device)(sums, product, scale, rows.start)
     return torch.stack(peaks).max()
+
+
+def _adder(device: torch.device) -> Callable[[Tensor, Tensor, float, int], None]:
+    """One kernel where Triton is at hand, else an operation at a time."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from calibprune.pruning.statistics_triton import add_scaled
+
+        return add_scaled
+    return _add_scaled_tensors
+
+
+def _add_scaled_tensors(
+    sums: Int64[Tensor, "in in"],
+    product: Float32[Tensor, "rows columns"],
+    scale: float,
+    first_row: int,
+) -> None:
+    """Adds rint(product * scale) to some rows of the sums; what it adds above the diagonal nobody reads."""
+    rows, columns = product.shape
+    sums[first_row : first_row + rows, :columns] += (product * scale).round_().long()
 
 
 def _gram_rows(
@@ -254,12 +335,86 @@ def _gram_rows(
     left, right = tokens[:, start:stop].T, tokens[:, :stop]
     if not len(tokens):
         return torch.zeros(stop - start, stop, device=tokens.device)
-    if tokens.device.type == "cpu":
-        at_once = TOKENS_AT_ONCE["cpu"]
-        product = torch.zeros(stop - start, stop)
-        for first in range(0, len(tokens), at_once):
-            product.addmm_(left[:, first : first + at_once], right[first : first + at_once])
-        return product
     if tokens.dtype == torch.float32:
         return left @ right
     return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _add_gram_on_cpu(
+    sums: Int64[Tensor, "in in"],
+    tokens: Float[Tensor, "tokens in"],
+    scale: float,
+    bfloat16_products: bool,
+) -> Float32[Tensor, ""]:
+    """Does the same in square tiles of one thread each."""
+    as_they_are = bfloat16_products and tokens.dtype == torch.bfloat16
+    tokens = tokens.contiguous() if as_they_are else tokens.to(torch.float32)
+    multiply = multiply_bfloat16 if as_they_are else torch.mm
+    tiles, totals = _tiles(tokens.shape[1]), sums.numpy()
+    peaks = torch.zeros(len(tiles))
+
+    def add(part: slice) -> None:
+        for index in range(part.start, part.stop):
+            rows, columns = tiles[index]
+            product = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+            multiply(tokens[:, rows].T, tokens[:, columns], out=product)
+            if rows == columns:
+                peaks[index] = product.diagonal().max()
+            _add_scaled(totals, product.numpy(), np.float32(scale), rows.start, columns.start)
+
+    with full_float32():  # out here: the threads share the setting
+        on_threads(add, row_slices([len(tiles)], 1))
+    return peaks.max()
+
+
+def _tiles(width: int) -> list[tuple[slice, slice]]:
+    """Cuts the lower triangle into squares of rows and columns, those below the diagonal first."""
+    across = max(MIN_TILES_ACROSS, -(-width // TILE))
+    cuts = row_slices([width], -(-width // across // 32) * 32)  # 64 bytes of bfloat16
+    tiles = [(rows, columns) for i, rows in enumerate(cuts) for columns in cuts[: i + 1]]
+    return sorted(tiles, key=lambda tile: tile[0] == tile[1])
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+@no_type_check  # jaxtyping cannot look into compiled code
+def _add_scaled(
+    sums: np.ndarray, product: np.ndarray, scale: np.float32, first_row: int, first_column: int
+) -> None:
+    """Adds rint(product * scale) to a tile of the sums, nothing above the diagonal."""
+    for i in range(product.shape[0]):
+        row = first_row + i
+        columns = min(product.shape[1], row + 1 - first_column)
+        # slices are indexed from 0, which is known not to count from the end: the loop is vectorised
+        total, added = sums[row, first_column : first_column + columns], product[i, :columns]
+        for j in range(columns):
+            total[j] += np.int64(np.rint(added[j] * scale))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+@no_type_check
+def _add_columns(values: np.ndarray, square: bool, sums: np.ndarray) -> None:
+    for i in range(values.shape[0]):
+        _add_row(values[i], square, sums)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+@no_type_check
+def _add_columns_of_bfloat16(bits: np.ndarray, square: bool, sums: np.ndarray) -> None:
+    """Does the same with numbers that are the upper halves of float32's."""
+    whole = np.empty(bits.shape[1], np.uint32)
+    for i in range(bits.shape[0]):
+        row = bits[i]
+        for j in range(len(whole)):
+            whole[j] = np.uint32(row[j]) << np.uint32(16)
+        _add_row(whole.view(np.float32), square, sums)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+@no_type_check
+def _add_row(row: np.ndarray, square: bool, sums: np.ndarray) -> None:
+    if square:
+        for j in range(len(sums)):
+            sums[j] += np.float64(row[j]) * np.float64(row[j])
+    else:
+        for j in range(len(sums)):
+            sums[j] += row[j]

@@ -7,29 +7,31 @@ kept weights in order, and each in turn, weighed anew on its own, makes the best
 and a fraction of the work. Beyond the paper, a method that updates weights has its own values as the start, and a
 weight that comes back gets the value that is best given all others under the method's damping: inputs that are nearly
 always zero would ask for weights of any size. The error falls by more than a damped return is judged to take away.
+
+On CPUs compiled code works on the rows (swaps_compiled.py); on GPUs tensor operations, and a kernel that weighs all
+pairs (swaps_triton.py).
 """
 
-from dataclasses import dataclass
-from typing import no_type_check
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import numba
-import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from calibprune.config.prune import Swaps
+from calibprune.events import show_life
 from calibprune.pruning.masks import Target, on_threads, runs_compiled
 from calibprune.pruning.rows import RowShares, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
+from calibprune.pruning.swaps_compiled import exchange_rows
 
 PAIRS_AT_ONCE = 1 << 26
 """Of all rows of a chunk together, where exchanges are weighed as tensor operations."""
 ROWS_AT_ONCE = 8
-LANES = 32
-"""Of a vectorised minimum: four registers of eight numbers."""
-TINY = 1e-30
-NEVER = np.float32(3e38)
+INPUTS_AT_ONCE = 512
+TINY, NEVER = 1e-30, 3e38
 MIN_GAIN = 1e-6
 """Of the row's output, that an exchange has to lower the error by: less is rounding."""
 
@@ -52,6 +54,8 @@ class Rows:
     """Of `gram`, damped where `updates`: what returns are weighed with."""
     slope: Float32[Tensor, "out in"]
     """(dense - current) @ gram, kept up to date."""
+    reach: Float32[Tensor, " in"]
+    """The largest |G_pr| / sqrt(G_rr) of every weight p with another one r."""
     least: Float32[Tensor, " out"]
     """Of the error, that an exchange has to take away."""
     group: int
@@ -93,6 +97,7 @@ def refine(
     diagonal = gram.diagonal().clone()
     if damping is not None:
         diagonal = (diagonal + damping * diagonal.mean()).clamp_(min=TINY)
+    reach = _reach(gram)
     for dense, sparse, target in zip(weights, pruned, targets, strict=True):
         group = target.n_of_m[1] if target.n_of_m else dense.shape[1]
 
@@ -101,7 +106,16 @@ def refine(
                 slope = torch.mm(dense - current, gram)
                 least = (torch.mm(dense, gram) * dense).sum(1) * MIN_GAIN
             rows = Rows(
-                dense, current, gram, diagonal, slope, least, group, updates, settings.max_swaps
+                dense,
+                current,
+                gram,
+                diagonal,
+                slope,
+                reach,
+                least,
+                group,
+                updates,
+                settings.max_swaps,
             )
             (_exchange_compiled if runs_compiled(gram.device) else _exchange)(rows)
             return current
@@ -113,169 +127,124 @@ def refine(
     return refined
 
 
+def _reach(gram: Float32[Tensor, "in in"]) -> Float32[Tensor, " in"]:
+    """Returns the largest |G_pr| / sqrt(G_rr) of every input p with another one r."""
+    norms, found = gram.diagonal().sqrt().clamp_(min=TINY), []
+    for start in range(0, len(gram), INPUTS_AT_ONCE):
+        rows = gram[start : start + INPUTS_AT_ONCE].abs().div_(norms)
+        rows.diagonal(start).zero_()
+        found.append(rows.amax(1))
+    return torch.cat(found)
+
+
 def _exchange(rows: Rows) -> None:
-    """Exchanges weights as tensor operations on all rows at once."""
+    """Exchanges weights as tensor operations, on all rows at once that may still get better."""
+    made = torch.zeros(len(rows.dense), dtype=torch.int64, device=rows.gram.device)
+    left = torch.arange(len(made), device=made.device)
+    while len(left):
+        show_life()
+        some = replace(
+            rows,
+            dense=rows.dense[left],
+            current=rows.current[left],
+            slope=rows.slope[left],
+            least=rows.least[left],
+        )
+        before, now = made[left], made[left]
+        _exchange_once(some, now)
+        rows.current[left], rows.slope[left], made[left] = some.current, some.slope, now
+        left = left[(now > before) & (now < rows.max_swaps)]
+
+
+def _exchange_once(rows: Rows, made: Int64[Tensor, " out"]) -> None:
+    """Weighs all pairs, makes the exchanges that lower the error, the best first, and adds them to `made`."""
     dense, current, gram, slope, least = rows.dense, rows.current, rows.gram, rows.slope, rows.least
     diagonal, every = gram.diagonal(), torch.arange(len(dense), device=gram.device)
     of_group = torch.arange(gram.shape[0], device=gram.device) // rows.group
-    made = torch.zeros_like(every)
-    while True:
-        changes = _best_changes(rows)
-        improving = changes < -least[:, None]
-        most = min(rows.max_swaps, int(improving.sum(1).max())) if len(dense) else 0
-        before = made
-        for p in changes.argsort(dim=1, stable=True)[:, :most].unbind(1):
-            value = current[every, p]
-            pull = slope + value[:, None] * gram[p]
-            back = rows.change_by_return(pull, dense, rows.diagonal)
-            may = (current == 0) & (of_group == of_group[p, None])
-            lowest, r = back.masked_fill(~may, torch.inf).min(1)
-            change = 2 * value * slope[every, p] + value.square() * diagonal[p] + lowest
-            x = dense[every, r]
-            if rows.updates:
-                x = pull[every, r] / rows.diagonal[r]
-            wanted = improving[every, p] & (change < -least) & (made < rows.max_swaps) & (x != 0)
-            value, x = value * wanted, x * wanted
-            slope += value[:, None] * gram[p] - x[:, None] * gram[r]
-            current[every, p] -= value
-            current[every, r] += x
-            made = made + wanted
-        if torch.equal(made, before):
-            return
+    changes = _best_changes(rows)
+    improving = changes < -least[:, None]
+    most = min(rows.max_swaps, int(improving.sum(1).max()))
+    for p in changes.argsort(dim=1, stable=True)[:, :most].unbind(1):
+        value = current[every, p]
+        pull = slope + value[:, None] * gram[p]
+        back = rows.change_by_return(pull, dense, rows.diagonal)
+        may = (current == 0) & (of_group == of_group[p, None])
+        lowest, r = back.masked_fill(~may, torch.inf).min(1)
+        change = 2 * value * slope[every, p] + value.square() * diagonal[p] + lowest
+        x = dense[every, r]
+        if rows.updates:
+            x = pull[every, r] / rows.diagonal[r]
+        wanted = improving[every, p] & (change < -least) & (made < rows.max_swaps) & (x != 0)
+        value, x = value * wanted, x * wanted
+        slope += value[:, None] * gram[p] - x[:, None] * gram[r]
+        current[every, p] -= value
+        current[every, r] += x
+        made += wanted
 
 
 def _best_changes(rows: Rows) -> Float32[Tensor, "out in"]:
     """For every kept weight the change of the error by its best exchange; infinite for the others."""
+    back = _weigher(rows)(rows)
+    taken = 2 * rows.current * rows.slope + rows.current.square() * rows.gram.diagonal()
+    return (taken + back).masked_fill_(rows.current == 0, torch.inf)
+
+
+def _weigher(rows: Rows) -> Callable[[Rows], Tensor]:
+    """One kernel where Triton is at hand and groups are whole rows, else tensor operations on all pairs."""
+    whole = rows.group == rows.gram.shape[0]
+    if rows.gram.is_cuda and whole and importlib.util.find_spec("triton"):
+        return _best_returns_triton
+    return _best_returns
+
+
+def _best_returns_triton(rows: Rows) -> Float32[Tensor, "out in"]:
+    from calibprune.pruning.swaps_triton import lowest_scores
+
+    # the change by a return is linear in its pull, or the square of what is
+    if rows.updates:
+        factor = rows.diagonal.rsqrt().expand_as(rows.dense).masked_fill(rows.current != 0, 0)
+        base = factor * rows.slope
+    else:
+        factor = -2 * rows.dense
+        base = rows.dense.square() * rows.diagonal + factor * rows.slope
+        base.masked_fill_(rows.current != 0, NEVER)
+        factor.masked_fill_(rows.current != 0, 0)
+    lowest = lowest_scores(rows.current, base, factor, rows.gram, rows.updates)
+    return -lowest.square() if rows.updates else lowest
+
+
+def _best_returns(rows: Rows) -> Float32[Tensor, "out in"]:
+    """For every weight the lowest change of the error by any return once it is gone."""
     group = rows.group
     groups = rows.gram.shape[0] // group
     # pairs are within a group: [groups, group, group] of the Gram matrix
     blocks = rows.gram.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    dense, current, slope, diagonal, returning = (
+    dense, current, slope, returning = (
         tensor.unflatten(-1, (groups, group))
-        for tensor in (rows.dense, rows.current, rows.slope, rows.gram.diagonal(), rows.diagonal)
+        for tensor in (rows.dense, rows.current, rows.slope, rows.diagonal)
     )
-    changes = torch.empty_like(current)
+    lowest = torch.empty_like(current)
     at_once = max(1, PAIRS_AT_ONCE // max(1, rows.dense.numel()))
     for first in range(0, group, at_once):
         some = slice(first, first + at_once)
-        value = current[..., some]
-        pull = slope[..., None, :] + value[..., None] * blocks[:, some]
+        pull = slope[..., None, :] + current[..., some, None] * blocks[:, some]
         back = rows.change_by_return(pull, dense[..., None, :], returning[:, None])
-        back.masked_fill_((current[..., None, :] != 0) | (value[..., None] == 0), torch.inf)
-        taken = 2 * value * slope[..., some] + value.square() * diagonal[:, some]
-        changes[..., some] = taken + back.amin(-1)
-    return changes.flatten(1)
+        lowest[..., some] = back.masked_fill_(current[..., None, :] != 0, torch.inf).amin(-1)
+    return lowest.flatten(1)
 
 
 def _exchange_compiled(rows: Rows) -> None:
-    """The same in compiled code, one row after another."""
-    w, v, g, h, c, enough = (
+    """The same in compiled code, a few rows at a time."""
+    w, v, c, enough, g, h, reach = (
         tensor.numpy()
-        for tensor in (rows.dense, rows.current, rows.gram, rows.diagonal, rows.slope, rows.least)
-    )
+        for tensor in (
+            rows.dense, rows.current, rows.slope, rows.least, rows.gram, rows.diagonal, rows.reach
+        )
+    )  # fmt: skip
+    how = rows.group, rows.max_swaps, rows.updates
 
     def work(part: slice) -> None:
-        for row in range(part.start, part.stop):
-            _exchange_row(
-                w[row], v[row], c[row], g, h, enough[row], rows.group, rows.max_swaps, rows.updates
-            )
+        exchange_rows(w[part], v[part], c[part], g, h, reach, enough[part], *how)
+        show_life()
 
     on_threads(work, row_slices([len(w)], ROWS_AT_ONCE))
-
-
-# No sum is reordered, and a minimum has no order: the compiler may vectorise, and results stay what they are.
-_compiled = numba.njit(
-    nogil=True,
-    cache=True,
-    error_model="numpy",
-    fastmath={"nnan", "ninf", "nsz", "contract"},
-)
-
-
-@_compiled
-@no_type_check  # jaxtyping cannot look into compiled code
-def _exchange_row(w, v, c, gram, diagonal, least, group, max_swaps, updates):
-    width, made = len(w), 0
-    a, b, d = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
-    changes, scratch = np.empty(width, np.float32), np.empty(width, np.float32)
-    lanes = np.empty(LANES, np.float32)
-    while True:
-        before = made
-        _returns(w, v, c, diagonal, updates, a, b, d)
-        for p in range(width):
-            changes[p] = NEVER
-            if v[p] != 0:
-                taken, start = 2 * v[p] * c[p] + v[p] * v[p] * gram[p, p], p - p % group
-                changes[p] = taken + _lowest(v[p], gram[p], a, b, d, lanes, start, start + group)
-        improving = np.nonzero(changes < -least)[0]
-        for p in improving[np.argsort(changes[improving], kind="mergesort")[:max_swaps]]:
-            if made == max_swaps:
-                break
-            if made > before:  # what the others come to has changed
-                _returns(w, v, c, diagonal, updates, a, b, d)
-            value, start = v[p], p - p % group
-            r, back = _at_lowest(value, gram[p], a, b, d, scratch, start, start + group)
-            x = (c[r] + value * gram[p, r]) / diagonal[r] if updates else w[r]
-            if x == 0 or not 2 * value * c[p] + value * value * gram[p, p] + back < -least:
-                continue
-            gone, returned = gram[p], gram[r]
-            for j in range(width):
-                c[j] += value * gone[j] - x * returned[j]
-            v[p], v[r], made = 0, x, made + 1
-        if made == before:
-            return
-
-
-@_compiled
-@no_type_check
-def _returns(w, v, c, diagonal, updates, a, b, d):
-    """Of every pruned weight r: once p is gone its return changes the error by a_r + t (b_r + d_r t), t = v_p G_pr."""
-    for j in range(len(w)):
-        if v[j] != 0:
-            a[j], b[j], d[j] = NEVER, 0, 0
-        elif updates:
-            inverse = 1 / diagonal[j]
-            a[j], b[j], d[j] = -inverse * c[j] * c[j], -2 * inverse * c[j], -inverse
-        else:
-            a[j], b[j], d[j] = w[j] * w[j] * diagonal[j] - 2 * w[j] * c[j], -2 * w[j], 0
-
-
-@_compiled
-@no_type_check
-def _return(t, a, b, d):
-    return a + t * (b + d * t)
-
-
-@_compiled
-@no_type_check
-def _lowest(value, g, a, b, d, lanes, start, stop):
-    """Of the changes by the returns. By lanes, each with a minimum of its own: the compiler vectorises no other."""
-    # slices are indexed from 0, which is known not to count from the end
-    g, a, b, d = g[start:stop], a[start:stop], b[start:stop], d[start:stop]
-    blocks = len(g) // LANES
-    lowest = NEVER
-    if blocks:
-        lanes[:] = NEVER
-        for block in range(blocks):
-            for lane in range(LANES):
-                j = block * LANES + lane
-                change = _return(value * g[j], a[j], b[j], d[j])
-                lanes[lane] = change if change < lanes[lane] else lanes[lane]
-        for lane in range(LANES):
-            lowest = min(lowest, lanes[lane])
-    for j in range(blocks * LANES, len(g)):
-        lowest = min(lowest, _return(value * g[j], a[j], b[j], d[j]))
-    return lowest
-
-
-@_compiled
-@no_type_check
-def _at_lowest(value, g, a, b, d, changes, start, stop):
-    """Its place, the first of several, and itself."""
-    g, a, b, d, changes = (
-        g[start:stop], a[start:stop], b[start:stop], d[start:stop], changes[start:stop]
-    )  # fmt: skip
-    for j in range(len(g)):
-        changes[j] = _return(value * g[j], a[j], b[j], d[j])
-    place = np.argmin(changes)
-    return start + place, changes[place]

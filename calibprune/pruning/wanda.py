@@ -5,7 +5,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from calibprune.config.prune import Wanda
-from calibprune.pruning.masks import Target, keep_in_rows
+from calibprune.pruning.masks import Target, keep_in_rows, zeroed
 from calibprune.pruning.rows import RowShares
 from calibprune.pruning.statistics import Statistics
 
@@ -28,7 +28,7 @@ def prune(
     pruned = []
     for weight, target in zip(weights, targets, strict=True):
         keep = keep_in_rows(score(weight, statistics.sum_squares), target)
-        pruned.append(weight.masked_fill(~keep, 0))
+        pruned.append(zeroed(weight, keep))
     return pruned
 
 

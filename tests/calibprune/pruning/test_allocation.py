@@ -144,6 +144,17 @@ def test_the_exponent_of_a_spectrum_is_the_published_one():
     assert tail_exponent(torch.full((20,), 2.0).double()) == 0.0
 
 
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (1, 7), (30, 30)])
+def test_eigenvalues_are_squared_singular_values(shape):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    expected = torch.linalg.svdvals(weight.double()).square().flip(0)
+    torch.testing.assert_close(eigenvalues(weight), expected, rtol=1e-9, atol=0)
+    weight[len(weight) // 2 :] = 0  # of a lower rank: what rounding leaves is no eigenvalue
+    rank = torch.linalg.matrix_rank(weight.double())
+    assert (eigenvalues(weight) > 0).sum() == rank
+
+
 def test_a_list_is_taken_as_it_is():
     listed = settings(allocation={"type": "list", "sparsities": [0.25, 0.5, 0.75, 0, 0.5, 0.5]})
     targets = share_out(listed, EQUAL)

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from calibprune.config.prune import ALPS
-from calibprune.pruning.alps import normalised, refit
-from calibprune.pruning.methods import prune_group
-from calibprune.pruning.sparsegpt import NotPositiveDefinite
+from calibprune.pruning import alps, rows, swaps
+from calibprune.pruning.alps import inverse_of_factor, normalised, refit
+from calibprune.pruning.factor import NotPositiveDefinite
+from calibprune.pruning.methods import prune_group, refine_group
 from calibprune.pruning.statistics import Statistics
 from tests.calibprune.pruning.data import (
     correlated_inputs,
@@ -14,6 +15,7 @@ from tests.calibprune.pruning.data import (
     relative_error,
     targets,
 )
+from tests.calibprune.simulated_gang import simulate
 
 
 def largest(matrix, kept, n_of_m):
@@ -96,7 +98,7 @@ def test_the_refit_is_least_squares():
     normal, norms = normalised(plain_statistics(x).gram, 0.01)
     keep = torch.rand(12, 40, generator=torch.Generator().manual_seed(0)) > 0.5
     dense = weight * norms
-    found = refit(dense @ normal, dense * keep, keep, normal, 200)
+    found = refit(dense, dense @ normal, dense * keep, keep, normal, 200, min_gain=0.0)
     for row, mask, whole in zip(found.double(), keep, dense.double(), strict=True):
         h = normal.double()
         exact = torch.linalg.solve(h[mask][:, mask], (h @ whole)[mask])
@@ -104,6 +106,39 @@ def test_the_refit_is_least_squares():
         assert (row[mask] - exact).norm() < 3e-4 * exact.norm()
         away = row[mask] - exact  # the loss above its least value
         assert away @ h[mask][:, mask] @ away < 1e-8 * (whole @ h @ whole)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_inverse_of_a_factor(workers, monkeypatch):
+    monkeypatch.setattr(alps, "BLOCK", 8)
+    monkeypatch.setattr(alps, "MIN_DEALT", 16)
+    upper = torch.randn(45, 45, generator=torch.Generator().manual_seed(0)).triu_()
+    alone = inverse_of_factor(upper)
+    for found in simulate(workers, lambda gang: inverse_of_factor(upper, gang)):
+        assert torch.equal(found, alone)
+    assert torch.equal(alone, alone.T)
+    torch.testing.assert_close(alone, upper.T @ upper, rtol=1e-5, atol=1e-5)
+
+
+def test_any_number_of_workers_makes_the_same_bytes(monkeypatch):
+    monkeypatch.setitem(rows.ROW_CHUNK, "cpu", 8)
+    statistics, weights = (
+        plain_statistics(correlated_inputs(100, 40)),
+        random_weights(30, 13, width=40),
+    )
+
+    def prune(gang):
+        shares = rows.RowShares.of(weights, gang)
+        mine, settings = shares.mine(weights), ALPS(type="alps", max_iterations=12)
+        found = prune_group(mine, statistics, targets(0.5, 0.6), settings, shares)
+        refined = swaps.Swaps(type="swaps")
+        return refine_group(mine, found, statistics, targets(0.5, 0.6), settings, refined, shares)
+
+    (whole,) = simulate(1, prune)
+    for workers in (2, 3):
+        parts = simulate(workers, prune)
+        for number, expected in enumerate(whole):
+            assert torch.equal(torch.cat([part[number] for part in parts]), expected)
 
 
 def test_orthogonal_inputs_have_nothing_to_make_up_for():
@@ -125,11 +160,11 @@ def test_counts(per_row):
         assert bool(((part == 0).sum(1) == 64 * sparsity).all()) == per_row
 
 
-def test_a_gram_that_is_not_positive_definite_says_which_damping_would_do():
+def test_a_gram_that_is_not_positive_definite_raises():
     gram = torch.full((8, 8), 3.0)
     gram.diagonal().fill_(1.0)  # no sum of squares at all, but what rounding could make of one
     statistics = Statistics(10, gram.diagonal().clone(), gram)
     weights = random_weights(6, width=8)
-    with pytest.raises(NotPositiveDefinite, match=r"damping 0\.01: damping 10 would do") as raised:
+    with pytest.raises(NotPositiveDefinite, match=r"with damping 0\.01$"):
         prune_group(weights, statistics, targets(0.5), ALPS(type="alps"))
-    prune_group(weights, statistics, targets(0.5), ALPS(type="alps", damping=raised.value.enough))
+    prune_group(weights, statistics, targets(0.5), ALPS(type="alps", damping=10.0))

@@ -2,13 +2,20 @@ import numpy as np
 import pytest
 import torch
 
+from calibprune.pruning import masks
 from calibprune.pruning.masks import (
+    Target,
     _keep_n_of_m_torch,
     _nth_lowest,
     keep_all_but_lowest,
+    keep_all_but_lowest_of_matrices,
     keep_all_but_lowest_of_rows,
+    keep_in_matrices,
     keep_n_of_m,
+    zeroed,
 )
+from calibprune.pruning.rows import RowShares
+from tests.calibprune.simulated_gang import simulate
 
 
 def scores_with_ties(rows: int, width: int) -> torch.Tensor:
@@ -103,3 +110,45 @@ def test_scores_are_not_modified():
     keep_all_but_lowest(scores, 400)
     keep_n_of_m(scores, 2, 4)
     assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_matrices_of_which_every_worker_has_some_rows(monkeypatch, size, compiled):
+    """With ties all over, across workers too, and workers without a row of some matrix."""
+    monkeypatch.setattr(masks, "runs_compiled", lambda device: compiled)
+    monkeypatch.setattr(masks, "GPU_SCORES_AT_ONCE", 100)
+    whole = [
+        scores_with_ties(40, 12), torch.rand(33, 12), torch.zeros(20, 12), torch.rand(7, 12) * 1e-42,
+    ]  # fmt: skip
+    removed = [311, 100, 77, 0]
+
+    def work(gang):
+        shares = RowShares(tuple(map(len, whole)), 8, gang)
+        return keep_all_but_lowest_of_matrices(shares.mine(whole), removed, gang)
+
+    for keeps in zip(*simulate(size, work), whole, removed, strict=True):
+        *parts, scores, count = keeps
+        assert torch.equal(torch.cat(parts), reference_matrix(scores, count))
+
+
+def test_matrices_and_patterns_side_by_side():
+    whole = [torch.rand(16, 12), torch.rand(8, 12), torch.rand(24, 12)]
+    wanted = [Target(0.3), Target(0.5, (2, 4)), Target(0.7)]
+
+    def work(gang):
+        shares = RowShares(tuple(map(len, whole)), 8, gang)
+        return keep_in_matrices(shares.mine(whole), wanted, shares)
+
+    first, pattern, last = map(torch.cat, zip(*simulate(2, work), strict=True))
+    assert torch.equal(first, reference_matrix(whole[0], 57))
+    assert torch.equal(pattern, reference_groups(whole[1], 2, 4))
+    assert torch.equal(last, reference_matrix(whole[2], 201))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_zeroed_leaves_the_bits_of_what_stays(dtype):
+    weight, keep = torch.randn(9, 14).to(dtype), torch.rand(9, 14) > 0.5
+    found = zeroed(weight, keep)
+    assert torch.equal(found, weight.masked_fill(~keep, 0))
+    assert not found[~keep].signbit().any()

@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 
+from calibprune import events
 from calibprune.config import prune as config
+from calibprune.pruning import alps, swaps
 from calibprune.pruning.masks import Target
 from calibprune.pruning.methods import need_of, prune_group, refine_group
 from calibprune.pruning.statistics import Statistics
@@ -213,3 +215,27 @@ def test_nothing_to_remove(settings):
         weights, plain_statistics(correlated_inputs(200, 48)), targets(0.0), settings
     )
     torch.testing.assert_close(pruned, weights[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_long_solves_show_life(compiled, heard, monkeypatch):
+    """A hang is what shows none for minutes: swaps tick with every few rows, ALPS with every iteration."""
+    monkeypatch.setattr(events, "TICK_SECONDS", 0.0)
+    if not compiled:
+        for module in (swaps, alps):
+            monkeypatch.setattr(module, "runs_compiled", lambda device: False)
+    weights = random_weights(30, width=32)
+    statistics, wanted = plain_statistics(correlated_inputs(100, 32)), targets(0.5)
+    method = ALPS.model_copy(update={"max_iterations": 4, "refit_iterations": 3})
+    pruned = prune_group(weights, statistics, wanted, method)
+    of_alps = heard.events.count(events.Tick())
+    assert of_alps >= 4
+    refine_group(weights, pruned, statistics, wanted, method, SWAPS)
+    assert heard.events.count(events.Tick()) > of_alps
+
+
+def test_ticks_are_few(heard):
+    before = len(heard.events)
+    for _ in range(100):
+        events.show_life()
+    assert len(heard.events) - before <= 1

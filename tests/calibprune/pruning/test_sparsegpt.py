@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from calibprune.config.prune import SparseGPT
-from calibprune.pruning import rows, sparsegpt
-from calibprune.pruning.sparsegpt import NotPositiveDefinite, inverse_factor, prune, solve
+from calibprune.pruning import factor, rows, sparsegpt
+from calibprune.pruning.factor import NotPositiveDefinite, inverse_factor
+from calibprune.pruning.rows import RowShares
+from calibprune.pruning.sparsegpt import prune, solve
 from calibprune.pruning.statistics import Statistics
 from tests.calibprune.pruning.data import (
     correlated_inputs,
@@ -13,6 +15,7 @@ from tests.calibprune.pruning.data import (
     random_weights,
     targets,
 )
+from tests.calibprune.simulated_gang import simulate
 
 
 def settings(blocksize: int = 128, damping: float = 0.01, per_row: bool = False) -> SparseGPT:
@@ -198,6 +201,26 @@ def test_the_number_of_threads_does_not_matter():
     assert torch.equal(one, three)
 
 
+@pytest.mark.parametrize("n_of_m", [None, (2, 4)])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_any_number_of_workers_gets_the_same_bits(n_of_m, per_row, path, monkeypatch):
+    """Of which the factor and its inverse are dealt too."""
+    monkeypatch.setattr(factor, "NARROW_BLOCK", 24)
+    monkeypatch.setattr(factor, "MIN_DEALT", 100)
+    weights = random_weights(40, 70, width=120)
+    statistics = plain_statistics(correlated_inputs(500, 120))
+    wanted, way = targets(0.5, 0.6, n_of_m=n_of_m), settings(32, per_row=per_row)
+
+    def work(gang):
+        shares = RowShares.of(weights, gang)
+        return prune(shares.mine(weights), statistics, wanted, way, shares)
+
+    alone = prune(weights, statistics, wanted, way)
+    for size in (2, 3):
+        for whole, *parts in zip(alone, *simulate(size, work), strict=True):
+            assert torch.equal(torch.cat(parts), whole)
+
+
 def test_removing_the_first_columns_is_exact_least_squares(path):
     x = correlated_inputs(200, 24)
     gram = plain_statistics(x).gram
@@ -230,27 +253,11 @@ def test_between_the_best_of_all_masks_and_no_update():
     assert best * (1 - 1e-6) <= error(pruned) < error(weight * (pruned != 0))
 
 
-def test_inverse_factor():
-    gram = plain_statistics(correlated_inputs(400, 90)).gram
-    upper = inverse_factor(gram, 0.01).double()
-    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(90)
-    assert torch.equal(upper, upper.triu())
-    assert (upper.diagonal() > 0).all()
-    torch.testing.assert_close(
-        upper.T @ upper @ damped, torch.eye(90, dtype=torch.float64), rtol=0, atol=1e-3
-    )
-
-
-def test_a_gram_that_is_not_positive_definite_says_which_damping_would_do():
-    gram = torch.diag(torch.tensor([1.0, 1.0, -0.5, 2.0]))
-    with pytest.raises(NotPositiveDefinite, match=r"damping 0\.01: damping 1 would do") as caught:
-        inverse_factor(gram, 0.01)
-    assert caught.value.damping == 0.01
-    inverse_factor(gram, caught.value.enough)
-
-    hopeless = Statistics(1, gram.diagonal(), torch.diag(torch.tensor([-1.0, -2.0, -1.0, -3.0])))
-    with pytest.raises(NotPositiveDefinite, match="no damping helps"):
-        prune(random_weights(3, width=4), hopeless, targets(0.5), settings())
+def test_a_gram_that_is_not_positive_definite_raises():
+    hopeless = torch.diag(torch.tensor([-1.0, -2.0, -1.0, -3.0]))
+    statistics = Statistics(1, hopeless.diagonal(), hopeless)
+    with pytest.raises(NotPositiveDefinite, match=r"not positive definite with damping 0\.01$"):
+        prune(random_weights(3, width=4), statistics, targets(0.5), settings())
 
 
 def test_a_blocksize_that_cuts_groups_raises():

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 COMPARE = """
 import torch
-from calibprune.pruning.sparsegpt import _solve_block_tensors, inverse_factor
+from calibprune.pruning.factor import inverse_factor
+from calibprune.pruning.sparsegpt import _solve_block_tensors
 from calibprune.pruning.sparsegpt_triton import solve_block
 from tests.calibprune.pruning.data import correlated_inputs, plain_statistics, random_weights
 
@@ -68,18 +69,16 @@ targets = [Target(0.5)], [Target(0.5, (2, 4))]
 expected = [sparsegpt.prune(weights, statistics, target, settings)[0] for target in targets]
 sparsegpt.runs_compiled = lambda device: False
 sparsegpt._block_solver = lambda device, n_of_m: solve_block
-sparsegpt._reversed = sparsegpt._flipped
-for sparsegpt.INVERSE_ROWS in (8, 256):  # the factor's inverse by halves, and at once
-    for target, wanted in zip(targets, expected):
-        (found,) = sparsegpt.prune(weights, statistics, target, settings)
-        assert torch.equal(found == 0, wanted == 0)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+for target, wanted in zip(targets, expected):
+    (found,) = sparsegpt.prune(weights, statistics, target, settings)
+    assert torch.equal(found == 0, wanted == 0)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 print("same")
 """
 
 
 def test_the_kernel_computes_what_the_tensor_operations_do():
-    """By itself, and with all that a GPU takes: LAPACK's factors lie by columns, and the kernel reads by rows."""
+    """By itself, and in the whole method as on a GPU."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported
     ran = subprocess.run(
         [sys.executable, "-c", COMPARE + AS_ON_A_GPU], env=environment, capture_output=True, text=True, check=False

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from calibprune.pruning import statistics as product
+from calibprune.pruning.products import have_bfloat16_products, multiply_bfloat16
 from calibprune.pruning.statistics import (
     IntegerSums,
     finish,
@@ -21,10 +22,10 @@ def magnitude_bound(inputs, *need):
     return product.magnitude_bound(product.column_squares(inputs, frozenset(need)))
 
 
-def observe(inputs, need, bound, micro_batches):
+def observe(inputs, need, bound, micro_batches, **options):
     need = frozenset([need] if isinstance(need, str) else need)
     squares = product.column_squares(inputs, need)
-    return product.observe(inputs, squares, need, bound, micro_batches, MAX_TOKENS)
+    return product.observe(inputs, squares, need, bound, micro_batches, MAX_TOKENS, **options)
 
 
 def micro_batches(dtype=torch.float32, width=70):
@@ -61,7 +62,19 @@ def test_sums_do_not_depend_on_order_or_partition(need):
             assert same(plus(*(observe(part, need, bound, 4) for part in parts)), everything)
 
 
-def test_the_number_of_threads_does_not_matter():
+PRODUCTS = [
+    False,
+    pytest.param(
+        True,
+        marks=pytest.mark.skipif(
+            not have_bfloat16_products(), reason="this processor multiplies no bfloat16"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("bfloat16_products", PRODUCTS)
+def test_the_number_of_threads_does_not_matter(bfloat16_products):
     batch = [correlated_inputs(2100, 300).bfloat16()]
     before = torch.get_num_threads()
     sums = []
@@ -69,7 +82,8 @@ def test_the_number_of_threads_does_not_matter():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             bounds = magnitude_bound(batch, "gram")
-            sums.append(observe(batch, "gram", bounds, 1))
+            options = {"bfloat16_products": bfloat16_products}
+            sums.append(observe(batch, "gram", bounds, 1, **options))
     finally:
         torch.set_num_threads(before)
     assert same(sums[0], sums[1])
@@ -78,11 +92,12 @@ def test_the_number_of_threads_does_not_matter():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [5, 256, 300])
-def test_sums_equal_float64(dtype, width):
+@pytest.mark.parametrize("bfloat16_products", PRODUCTS)
+def test_sums_equal_float64(dtype, width, bfloat16_products):
     batches = micro_batches(dtype, width)
     x = torch.cat(batches).double()
     bound = magnitude_bound(batches, "gram")
-    statistics = finish(observe(batches, "gram", bound, 4))
+    statistics = finish(observe(batches, "gram", bound, 4, bfloat16_products=bfloat16_products))
     gram = x.T @ x
     assert statistics.tokens == len(x)
     assert statistics.gram.dtype == torch.float32
@@ -220,3 +235,16 @@ def test_a_micro_batch_larger_than_announced_raises():
     squares = product.column_squares(batches, frozenset({"sums"}))
     with pytest.raises(ValueError, match="700 tokens"):
         product.observe(batches, squares, frozenset({"sums"}), 1e9, 4, 699)
+
+
+@pytest.mark.skipif(not have_bfloat16_products(), reason="this processor multiplies no bfloat16")
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 1, 5), (64, 300, 33), (3, 0, 4)])
+@pytest.mark.parametrize("left_transposed", [True, False])
+@pytest.mark.parametrize("right_transposed", [True, False])
+def test_bfloat16_products_equal_float64(shape, left_transposed, right_transposed):
+    m, k, n = shape
+    left = torch.randn(k, m + 3).T[3:] if left_transposed else torch.randn(m, k + 2)[:, 2:]
+    right = torch.randn(n, k + 1).T[1:] if right_transposed else torch.randn(k, n + 2)[:, 1:-1]
+    left, right = left.bfloat16(), right.bfloat16()
+    found = multiply_bfloat16(left, right, torch.full((m, n), torch.nan))
+    torch.testing.assert_close(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-4)

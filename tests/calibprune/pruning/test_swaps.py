@@ -136,6 +136,19 @@ def test_every_method_gets_better_and_keeps_its_counts(method, pattern, path):
             assert torch.equal(end, dense * (end != 0)), "weights that stay are as they were"
 
 
+@pytest.mark.parametrize("method", METHODS_TO_START_FROM[1:5:3], ids=lambda m: m.type)
+def test_bounds_rule_out_no_exchange(method, monkeypatch):
+    """Compiled code weighs what bounds leave of wide rows, tensor operations weigh everything."""
+    x, (dense,) = correlated_inputs(300, 240), random_weights(24, width=240)
+    x[:, 7] *= 50
+    statistics, wanted = plain_statistics(x), targets(0.5)
+    found = swapped([dense], statistics, wanted, method)
+    monkeypatch.setattr(swaps, "runs_compiled", lambda device: False)
+    expected = swapped([dense], statistics, wanted, method)
+    assert torch.equal(found[0] == 0, expected[0] == 0)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_the_best_there_is_stays():
     x, (dense,) = correlated_inputs(50, 8), random_weights(3, width=8)
     statistics, wanted = plain_statistics(x), targets(0.5)
