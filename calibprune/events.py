@@ -8,6 +8,7 @@ that the handlers of every process see each event once.
 
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -25,7 +26,7 @@ MAX_CHARACTERS = 500
 RECENT_STEPS = 50
 """Number of recent steps from which the pace is computed."""
 TICK_SECONDS = 5.0
-"""Least time between two ticks of `show_life`."""
+"""Minimum time between two ticks of `show_life`, in seconds."""
 _log = logging.getLogger("calibprune")
 Value = TypeVar("Value")
 
@@ -44,7 +45,9 @@ def emit(event: E) -> E:
 
 
 class _LastTick:
-    at = -TICK_SECONDS
+    """The time of this process's last tick, in seconds of the monotonic clock."""
+
+    at = -math.inf
 
 
 def show_life() -> None:
@@ -194,6 +197,9 @@ class Lost(Event):
 class Tick(Event):
     """Nothing new, but the work continues. It is yielded, as a chance for the caller to stop the work, or emitted by
     `show_life` where nothing can be yielded."""
+
+    def __str__(self) -> str:
+        return "still at work"
 
 
 def event_of(record: logging.LogRecord) -> Any:

@@ -26,6 +26,7 @@ from calibprune.events import (
     Resumed,
     StageBegun,
     StageEnded,
+    Tick,
     UnitDone,
     event_of,
 )
@@ -78,6 +79,8 @@ class Terminal(logging.Handler):
             case UnitDone() | LayerEntered():
                 if self._steps is not None:
                     self._steps.advance(event)
+            case Tick():
+                pass
             case _:
                 if isinstance(event, Resumed) and self._steps is not None:
                     self._steps.recount(event.done)
@@ -180,7 +183,7 @@ class JsonLines(logging.StreamHandler):
             self._begun = None
         if isinstance(event, Resumed):
             self._done = event.done
-        if not isinstance(event, StageBegun | StageEnded | LayerEntered):
+        if not isinstance(event, StageBegun | StageEnded | LayerEntered | Tick):
             super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:

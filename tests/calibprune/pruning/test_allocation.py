@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from calibprune.config.model import ModelSettings
 from calibprune.config.prune import OWL, PruneSettings
 from calibprune.errors import UserError
-from calibprune.events import result_of
+from calibprune.events import LayerEntered, result_of
 from calibprune.gang import ALONE
 from calibprune.model import build_skeleton
 from calibprune.pruning.allocation import (
@@ -299,7 +299,8 @@ def test_exponents_of_a_layer_are_one_or_of_every_linear(tiny_llama, per, heard)
     skeleton = build_skeleton(ModelSettings(path=str(tiny_llama)))
     chosen = [tuple(skeleton.linears(0)), ("mlp.up_proj", "mlp.down_proj"), ()]
     exponents = result_of(tail_exponents(skeleton, chosen, per, ALONE))
-    assert [event.position for event in heard.events] == [(0, 0), (0, 1), (0, 2)]
+    entered = [event for event in heard.events if isinstance(event, LayerEntered)]
+    assert [event.position for event in entered] == [(0, 0), (0, 1), (0, 2)]
     assert [tuple(of) for of in exponents] == chosen
     weight = load_file(tiny_llama / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     own = tail_exponent(eigenvalues(weight))
