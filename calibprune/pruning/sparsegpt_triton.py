@@ -30,6 +30,7 @@ def solve_block(
             weights, keep.view(torch.int8), upper, errors, rows, columns, start,
             weights.stride(0), upper.stride(0),
             WIDTH=triton.next_power_of_2(columns), HEIGHT=ROWS, KEPT=kept, GROUP=group,
+            # given, since the last bits depend on it
             enable_fp_fusion=True,  # given, since the last bits depend on it
         )  # fmt: skip
     return errors

@@ -30,6 +30,7 @@ def add_scaled(sums: Tensor, product: Tensor, scale: float, first_row: int) -> N
         sums.stride(0),
         product.stride(0),
         WIDTH=COLUMNS,
+        # given, since the last bits depend on it
         enable_fp_fusion=False,  # given, since the last bits depend on it
     )
 

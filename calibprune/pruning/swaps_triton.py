@@ -31,6 +31,7 @@ def lowest_scores(
         _kernel[grid](
             current, base, factor, gram, lowest, rows, width, current.stride(0), gram.stride(0),
             BOTH_SIGNS=both_signs, HEIGHT=ROWS, WIDTH=COLUMNS,
+            # given, since the last bits depend on it
             enable_fp_fusion=True,  # given, since the last bits depend on it
         )  # fmt: skip
     return lowest
