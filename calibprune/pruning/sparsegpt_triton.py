@@ -31,7 +31,7 @@ def solve_block(
             weights.stride(0), upper.stride(0),
             WIDTH=triton.next_power_of_2(columns), HEIGHT=ROWS, KEPT=kept, GROUP=group,
             # given, since the last bits depend on it
-            enable_fp_fusion=True,  # given, since the last bits depend on it
+            enable_fp_fusion=True,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return errors
 

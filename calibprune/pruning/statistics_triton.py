@@ -31,7 +31,7 @@ def add_scaled(sums: Tensor, product: Tensor, scale: float, first_row: int) -> N
         product.stride(0),
         WIDTH=COLUMNS,
         # given, since the last bits depend on it
-        enable_fp_fusion=False,  # given, since the last bits depend on it
+        enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
     )
 
 

@@ -32,7 +32,7 @@ def lowest_scores(
             current, base, factor, gram, lowest, rows, width, current.stride(0), gram.stride(0),
             BOTH_SIGNS=both_signs, HEIGHT=ROWS, WIDTH=COLUMNS,
             # given, since the last bits depend on it
-            enable_fp_fusion=True,  # given, since the last bits depend on it
+            enable_fp_fusion=True,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return lowest
 
