@@ -45,7 +45,7 @@ LESS_SOLVING = (
 PUBLISHED: dict[str, Any] = {"folder": "checkpoint", "closing": (INDEX,)}
 SETTINGS_WITHOUT_EFFECT = {"pool", "offload", "snapshot_layers", "layer_timeout_seconds"}
 """Settings that do not change the result: a resumed run may have others."""
-LINEAR_FACTS = ("relative_error", "unrefined_error", "parameters")
+LINEAR_FACTS = ("relative_error", "unrefined_error", "parameters", "damping")
 """Facts of a linear that the report shows."""
 
 
@@ -171,14 +171,26 @@ def _prune(run: Run, stage: Stage) -> Iterator[Event]:
         relief=relief,
     ):  # fmt: skip
         yield event
-        if isinstance(event, UnitDone) and event.record.unit == ALLOCATION:
+        if not isinstance(event, UnitDone):
+            continue
+        if event.record.unit == ALLOCATION:
             note(f"{settings.allocation.type} removes {describe_summary(event.record.facts)}")
             _note_deviation(run, event.record.facts)
+        _note_damping(event.record.unit, event.record.facts.get("linears", {}))
 
 
 def _note_deviation(run: Run, allocation: Mapping[str, Any]) -> None:
     if line := deviation_message(run.config.prune, allocation):
         note(line)
+
+
+def _note_damping(unit: str, linears: Mapping[str, Mapping[str, Any]]) -> None:
+    raised = [f"{path} ({one['damping']:g})" for path, one in linears.items() if "damping" in one]
+    if raised:
+        note(
+            f"{unit}: the Gram matrix of the inputs is not positive definite with the damping that was set: it was "
+            f"raised for {', '.join(raised)}"
+        )
 
 
 def usable_workers(run: Run) -> int:

@@ -203,6 +203,8 @@ class LinearFacts(TypedDict):
     """Norm of its output's change on calibration text, over that of the output; infinite where only the latter is 0."""
     unrefined_error: NotRequired[float]
     """The relative error before the refinement; absent without one."""
+    damping: NotRequired[float]
+    """The damping that the method took, where it had to be raised; absent elsewhere."""
 
 
 class LayerFacts(TypedDict):

@@ -60,6 +60,7 @@ def render_page(report: Report) -> str:
         layers=layers,
         tables=tables,
         refined=_refined(layers),
+        damped=_damped(layers),
         drawn=_draw(report, stages, layers, tables),
         colours=style.COLOURS,
         change=text.change,
@@ -125,6 +126,16 @@ def _refined(layers: Sequence[LayerFacts]) -> dict[str, Any] | None:
         return {"linears": 0, "of": len(pairs)} if pairs else None
     shares = {"least": min(lowered), "median": statistics.median(lowered), "most": max(lowered)}
     return {"linears": len(lowered), "of": len(pairs), **shares}
+
+
+def _damped(layers: Sequence[LayerFacts]) -> list[str]:
+    """Describes the linears whose damping had to be raised, each in a few words."""
+    return [
+        f"layer {layer['layer']} {path} ({linear['damping']:g})"
+        for layer in layers
+        for path, linear in layer["linears"].items()
+        if "damping" in linear
+    ]
 
 
 def _set_aside(shards: Sequence[SetAside]) -> str:

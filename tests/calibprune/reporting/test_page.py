@@ -408,6 +408,14 @@ def test_what_refinement_gained_is_said():
     assert f"lowered it in 0 of {len(linears) - 1} linears." in render_page(report)
 
 
+def test_a_raised_damping_is_said():
+    report = example_report(2)
+    assert "damping was raised" not in render_page(report)
+    path, linear = next(iter(report["prune"]["layers"][1]["linears"].items()))
+    linear["damping"] = 0.1
+    assert f"not positive definite: layer 1 {path} (0.1)." in render_page(report)
+
+
 def test_values_that_are_not_finite_are_named_and_not_drawn():
     report = example_report()
     report["generate"] |= {
