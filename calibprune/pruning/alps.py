@@ -25,8 +25,7 @@ from torch import Tensor
 
 from calibprune.config.prune import ALPS
 from calibprune.events import show_life
-from calibprune.gang import ALONE, Gang
-from calibprune.pruning.factor import BLOCK, MIN_DEALT, NotPositiveDefinite, dealt, inverse_factor
+from calibprune.pruning.factor import NotPositiveDefinite, inverse_factor, inverse_of_factor
 from calibprune.pruning.masks import Target, keep_in_matrices, on_threads, runs_compiled
 from calibprune.pruning.rows import RowShares, row_slices
 from calibprune.pruning.statistics import Statistics, full_float32
@@ -207,7 +206,7 @@ class Search:
         return keep_in_matrices(scores, self._targets, self._shares, self._settings.per_row)
 
     def _count(self, masks: list[Bool[Tensor, "_ in"]]) -> int:
-        """Of all workers."""
+        """Returns how many weights the masks of all workers mark. Collective."""
         return int(self._shares.gang.add(torch.stack([mask.sum() for mask in masks]).sum()))
 
     def _ridge_inverse(self, rho: float) -> Float32[Tensor, "in in"]:
@@ -254,28 +253,6 @@ def _by_parts(
         on_threads(some, row_slices([len(result)], shares.chunk))
         results.append(result)
     return results
-
-
-def inverse_of_factor(
-    upper: Float32[Tensor, "in in"], gang: Gang = ALONE
-) -> Float32[Tensor, "in in"]:
-    """Returns U^T U of an upper triangular U, its rows in blocks that are dealt to the gang. Collective."""
-    gang = gang if len(upper) >= MIN_DEALT else ALONE
-    blocks = row_slices([len(upper)], BLOCK)
-    product = torch.empty_like(upper)
-    lower = [product[block, : block.stop] for block in blocks]
-    owners = dealt([block.stop**2 for block in blocks], gang.size)
-    for block, rows, owner in zip(blocks, lower, owners, strict=True):
-        if owner == gang.rank:
-            rows.copy_(upper[: block.stop, block].T @ upper[: block.stop, : block.stop])
-    if gang.size > 1:
-        pieces = [(rows.contiguous(), owner) for rows, owner in zip(lower, owners, strict=True)]
-        gang.broadcast(pieces)
-        for rows, (piece, _) in zip(lower, pieces, strict=True):
-            rows.copy_(piece)
-    for block, rows in zip(blocks, lower, strict=True):
-        product[: block.start, block] = rows[:, : block.start].T
-    return product
 
 
 def refit(

@@ -110,6 +110,7 @@ def _inverse(
 ) -> Float32[Tensor, "in in"]:
     """Returns the inverse of an upper triangular matrix from those of its diagonal blocks."""
     upper = torch.zeros_like(factor)
+    columns = [upper[: here.stop, here] for here in blocks]
     owners = dealt([here.stop**2 for here in blocks], gang.size)
     for number, (here, owner) in enumerate(zip(blocks, owners, strict=True)):
         if owner == gang.rank:
@@ -118,13 +119,39 @@ def _inverse(
                 column = upper[: here.start, here]
                 torch.mm(factor[: here.start, here], inverses[number].neg(), out=column)
                 _substitute(factor, blocks, inverses, column, 0, number)
-    for first in range(0, len(blocks) if gang.size > 1 else 0, gang.size):
-        some = list(zip(blocks, owners, strict=True))[first : first + gang.size]
-        columns = [(upper[: here.stop, here].contiguous(), owner) for here, owner in some]
-        gang.broadcast(columns)
-        for (here, _), (column, _) in zip(some, columns, strict=True):
-            upper[: here.stop, here] = column
+    _exchange(columns, owners, gang)
     return upper
+
+
+def inverse_of_factor(
+    upper: Float32[Tensor, "in in"], gang: Gang = ALONE
+) -> Float32[Tensor, "in in"]:
+    """Returns U^T U of an upper triangular U, its rows in blocks that are dealt to the gang. Collective."""
+    gang = gang if len(upper) >= MIN_DEALT else ALONE
+    blocks = row_slices([len(upper)], BLOCK)
+    product = torch.empty_like(upper)
+    lower = [product[block, : block.stop] for block in blocks]
+    owners = dealt([block.stop**2 for block in blocks], gang.size)
+    for block, rows, owner in zip(blocks, lower, owners, strict=True):
+        if owner == gang.rank:
+            rows.copy_(upper[: block.stop, block].T @ upper[: block.stop, : block.stop])
+    _exchange(lower, owners, gang)
+    for block, rows in zip(blocks, lower, strict=True):
+        product[: block.start, block] = rows[:, : block.start].T
+    return product
+
+
+def _exchange(blocks: Sequence[Float32[Tensor, "_ _"]], owners: Sequence[int], gang: Gang) -> None:
+    """Fills blocks of a matrix with what their owners hold in them, as many at a time as there are workers."""
+    if gang.size == 1:
+        return
+    dealt_blocks = list(zip(blocks, owners, strict=True))
+    for first in range(0, len(dealt_blocks), gang.size):
+        some = dealt_blocks[first : first + gang.size]
+        pieces = [(block.contiguous(), owner) for block, owner in some]
+        gang.broadcast(pieces)
+        for (block, _), (piece, _) in zip(some, pieces, strict=True):
+            block.copy_(piece)
 
 
 def _substitute(

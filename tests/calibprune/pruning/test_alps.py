@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from calibprune.config.prune import ALPS
-from calibprune.pruning import alps, rows, swaps
-from calibprune.pruning.alps import inverse_of_factor, normalised, refit
-from calibprune.pruning.factor import NotPositiveDefinite
+from calibprune.pruning import factor, rows, swaps
+from calibprune.pruning.alps import normalised, refit
+from calibprune.pruning.factor import NotPositiveDefinite, inverse_of_factor
 from calibprune.pruning.methods import prune_group, refine_group
 from calibprune.pruning.statistics import Statistics
 from tests.calibprune.pruning.data import (
@@ -110,8 +110,8 @@ def test_the_refit_is_least_squares():
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_inverse_of_a_factor(workers, monkeypatch):
-    monkeypatch.setattr(alps, "BLOCK", 8)
-    monkeypatch.setattr(alps, "MIN_DEALT", 16)
+    monkeypatch.setattr(factor, "BLOCK", 8)
+    monkeypatch.setattr(factor, "MIN_DEALT", 16)
     upper = torch.randn(45, 45, generator=torch.Generator().manual_seed(0)).triu_()
     alone = inverse_of_factor(upper)
     for found in simulate(workers, lambda gang: inverse_of_factor(upper, gang)):
