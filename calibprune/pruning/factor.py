@@ -30,6 +30,7 @@ class NotPositiveDefinite(ValueError):
         super().__init__(
             f"the Gram matrix of the inputs is not positive definite with damping {damping:g}"
         )
+        self.damping = damping
 
 
 def inverse_factor(

@@ -111,19 +111,18 @@ class LayerInWork:
                 self.bfloat16_products,
             )  # fmt: skip
             failpoint(f"solve-{self.index}-{self.gang.rank}")
-            made, damping = self._solved(paths, mine, statistics, shares)
+            made, raised = self._solved(paths, mine, statistics, shares)
         except ValueError as error:
             group = ", ".join(paths)
             raise ValueError(f"layer {self.index}, group {group}: {error}") from error
         self.clock.lap("solve")
         self._measure(paths, shares, mine, made, inputs)
-        if damping != getattr(self.settings.method, "damping", 0.0):
+        if raised is not None:
             for path in paths:
-                self.facts[path]["damping"] = damping
+                self.facts[path]["damping"] = raised
         self.clock.lap("measure")
-        if (
-            self.settings.inputs == "dense"
-        ):  # the forwards need the old weights, so the result gets memory of its own
+        if self.settings.inputs == "dense":
+            # the forwards need the old weights, so the result gets memory of its own
             weights = [torch.empty_like(weight) for weight in weights]
             self.loaded.tensors.update(zip(names, weights, strict=True))
         for target, part in zip(shares.mine(weights), made[-1], strict=True):
@@ -135,33 +134,33 @@ class LayerInWork:
 
     def _solved(
         self, paths: list[str], mine: list[Tensor], statistics: Statistics, shares: RowShares
-    ) -> tuple[list[list[Tensor]], float]:
-        """What the method makes of this worker's rows, then what is refined of that; the damping that it took.
+    ) -> tuple[list[list[Tensor]], float | None]:
+        """Returns the pruned rows of this worker, before and after a refinement, and the damping if it was raised.
 
-        The damping grows tenfold until the Gram matrix can be factorised: on all workers alike.
+        The damping grows tenfold until the Gram matrix can be factorised, on all workers alike.
         """
         settings, targets = self.settings, [self.targets[path] for path in paths]
-        method, given = settings.method, getattr(settings.method, "damping", 0.0)
-        damping = given
-        for raises in range(MAX_RAISES + 1):
+        method, refused = settings.method, list[float]()
+        while True:
             try:
                 made = [prune_group(mine, statistics, targets, method, shares)]
                 break
-            except NotPositiveDefinite:
-                if raises == MAX_RAISES:
+            except NotPositiveDefinite as error:
+                refused.append(error.damping)
+                if len(refused) > MAX_RAISES:
                     raise
-                damping *= 10
-                method = method.model_copy(update={"damping": damping})
-        if damping != given and self.gang.rank == 0:
+                method = method.model_copy(update={"damping": error.damping * 10})
+        raised = refused[-1] * 10 if refused else None
+        if raised is not None and self.gang.rank == 0:
             note(
                 f"layer {self.index}, group {', '.join(paths)}: the Gram matrix of the inputs is not positive definite "
-                f"with damping {given:g}; pruned with {damping:g}"
+                f"with damping {refused[0]:g}; pruned with {raised:g}"
             )
         if settings.refine:
             made.append(
                 refine_group(mine, made[0], statistics, targets, method, settings.refine, shares)
             )
-        return made, damping
+        return made, raised
 
     def _measure(
         self,

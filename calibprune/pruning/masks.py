@@ -36,7 +36,7 @@ class Target:
     n_of_m: tuple[int, int] | None = None
     """(kept, group)."""
     path: str = ""
-    """Of the linear, inside its layer."""
+    """Path of the linear inside its layer."""
 
 
 def keep_in_rows(scores: Float[Tensor, "out in"], target: Target) -> Bool[Tensor, "out in"]:

@@ -41,7 +41,7 @@ class RowShares:
     """Every worker has one run of the stacked rows, in order of rank, cut at multiples of `chunk` of a linear."""
 
     rows: tuple[int, ...]
-    """Of every linear, whole."""
+    """Number of rows of every whole linear."""
     chunk: int
     gang: Gang = ALONE
 

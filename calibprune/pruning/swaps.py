@@ -28,12 +28,12 @@ from calibprune.pruning.statistics import Statistics, full_float32
 from calibprune.pruning.swaps_compiled import exchange_rows
 
 PAIRS_AT_ONCE = 1 << 26
-"""Of all rows of a chunk together, where exchanges are weighed as tensor operations."""
+"""Number of pairs, of all rows of a chunk together, that tensor operations weigh at a time."""
 ROWS_AT_ONCE = 8
 INPUTS_AT_ONCE = 512
 TINY, NEVER = 1e-30, 3e38
 MIN_GAIN = 1e-6
-"""Of the row's output, that an exchange has to lower the error by: less is rounding."""
+"""Share of the squared norm of a row's output by which an exchange has to lower the error: less is rounding."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Rows:
     """Exchanged in place."""
     gram: Float32[Tensor, "in in"]
     diagonal: Float32[Tensor, " in"]
-    """Of `gram`, damped where `updates`: what returns are weighed with."""
+    """Diagonal of `gram` that returns are weighed with; damped where `updates`."""
     slope: Float32[Tensor, "out in"]
     """(dense - current) @ gram, kept up to date."""
     reach: Float32[Tensor, " in"]
     """The largest |G_pr| / sqrt(G_rr) of every weight p with another one r."""
     least: Float32[Tensor, " out"]
-    """Of the error, that an exchange has to take away."""
+    """Part of the error that an exchange has to take away."""
     group: int
     """Columns within which weights are exchanged."""
     updates: bool
@@ -70,7 +70,7 @@ class Rows:
         dense: Float32[Tensor, "..."],
         diagonal: Float32[Tensor, "..."],
     ) -> Float32[Tensor, "..."]:
-        """Of the error, by the return of weights with these pulls c_r + v_p G_pr."""
+        """Returns the change of the error by the return of weights with these pulls c_r + v_p G_pr."""
         if self.updates:
             return -pull.square() / diagonal
         return dense.square() * diagonal - 2 * dense * pull

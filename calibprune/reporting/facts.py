@@ -220,7 +220,7 @@ class LayerFacts(TypedDict):
     bytes_written: int
     peak_memory_bytes: int
     peak_reserved_bytes: NotRequired[int]
-    """Of a GPU, with the gaps between allocations; absent on CPUs."""
+    """Peak memory of a GPU including the gaps between allocations; absent on CPUs."""
     linears: dict[str, LinearFacts]
     kept_dense: list[str]
 
