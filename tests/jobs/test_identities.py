@@ -55,15 +55,15 @@ def test_identities_and_units_are_as_ever(tiny_llama, tmp_path, config):
         assert [len(units), units[:2], units[-2:]] == recorded["units"], name
 
 
-def test_results_of_gpus_are_those_of_their_kind(tiny_llama, tmp_path):
+def run_on_gpus(model: Path, output: Path, *more: str) -> Run:
+    """Returns a run of a shipped configuration with one GPU for each worker."""
     config = next(path for path in CONFIGS if "wanda" in path.stem)
-    overrides = [
-        f"model.path={tiny_llama}",
-        f"output={tmp_path}",
-        *CPUS,
-        "cluster.gpus_per_worker=1",
-    ]
-    run = Run(load_config(str(config), overrides), STAGES)
+    where = [f"model.path={model}", f"output={output}", *CPUS, "cluster.gpus_per_worker=1"]
+    return Run(load_config(str(config), [*where, *more]), STAGES)
+
+
+def test_results_of_gpus_are_those_of_their_kind(tiny_llama, tmp_path):
+    run = run_on_gpus(tiny_llama, tmp_path)
     kind = {"gpu": "NVIDIA H200", "multiprocessors": 132, "cuda": "13.0", "triton": "3.9.0"}
     run.__dict__ |= {"windows": {}, "pool": OfTest(), "gpu_kind": kind}
     plan = module("prune").plan(run)
@@ -75,16 +75,9 @@ def test_results_of_gpus_are_those_of_their_kind(tiny_llama, tmp_path):
 
 
 def test_samples_that_any_batch_leaves_the_same_are_others(tiny_llama, tmp_path):
-    config = next(path for path in CONFIGS if "wanda" in path.stem)
-    overrides = [
-        f"model.path={tiny_llama}",
-        f"output={tmp_path}",
-        *CPUS,
-        "cluster.gpus_per_worker=1",
-    ]
     identities = []
     for more in ([], ["generate.batch_invariant=true"], ["generate.pipeline_parallel=2"]):
-        run = Run(load_config(str(config), [*overrides, *more]), STAGES)
+        run = run_on_gpus(tiny_llama, tmp_path, *more)
         run.__dict__["gpu_kind"] = {"gpu": "NVIDIA H200"}
         plan = module("generate").plan(run)
         assert plan is not None

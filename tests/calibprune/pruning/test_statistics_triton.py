@@ -37,13 +37,17 @@ assert "cvt.rzi.s64.f32" in compiled.asm["ptx"]
 """
 
 
-def run(code: str, **environment: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | environment)
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )  # fmt: skip
 
 
 def test_the_kernel_adds_the_same_bits():
-    run(SAME_BITS, TRITON_INTERPRET="1")
+    ran = run(SAME_BITS, TRITON_INTERPRET="1")
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_kernel_compiles_for_hopper(tmp_path):
-    run(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+    ran = run(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
